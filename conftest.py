@@ -1,0 +1,49 @@
+"""What the tests of all packages share: sources, hypothesis profiles, skips for missing GPUs."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parent
+SOURCES = {path.parent.name: path.parent.parent for path in ROOT.glob("packages/*/src/*/py.typed")}
+
+# On a machine where no package is installed, test this tree's sources. Where one is installed,
+# only what it declares may be found.
+if not any(importlib.util.find_spec(name) for name in SOURCES):
+    folders = [str(folder) for folder in SOURCES.values()]
+    sys.path[:0] = folders
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *inherited])
+
+# The first call of an operator is slow, and so is a busy machine: no example has a deadline.
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=5000)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need more GPUs than there are."""
+    for item in items:
+        needed = 2 if item.get_closest_marker("multi_gpu") else 1
+        if needed == 1 and not item.get_closest_marker("gpu"):
+            continue
+        found = cuda_device_count()
+        if found < needed:
+            reason = f"needs {needed} CUDA device{'s' * (needed > 1)}, found {found}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def cuda_device_count() -> int:
+    """Count the CUDA devices; torch is imported only where a test asks for one."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
