@@ -1,0 +1,28 @@
+"""Dilated attention for PyTorch: exact, linear in length, with exact gradients."""
+
+from dilated_core.__about__ import __version__
+from dilated_core._functional import (
+    dilated_attention,
+    dilated_attention_varlen,
+    reference_attention,
+)
+from dilated_core._modules import DilatedAttention, MultiheadDilatedAttention
+from dilated_core._partial import Partial, merge
+from dilated_core._pattern import Branch, DilatedPattern, validate_segment_dilation_match
+from dilated_core._selection import BackendChoice, select_backend
+
+__all__ = [
+    "BackendChoice",
+    "Branch",
+    "DilatedAttention",
+    "DilatedPattern",
+    "MultiheadDilatedAttention",
+    "Partial",
+    "__version__",
+    "dilated_attention",
+    "dilated_attention_varlen",
+    "merge",
+    "reference_attention",
+    "select_backend",
+    "validate_segment_dilation_match",
+]

@@ -1,0 +1,286 @@
+"""Attention modules: dilated attention of heads, and multihead attention around it."""
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dilated_core import _checks, _reference
+from dilated_core._functional import dilated_attention
+from dilated_core._inputs import Options
+from dilated_core._pattern import DilatedPattern
+from dilated_core.interfaces import AttentionModule, PositionEmbedding
+
+# need_weights materialises (B, H, N, M); beyond this many entries that is surely a mistake.
+MAX_WEIGHTS = 1 << 26
+
+
+class DilatedAttention(nn.Module):
+    """`dilated_attention` as a module: (B, N, H, D) heads in, (B, N, H, D) out.
+
+    Args:
+        pattern: which keys a query sees.
+        scale: factor on the scores; 1 / sqrt(D) when None.
+        dropout: probability of dropping an attention weight while training.
+        backend: "torch" or "reference" to force one; None picks.
+    """
+
+    def __init__(
+        self,
+        pattern: DilatedPattern,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pattern, DilatedPattern):
+            raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+        _check_dropout(dropout)
+        self.pattern = pattern
+        self.scale = scale
+        self.dropout = dropout
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend: query (B, N, H, D), key and value (B, M, H_kv, D), mask (B, M) True = ignore."""
+        out = dilated_attention(
+            query, key, value, self.pattern,
+            is_causal=is_causal, scale=self.scale, key_padding_mask=key_padding_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.ndim == 4 and key.ndim == 4 and query.shape[2] != key.shape[2],
+            backend=self.backend,
+        )  # fmt: skip
+        return cast(Tensor, out)
+
+    def effective_weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The attention weights (B, H, N, M) before dropout, multiplicities included.
+
+        Raises:
+            ValueError: more than 2**26 weights.
+        """
+        batch, length, heads, head_dim = query.shape
+        size = batch * heads * length * key.shape[1]
+        if size > MAX_WEIGHTS:
+            raise ValueError(
+                f"need_weights must be False for more than {MAX_WEIGHTS} weights "
+                f"(batch * heads * length * key length). Got {size}."
+            )
+        scale = head_dim**-0.5 if self.scale is None else self.scale
+        options = Options(self.pattern, is_causal, scale, key_padding_mask)
+        return _reference.weights_and_lse(options, query, key)[0].to(query.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        parts = [repr(self.pattern)]
+        for name, default in (("scale", None), ("dropout", 0.0), ("backend", None)):
+            if (value := getattr(self, name)) != default:
+                parts.append(f"{name}={value!r}")
+        return ", ".join(parts)
+
+
+class MultiheadDilatedAttention(nn.Module):
+    """Multihead attention over a dilated pattern; batch first, (B, N, embed_dim) in and out.
+
+    Projections as in torch.nn.MultiheadAttention; `layer_norm` is MAGNETO's sub-layer norm on the
+    concatenated heads (arXiv 2210.06423), which LongNet uses.
+
+    Args:
+        embed_dim: width of input and output, a multiple of num_heads.
+        num_heads: query heads H.
+        pattern: which keys a query sees.
+        num_kv_heads: key and value heads, a divisor of num_heads; num_heads when None.
+        bias: biases in the projections.
+        dropout: probability of dropping an attention weight while training.
+        layer_norm: normalise the concatenated heads before the output projection.
+        layer_norm_eps: its epsilon.
+        gamma_init: Xavier gain of the value and output projections (MAGNETO's gamma).
+        position_embedding: applied to projected queries and keys, e.g. rotary.
+        attention: attention to use in place of `DilatedAttention(pattern)`, e.g. ring or sparse.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pattern: DilatedPattern,
+        *,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        position_embedding: PositionEmbedding | None = None,
+        attention: AttentionModule | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.positive_int("embed_dim", embed_dim)
+        _checks.positive_int("num_heads", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _checks.positive_int("num_kv_heads", num_kv_heads)
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be divisible by num_heads. Got {embed_dim} and {num_heads}."
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must be divisible by num_kv_heads. Got {num_heads} and {num_kv_heads}."
+            )
+        if not gamma_init > 0:
+            raise ValueError(f"gamma_init must be positive. Got {gamma_init}.")
+        if attention is not None and dropout:
+            raise ValueError(
+                f"dropout must be 0 when attention is given: set it there. Got {dropout}."
+            )
+        if not isinstance(pattern, DilatedPattern):
+            raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+        pattern.branch_heads(num_heads)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.gamma_init = gamma_init
+        if self.head_dim % 8 or self.head_dim > 128:
+            warnings.warn(
+                f"head_dim (embed_dim / num_heads) is {self.head_dim}: GPU kernels are fast for "
+                "multiples of 8 up to 128.",
+                UserWarning,
+                stacklevel=2,
+            )
+        kv_dim = self.head_dim * num_kv_heads
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.inner_norm = (
+            nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory) if layer_norm else None
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.attention = (
+            DilatedAttention(pattern, dropout=dropout) if attention is None else attention
+        )
+        self.position_embedding = position_embedding
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier weights, with gain gamma_init for value and output; zero biases."""
+        for layer, gain in (
+            (self.q_proj, 1.0),
+            (self.k_proj, 1.0),
+            (self.v_proj, self.gamma_init),
+            (self.out_proj, self.gamma_init),
+        ):
+            nn.init.xavier_normal_(layer.weight, gain=gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if self.inner_norm is not None:
+            self.inner_norm.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: (B, N, embed_dim).
+            key: (B, M, embed_dim); query when None.
+            value: (B, M, embed_dim); key when None.
+            is_causal: hide the keys after each query; the queries are the last N positions.
+            key_padding_mask: (B, M) bool, True = ignore.
+            need_weights: also return the effective weights (B, H, N, M), for short inputs.
+            positions: (M,) int64 positions of the keys for the position embedding; 0 ... M - 1
+                when None. The queries take the last N when causal, otherwise the first N.
+
+        Returns:
+            (output (B, N, embed_dim), weights or None).
+        """
+        self._check_input("query", query)
+        key = query if key is None else key
+        value = key if value is None else value
+        self._check_input("key", key)
+        self._check_input("value", value)
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.position_embedding is not None:
+            q, k = self.position_embedding(q, k, *self._positions(positions, q, k, is_causal))
+        elif positions is not None:
+            raise ValueError("positions must be None without a position_embedding. Got a Tensor.")
+        out = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
+        out = out.flatten(-2)
+        if self.inner_norm is not None:
+            out = self.inner_norm(out)
+        weights = self._weights(q, k, is_causal, key_padding_mask) if need_weights else None
+        return self.out_proj(out), weights
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor. Got {type(x).__name__}.")
+        if x.ndim != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"{name} must have shape (batch, length, embed_dim={self.embed_dim}). "
+                f"Got {tuple(x.shape)}."
+            )
+
+    def _positions(
+        self, positions: Tensor | None, q: Tensor, k: Tensor, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        length, key_length = q.shape[1], k.shape[1]
+        if positions is None:
+            count = key_length if is_causal else max(length, key_length)
+            positions = torch.arange(count, device=q.device)
+        elif positions.shape != (key_length,):
+            raise ValueError(
+                f"positions must have shape (key length,)={(key_length,)}. "
+                f"Got {tuple(positions.shape)}."
+            )
+        start = key_length - length if is_causal else 0
+        return positions[start : start + length], positions[:key_length]
+
+    def _weights(
+        self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        if not isinstance(self.attention, DilatedAttention):
+            raise ValueError(
+                "need_weights must be False with an injected attention. "
+                f"Got True with {type(self.attention).__name__}."
+            )
+        return self.attention.effective_weights(
+            q, k, is_causal=is_causal, key_padding_mask=key_padding_mask
+        )
+
+
+def _check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1). Got {dropout}.")

@@ -1,0 +1,94 @@
+"""Partials and their merge: the only place in the project where softmaxes are combined.
+
+Attention over a part of the keys is `Partial(out, lse)`; `merge` combines parts into attention
+over all of them. Shapes: out (B, N, H, D), lse (B, H, N).
+"""
+
+import math
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the keys.
+
+    Attributes:
+        out: (B, N, H, D), softmax-weighted values over the part; 0 where no key is visible.
+        lse: (B, H, N), natural log of the sum of exp(score); -inf where no key is visible.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partials of that dtype are combined: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def merge(*partials: Partial) -> Partial:
+    """Combine partials over disjoint parts of the keys into one softmax over all of them.
+
+    Associative and commutative; safe where an lse is -inf, both -inf included; differentiable.
+    LongNet, arXiv 2307.02486, mixes its branches with exactly these weights.
+
+    Returns:
+        A Partial in float32, or float64 where an input is.
+
+    Raises:
+        ValueError: no partials, or their shapes do not fit.
+    """
+    if not partials:
+        raise ValueError("partials must hold at least one Partial. Got none.")
+    for i, (out, lse) in enumerate(partials):
+        if out.ndim != 4 or lse.shape != (out.shape[0], out.shape[2], out.shape[1]):
+            raise ValueError(
+                f"partials[{i}] must have out (B, N, H, D) and lse (B, H, N). "
+                f"Got {tuple(out.shape)} and {tuple(lse.shape)}."
+            )
+        if out.shape != partials[0].out.shape:
+            raise ValueError(
+                f"partials[{i}].out must have shape {tuple(partials[0].out.shape)} like the first. "
+                f"Got {tuple(out.shape)}."
+            )
+    dtype = reduce(torch.promote_types, (t.dtype for p in partials for t in p), torch.float32)
+    lses = torch.stack([p.lse.to(dtype) for p in partials])
+    # The maximum is only a shift for stability; -inf shifts nothing.
+    shift = lses.detach().amax(0)
+    shift = shift.masked_fill(shift == -math.inf, 0.0)
+    weights = (lses - shift).exp()
+    total = weights.sum(0)
+    visible = total > 0
+    safe_total = torch.where(visible, total, 1.0)
+    lse = torch.where(visible, safe_total.log() + shift, -math.inf)
+    shares = (weights / safe_total).transpose(-1, -2).unsqueeze(-1)
+    out = sum(
+        (share * p.out.to(dtype) for share, p in zip(shares, partials, strict=True)),
+        start=torch.zeros((), dtype=dtype, device=lse.device),
+    )
+    return Partial(out, lse)
+
+
+def merge_(total: Partial, part: Partial) -> None:
+    """Merge `part` into `total` in place, without a temporary as large as `out`.
+
+    Args:
+        total: out (..., N, D) and lse (..., N) in float32 or wider; views are welcome.
+        part: the same shapes, out in any floating dtype.
+    """
+    lse = torch.logaddexp(total.lse, part.lse)
+    share = (part.lse - lse).exp_()
+    # Where both are -inf the difference is NaN; the part then has nothing to add.
+    share.masked_fill_(lse == -math.inf, 0.0)
+    total.out.lerp_(part.out.to(total.out.dtype), share.unsqueeze(-1))
+    total.lse.copy_(lse)
+
+
+def add_zero_keys_(total: Partial, count: int) -> None:
+    """Merge `count` keys of score 0 and value 0 into `total` in place (shapes as in `merge_`)."""
+    lse = torch.logaddexp(total.lse, total.lse.new_tensor(math.log(count)))
+    total.out.mul_((total.lse - lse).exp_().unsqueeze(-1))
+    total.lse.copy_(lse)

@@ -1,0 +1,281 @@
+"""The `torch` backend: a schedule of strided views into torch's fused attention, merged by lse.
+
+Forward and backward are custom operators, so torch.compile sees one node each. No branch is
+gathered: a task's rows are a view, and its results are merged at once into one accumulator.
+B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_core import _dense
+from dilated_core._dropout import keep_mask
+from dilated_core._inputs import Options
+from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge_
+from dilated_core._pattern import DilatedPattern
+from dilated_core._rows import calls, mask_view, row_view
+from dilated_core._schedule import Runs, Task, schedule
+
+
+def attend(
+    options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None
+) -> Partial:
+    """Dilated attention with exact gradients: out (B, N, H, D) in query's dtype, lse (B, H, N).
+
+    With `cu_seqlens` (S + 1,) the batch is 1 and the rows are S sequences, one after the other.
+    """
+    out, lse = _forward(
+        query, key, value, options.key_padding_mask, options.seed, cu_seqlens,
+        json.dumps(options.pattern.to_dict()), options.is_causal, options.scale, options.dropout_p,
+    )  # fmt: skip
+    return Partial(out, lse)
+
+
+@torch.library.custom_op("dilated_core::torch_forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    out = torch.zeros(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
+    lse = _empty_lse(query).fill_(-math.inf)
+    query, key, value = map(_unit_stride, (query, key, value))
+    options = Options(_decode(pattern), is_causal, scale, key_padding_mask, dropout_p, seed)
+    for place, queries, keys in _places(
+        options, cu_seqlens, [query, out, _rows(lse)], [key, value]
+    ):
+        _attend_into(place, *queries, *keys)
+    return out.to(query.dtype), lse
+
+
+@torch.library.custom_op("dilated_core::torch_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(query.dtype)
+    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
+    grad_out, query, key, value = map(_unit_stride, (grad_out, query, key, value))
+    options = Options(_decode(pattern), is_causal, scale, key_padding_mask, dropout_p, seed)
+    queries = [query, out, grad_out, grads[0], _rows(lse)]
+    if grad_lse is not None:
+        queries.append(_rows(grad_lse).contiguous())
+    for place, at_queries, at_keys in _places(
+        options, cu_seqlens, queries, [key, value, grads[1], grads[2]]
+    ):
+        _accumulate_gradients(place, at_queries, at_keys)
+    return tuple(grad.to(query.dtype) for grad in grads)  # type: ignore[return-value]
+
+
+def _attend_into(
+    place: "Place", query: Tensor, out: Tensor, lse: Tensor, key: Tensor, value: Tensor
+) -> None:
+    """Merge every task's partial into out (zeros) and lse (-inf)."""
+    for task in place.tasks():
+        q, o, lse_rows = _query_views(task, query, out, lse)
+        if task.keys.count:
+            views = q, o, lse_rows, *_key_views(task, key, value)
+            for rows, (q_, o_, l_, k_, v_) in place.calls(task, *views):
+                merge_(Partial(o_, l_.squeeze(-1)), _dense.attend(rows, q_, k_, v_))
+        if task.zero_keys:
+            add_zero_keys_(Partial(o, lse_rows.squeeze(-1)), task.zero_keys)
+
+
+def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tensor]) -> None:
+    """Add every task's gradients, each taken against the merged out and lse.
+
+    queries: query, out, grad_out, grad_query, lse and, if any, grad_lse; keys: key, value,
+    grad_key, grad_value.
+    """
+    for task in place.tasks():
+        if task.keys.count:
+            views = _query_views(task, *queries) + _key_views(task, *keys)
+            for rows, pieces in place.calls(task, *views):
+                q, o, do, dq, lse, *dl = pieces[: len(queries)]
+                k, v, dk, dv = pieces[len(queries) :]
+                total = Partial(o, lse.squeeze(-1))
+                grad_lse = dl[0].squeeze(-1) if dl else None
+                parts = _dense.attend_backward(rows, do, grad_lse, q, k, v, total)
+                for grad, part in zip((dq, dk, dv), parts, strict=True):
+                    grad += part
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One sequence, or a batch of equal ones, within a call: its options and sizes."""
+
+    options: Options
+    batch_start: int
+    query_length: int
+    key_length: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def query_start(self) -> int:
+        """Position of the first query; keys start at position 0."""
+        return self.key_length - self.query_length if self.options.is_causal else 0
+
+    def tasks(self) -> tuple[Task, ...]:
+        """The schedule of this sequence."""
+        sizes = self.query_length, self.key_length, self.heads, self.kv_heads
+        return schedule(self.options.pattern, *sizes, self.options.is_causal)
+
+    def calls(self, task: Task, *views: Tensor) -> Iterator[tuple[_dense.Rows, list[Tensor]]]:
+        """The pieces of a task's views, each with how its rows attend."""
+        options, (batch, groups) = self.options, views[0].shape[:2]
+        small = []
+        if options.key_padding_mask is not None:
+            small.append(mask_view(options.key_padding_mask, task.keys))
+        if options.dropout_p > 0:
+            device = views[0].device
+            batch_index = torch.arange(batch, device=device) + self.batch_start
+            small.append(batch_index[:, None].expand(batch, groups))
+            small.append(torch.arange(groups, device=device).expand(batch, groups))
+        for large, extra in calls(views, small):
+            mask = extra[0] if options.key_padding_mask is not None else None
+            keep = _Keep(self, task, *extra[-2:]) if options.dropout_p > 0 else None
+            yield _dense.Rows(options.scale, task.is_causal, mask, keep, options.dropout_p), large
+
+
+class _Keep:
+    """The dropout mask of one piece of a task, for a range of its query rows."""
+
+    def __init__(self, place: Place, task: Task, batch: Tensor, group: Tensor) -> None:
+        assert place.options.seed is not None
+        self._seed, self._dropout_p = int(place.options.seed), place.options.dropout_p
+        self._query_start, self._task = place.query_start, task
+        self._batch, self._group = batch, group
+
+    def __call__(self, rows: range) -> Tensor:
+        task, device = self._task, self._batch.device
+        heads, keys = task.heads, task.keys
+        head = heads.start + heads.step * torch.arange(heads.count, device=device)
+        row = torch.arange(rows.start, rows.stop, device=device)
+        return keep_mask(
+            self._seed,
+            self._dropout_p,
+            self._batch[:, None, None, None],
+            head[:, None, None],
+            self._query_start + self._positions(task.queries, row)[:, None, :, None],
+            self._positions(keys, torch.arange(keys.count, device=device))[:, None, None, :],
+        )
+
+    def _positions(self, runs: Runs, row: Tensor) -> Tensor:
+        return runs.start + self._group[:, None] * runs.group_step + row * runs.step
+
+
+def _places(
+    options: Options, cu_seqlens: Tensor | None, queries: list[Tensor], keys: list[Tensor]
+) -> Iterator[tuple[Place, list[Tensor], list[Tensor]]]:
+    """The sequences of a call, each with its rows of the tensors (B, N, H, ...)."""
+    heads, kv_heads = queries[0].shape[2], keys[0].shape[2]
+    if cu_seqlens is None:
+        lengths = queries[0].shape[1], keys[0].shape[1]
+        yield Place(options, 0, *lengths, heads, kv_heads), queries, keys
+        return
+    for i, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        mask = options.key_padding_mask
+        local = replace(options, key_padding_mask=None if mask is None else mask[:, start:stop])
+        yield (
+            Place(local, i, stop - start, stop - start, heads, kv_heads),
+            [x[:, start:stop] for x in queries],
+            [x[:, start:stop] for x in keys],
+        )
+
+
+@lru_cache(maxsize=256)
+def _decode(pattern: str) -> DilatedPattern:
+    return DilatedPattern.from_dict(json.loads(pattern))
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    """(B, H, N), laid out like rows (B, N, H) so that batch and segments can share a stride."""
+    batch, length, heads, _ = query.shape
+    dtype = accumulate_dtype(query.dtype)
+    return torch.empty((batch, length, heads), dtype=dtype, device=query.device).transpose(1, 2)
+
+
+def _rows(lse: Tensor) -> Tensor:
+    """(B, H, N) to (B, N, H, 1), so that it is cut and viewed like rows."""
+    return lse.transpose(1, 2).unsqueeze(-1)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Fused attention reads rows of unit stride; anything else is copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _query_views(task: Task, *tensors: Tensor) -> list[Tensor]:
+    runs, heads = task.queries, task.heads
+    return [row_view(x, runs, heads.start, heads.step, heads.count) for x in tensors]
+
+
+def _key_views(task: Task, *tensors: Tensor) -> list[Tensor]:
+    runs, heads = task.keys, task.heads
+    return [row_view(x, runs, heads.kv_start, heads.kv_step, heads.count) for x in tensors]
+
+
+@_forward.register_fake
+def _(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device), _empty_lse(query)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        torch.empty(key.shape, dtype=key.dtype, device=key.device),
+        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, seed, cu_seqlens, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, *output, mask, seed, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, *saved = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(query)
+    grads = _backward(grad_out, grad_lse, query, key, value, *saved, *ctx.rest)
+    return (*grads, None, None, None, *(None for _ in ctx.rest))
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

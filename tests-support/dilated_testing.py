@@ -1,0 +1,146 @@
+"""What the tests of several packages share: random attention problems and relative errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dilated_core import DilatedPattern, dilated_attention
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ over the finite entries; infinities must agree exactly.
+
+    Gradients that cancel to exactly zero (a softmax over one key) leave rounding noise, so norms
+    below 1e-4 of an input's, which are of order 1 here, count as 1e-4.
+    """
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    assert torch.equal(actual.isinf(), expected.isinf()), "infinities differ"
+    assert not actual.isnan().any(), "NaN"
+    finite = ~expected.isinf()
+    assert torch.equal(actual[~finite], expected[~finite]), "infinities differ in sign"
+    difference = torch.linalg.vector_norm((actual - expected)[finite])
+    norm = torch.linalg.vector_norm(expected[finite])
+    return (difference / norm.clamp(min=1e-4)).item()
+
+
+@dataclass
+class Problem:
+    """One call of dilated attention with everything that can be chosen about it."""
+
+    pattern: DilatedPattern
+    batch: int
+    length: int
+    key_length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    is_causal: bool
+    padding: float
+    dropout_p: float
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k, v that require gradients: the same numbers for every dtype and device."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = [(self.length, self.heads)] + 2 * [(self.key_length, self.kv_heads)]
+        return tuple(
+            torch.randn(self.batch, n, h, self.head_dim, dtype=torch.float64, generator=generator)
+            .to(device, dtype)
+            .requires_grad_()
+            for n, h in shapes
+        )  # type: ignore[return-value]
+
+    def mask(self, device: str = "cpu") -> Tensor | None:
+        """A random key padding mask, or None."""
+        if not self.padding:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        drawn = torch.rand(self.batch, self.key_length, generator=generator)
+        return (drawn < self.padding).to(device)
+
+    def run(
+        self,
+        backend: str | None,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        *,
+        lse_gradient: bool = True,
+        attention: Callable[..., Any] = dilated_attention,
+    ) -> dict[str, Tensor]:
+        """Outputs and, for a random upstream gradient, the gradients."""
+        torch.manual_seed(self.seed)
+        out, lse = attention(
+            *tensors,
+            self.pattern,
+            is_causal=self.is_causal,
+            key_padding_mask=self.mask(str(tensors[0].device)),
+            dropout_p=self.dropout_p,
+            enable_gqa=True,
+            return_lse=True,
+            backend=backend,
+            **self.options,
+        )
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        upstream = [
+            torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device, x.dtype)
+            for x in (out, lse)
+        ]
+        upstream[1] = upstream[1].masked_fill(lse == -torch.inf, 0.0)
+        outputs = [out, lse] if lse_gradient else [out]
+        grads = torch.autograd.grad(outputs, tensors, upstream[: len(outputs)])
+        names = ("out", "lse", "dq", "dk", "dv")
+        return dict(zip(names, (out, lse, *grads), strict=True))
+
+
+@st.composite
+def patterns(draw: st.DrawFn, max_segment: int = 23, max_rate: int = 7) -> DilatedPattern:
+    """Any small pattern: rates that do not divide segments, above them, repeated, unordered."""
+    branches = draw(st.integers(1, 4))
+    lists = st.lists(st.integers(1, max_segment), min_size=branches, max_size=branches)
+    rates = st.lists(st.integers(1, max_rate), min_size=branches, max_size=branches)
+    return DilatedPattern(
+        draw(lists),
+        draw(rates),
+        head_offsets=draw(st.sampled_from(["interleaved", "blocked"])),
+        head_groups=draw(st.sampled_from(["shared", "shared", "split"])),
+        count_padding=draw(st.booleans()),
+    )
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, *, max_length: int = 41, dropout: bool = True, cross: bool = True
+) -> Problem:
+    """Any small problem over the full cross product of options."""
+    pattern = draw(patterns())
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 3))
+    if pattern.head_groups == "split" and heads < len(pattern.segment_lengths):
+        kv_heads = heads = len(pattern.segment_lengths)
+    is_causal = draw(st.booleans())
+    key_length = draw(st.integers(0, max_length))
+    length = key_length
+    if cross and draw(st.booleans()):
+        length = draw(st.integers(0, key_length if is_causal else max_length))
+    return Problem(
+        pattern,
+        batch=draw(st.integers(0, 3)),
+        length=length,
+        key_length=key_length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([1, 3, 8])),
+        is_causal=is_causal,
+        padding=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.4])) if dropout else 0.0,
+        seed=draw(st.integers(0, 2**31)),
+    )
