@@ -1,6 +1,7 @@
 """Dilated attention for PyTorch: exact, linear in length, with exact gradients."""
 
 from dilated_core.__about__ import __version__
+from dilated_core._cache import DilatedKVCache
 from dilated_core._functional import (
     dilated_attention,
     dilated_attention_varlen,
@@ -15,6 +16,7 @@ __all__ = [
     "BackendChoice",
     "Branch",
     "DilatedAttention",
+    "DilatedKVCache",
     "DilatedPattern",
     "MultiheadDilatedAttention",
     "Partial",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_core import _checks, _reference
+from dilated_core._cache import DilatedKVCache
 from dilated_core._functional import dilated_attention
 from dilated_core._inputs import Options
 from dilated_core._pattern import DilatedPattern
@@ -208,6 +209,7 @@ class MultiheadDilatedAttention(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
+        cache: DilatedKVCache | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -219,13 +221,18 @@ class MultiheadDilatedAttention(nn.Module):
             is_causal: hide the keys after each query; the queries are the last N positions.
             key_padding_mask: (B, M) bool, True = ignore.
             need_weights: also return the effective weights (B, H, N, M), for short inputs.
-            positions: (M,) int64 positions of the keys for the position embedding; 0 ... M - 1
-                when None. The queries take the last N when causal, otherwise the first N.
+            cache: decoding state that the new rows are appended to; causal self-attention of
+                rows that follow those in the cache.
+            positions: (M,) int64 positions of the keys for the position embedding; when None they
+                count from 0, or from the cache's length. The queries take the last N when causal,
+                otherwise the first N.
 
         Returns:
             (output (B, N, embed_dim), weights or None).
         """
         self._check_input("query", query)
+        if cache is not None:
+            self._check_cached(cache, key, value, is_causal, need_weights)
         key = query if key is None else key
         value = key if value is None else value
         self._check_input("key", key)
@@ -234,10 +241,15 @@ class MultiheadDilatedAttention(nn.Module):
         k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.position_embedding is not None:
-            q, k = self.position_embedding(q, k, *self._positions(positions, q, k, is_causal))
+            start = 0 if cache is None else cache.length
+            q, k = self.position_embedding(q, k, *_positions(positions, start, q, k, is_causal))
         elif positions is not None:
             raise ValueError("positions must be None without a position_embedding. Got a Tensor.")
-        out = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
+        if cache is not None:
+            scale = cast(DilatedAttention, self.attention).scale
+            out = cache.attend(q, k, v, scale=scale, key_padding_mask=key_padding_mask)
+        else:
+            out = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
         out = out.flatten(-2)
         if self.inner_norm is not None:
             out = self.inner_norm(out)
@@ -253,20 +265,37 @@ class MultiheadDilatedAttention(nn.Module):
                 f"Got {tuple(x.shape)}."
             )
 
-    def _positions(
-        self, positions: Tensor | None, q: Tensor, k: Tensor, is_causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        length, key_length = q.shape[1], k.shape[1]
-        if positions is None:
-            count = key_length if is_causal else max(length, key_length)
-            positions = torch.arange(count, device=q.device)
-        elif positions.shape != (key_length,):
+    def _check_cached(
+        self,
+        cache: DilatedKVCache,
+        key: Tensor | None,
+        value: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> None:
+        if not isinstance(cache, DilatedKVCache):
+            raise TypeError(f"cache must be a DilatedKVCache. Got {type(cache).__name__}.")
+        if not isinstance(self.attention, DilatedAttention):
             raise ValueError(
-                f"positions must have shape (key length,)={(key_length,)}. "
-                f"Got {tuple(positions.shape)}."
+                "cache must be None with an injected attention. "
+                f"Got a cache with {type(self.attention).__name__}."
             )
-        start = key_length - length if is_causal else 0
-        return positions[start : start + length], positions[:key_length]
+        if cache.pattern != self.attention.pattern:
+            raise ValueError(
+                f"cache must have the attention's pattern {self.attention.pattern}. "
+                f"Got {cache.pattern}."
+            )
+        if not is_causal or need_weights or key is not None or value is not None:
+            raise ValueError(
+                "cache must be None except in causal self-attention without need_weights. "
+                f"Got is_causal={is_causal}, need_weights={need_weights}, "
+                f"key {'None' if key is None else 'given'}."
+            )
+        if self.training and self.attention.dropout > 0:
+            raise ValueError(
+                f"cache must be None while training with dropout={self.attention.dropout}: "
+                "call eval() first."
+            )
 
     def _weights(
         self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None
@@ -279,6 +308,23 @@ class MultiheadDilatedAttention(nn.Module):
         return self.attention.effective_weights(
             q, k, is_causal=is_causal, key_padding_mask=key_padding_mask
         )
+
+
+def _positions(
+    positions: Tensor | None, start: int, q: Tensor, k: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The positions of queries and keys."""
+    length, key_length = q.shape[1], k.shape[1]
+    if positions is None:
+        count = key_length if is_causal else max(length, key_length)
+        positions = torch.arange(start, start + count, device=q.device)
+    elif positions.shape != (key_length,):
+        raise ValueError(
+            f"positions must have shape (key length,)={(key_length,)}. "
+            f"Got {tuple(positions.shape)}."
+        )
+    first = key_length - length if is_causal else 0
+    return positions[first : first + length], positions[:key_length]
 
 
 def _check_dropout(dropout: float) -> None:

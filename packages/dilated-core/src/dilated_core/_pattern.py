@@ -1,7 +1,9 @@
 """The dilated attention pattern: which keys a query sees, and how often."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -64,6 +66,7 @@ class DilatedPattern:
     head_offsets: HeadOffsets
     head_groups: HeadGroups
     count_padding: bool
+    _code: str = field(repr=False, compare=False)
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class DilatedPattern:
         object.__setattr__(self, "head_offsets", head_offsets)
         object.__setattr__(self, "head_groups", head_groups)
         object.__setattr__(self, "count_padding", _checks.boolean("count_padding", count_padding))
+        # Made once: torch.compile does not trace json.
+        object.__setattr__(self, "_code", json.dumps(self.to_dict()))
 
     @classmethod
     def longnet(
@@ -106,6 +111,11 @@ class DilatedPattern:
         while segment_length * rates[-1] < max_length:
             rates.append(rates[-1] * growth)
         return cls([segment_length * r for r in rates], rates, head_offsets=head_offsets)
+
+    @property
+    def code(self) -> str:
+        """The pattern as a string, the form in which custom operators take it."""
+        return self._code
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -224,6 +234,12 @@ class DilatedPattern:
         if missing := known - set(data):
             raise ValueError(f"data must have the keys {sorted(known)}. Missing {sorted(missing)}.")
         return cls(**data)
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_code(code: str) -> "DilatedPattern":
+        """The pattern of a `code`."""
+        return DilatedPattern.from_dict(json.loads(code))
 
     def __repr__(self) -> str:
         parts = [f"{list(self.segment_lengths)}", f"{list(self.dilation_rates)}"]

@@ -8,6 +8,7 @@ math that carries a task out does not know which pattern it serves.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from math import lcm
 
 from dilated_core._pattern import DilatedPattern
@@ -53,36 +54,31 @@ class Task:
 @lru_cache(maxsize=256)
 def schedule(
     pattern: DilatedPattern,
-    query_length: int,
-    key_length: int,
+    queries: range,
+    keys: range,
     heads: int,
     kv_heads: int,
     is_causal: bool,
 ) -> tuple[Task, ...]:
-    """The tasks whose merged partials are dilated attention.
+    """The tasks whose merged partials are the attention of a span of queries to a span of keys.
 
-    When causal the queries are the last `query_length` of the key positions; otherwise both count
-    from position 0. Row numbers in a task are local: they index the query and key tensors.
+    Spans are global positions; row numbers in a task are local: they index the spans.
     """
-    query_start = key_length - query_length if is_causal else 0
     tasks: list[Task] = []
     for (w, r), branch_heads in zip(pattern.branches, pattern.branch_heads(heads), strict=True):
-        slots = -(-min(w, key_length) // r) if pattern.count_padding and not is_causal else 0
+        slots = -(-min(w, keys.stop) // r) if pattern.count_padding and not is_causal else 0
         for offset in range(min(r, w)):
             members = [h for h in branch_heads if pattern.head_offset(h, heads, r) == offset]
-            strides = list(_head_strides(members, heads // kv_heads))
+            strides = list(head_strides(members, heads // kv_heads))
             if strides:
-                query_span = range(query_start, query_start + query_length)
-                for queries, keys, causal in _segments(
-                    w, r, offset, query_span, key_length, is_causal
-                ):
-                    zero_keys = max(0, slots - keys.count)
-                    if keys.count or zero_keys:
-                        tasks += [Task(queries, keys, s, causal, zero_keys) for s in strides]
+                for q, k, causal in _segments(w, r, offset, queries, keys, is_causal):
+                    zero_keys = max(0, slots - k.count)
+                    if k.count or zero_keys:
+                        tasks += [Task(q, k, stride, causal, zero_keys) for stride in strides]
     return tuple(tasks)
 
 
-def _head_strides(members: list[int], group: int) -> Iterator[Heads]:
+def head_strides(members: list[int], group: int) -> Iterator[Heads]:
     """Split evenly spaced query heads into strides whose key heads are distinct and evenly spaced.
 
     Query head h reads key head h // group.
@@ -97,30 +93,36 @@ def _head_strides(members: list[int], group: int) -> Iterator[Heads]:
 
 
 def _segments(
-    w: int, r: int, offset: int, query_span: range, key_length: int, is_causal: bool
+    w: int, r: int, offset: int, queries: range, keys: range, is_causal: bool
 ) -> Iterator[tuple[Runs, Runs, bool]]:
     """The (query runs, key runs, is_causal) of one branch and offset, in local rows."""
-    lo, hi = query_span.start, query_span.stop
-    if lo == hi:
+    if not queries:
         return
     # Segments that lie wholly inside both spans are alike and go as one task.
-    whole = range(-(-lo // w), min(hi, key_length) // w)
+    start, stop = max(queries.start, keys.start), min(queries.stop, keys.stop)
+    whole = range(-(-start // w), stop // w)
     if whole and offset < w:
         runs = Runs(whole.start * w + offset, r, -(-(w - offset) // r), len(whole), w)
-        yield replace(runs, start=runs.start - lo), runs, is_causal
-    for segment in range(lo // w, -(-hi // w)):
-        if segment in whole:
-            continue
-        first = segment * w + offset
-        keys = _clip(first, r, first - offset, min(first - offset + w, key_length))
-        queries = _clip(first, r, max(first - offset, lo), min(first - offset + w, hi))
-        if queries.count:
-            local = replace(queries, start=queries.start - lo)
-            yield from _align(local, keys, (queries.start - keys.start) // r, is_causal)
+        yield _local(runs, queries), _local(runs, keys), is_causal
+    first, last = queries.start // w, -(-queries.stop // w)
+    if not whole:
+        whole = range(first, first)
+    for segment in chain(range(first, whole.start), range(whole.stop, last)):
+        span = range(segment * w, segment * w + w)
+        q = _clip(span.start + offset, r, span, queries)
+        k = _clip(span.start + offset, r, span, keys)
+        if q.count:
+            earlier = (q.start - k.start) // r
+            yield from _align(_local(q, queries), _local(k, keys), earlier, is_causal)
 
 
-def _clip(first: int, step: int, lo: int, hi: int) -> Runs:
-    """The run first, first + step, ... cut to lo <= row < hi."""
+def _local(runs: Runs, span: range) -> Runs:
+    return replace(runs, start=runs.start - span.start)
+
+
+def _clip(first: int, step: int, segment: range, span: range) -> Runs:
+    """The run first, first + step, ... cut to the rows of a segment that lie in a span."""
+    lo, hi = max(segment.start, span.start), min(segment.stop, span.stop)
     start = first + max(0, -(-(lo - first) // step)) * step
     return Runs(start, step, max(0, -(-(hi - start) // step)))
 

@@ -5,11 +5,9 @@ gathered: a task's rows are a view, and its results are merged at once into one 
 B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -34,8 +32,37 @@ def attend(
     """
     out, lse = _forward(
         query, key, value, options.key_padding_mask, options.seed, cu_seqlens,
-        json.dumps(options.pattern.to_dict()), options.is_causal, options.scale, options.dropout_p,
+        options.pattern.code, options.is_causal, options.scale, options.dropout_p,
     )  # fmt: skip
+    return Partial(out, lse)
+
+
+def attend_rows(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    start: int = 0,
+) -> Partial:
+    """`attend` without gradients, outside of any operator; out is in the accumulation dtype.
+
+    Args:
+        options: what to compute.
+        query: (B, N, H, D).
+        key: (B, M, H_kv, D).
+        value: (B, M, H_kv, D).
+        cu_seqlens: as in `attend`.
+        start: global position of the first key.
+    """
+    out = torch.zeros(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
+    lse = _empty_lse(query).fill_(-math.inf)
+    query, key, value = map(_unit_stride, (query, key, value))
+    for place, queries, keys in _places(
+        options, cu_seqlens, [query, out, _rows(lse)], [key, value]
+    ):
+        _attend_into(replace(place, key_start=start), *queries, *keys)
     return Partial(out, lse)
 
 
@@ -52,14 +79,10 @@ def _forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.zeros(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
-    lse = _empty_lse(query).fill_(-math.inf)
-    query, key, value = map(_unit_stride, (query, key, value))
-    options = Options(_decode(pattern), is_causal, scale, key_padding_mask, dropout_p, seed)
-    for place, queries, keys in _places(
-        options, cu_seqlens, [query, out, _rows(lse)], [key, value]
-    ):
-        _attend_into(place, *queries, *keys)
+    options = Options(
+        DilatedPattern.from_code(pattern), is_causal, scale, key_padding_mask, dropout_p, seed
+    )
+    out, lse = attend_rows(options, query, key, value, cu_seqlens)
     return out.to(query.dtype), lse
 
 
@@ -83,7 +106,9 @@ def _backward(
     dtype = accumulate_dtype(query.dtype)
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
     grad_out, query, key, value = map(_unit_stride, (grad_out, query, key, value))
-    options = Options(_decode(pattern), is_causal, scale, key_padding_mask, dropout_p, seed)
+    options = Options(
+        DilatedPattern.from_code(pattern), is_causal, scale, key_padding_mask, dropout_p, seed
+    )
     queries = [query, out, grad_out, grads[0], _rows(lse)]
     if grad_lse is not None:
         queries.append(_rows(grad_lse).contiguous())
@@ -137,16 +162,21 @@ class Place:
     key_length: int
     heads: int
     kv_heads: int
+    key_start: int = 0
 
     @property
     def query_start(self) -> int:
-        """Position of the first query; keys start at position 0."""
-        return self.key_length - self.query_length if self.options.is_causal else 0
+        """Position of the first query: when causal, the queries end where the keys end."""
+        earlier = self.key_length - self.query_length if self.options.is_causal else 0
+        return self.key_start + earlier
 
     def tasks(self) -> tuple[Task, ...]:
         """The schedule of this sequence."""
-        sizes = self.query_length, self.key_length, self.heads, self.kv_heads
-        return schedule(self.options.pattern, *sizes, self.options.is_causal)
+        queries = range(self.query_start, self.query_start + self.query_length)
+        keys = range(self.key_start, self.key_start + self.key_length)
+        return schedule(
+            self.options.pattern, queries, keys, self.heads, self.kv_heads, self.options.is_causal
+        )
 
     def calls(self, task: Task, *views: Tensor) -> Iterator[tuple[_dense.Rows, list[Tensor]]]:
         """The pieces of a task's views, each with how its rows attend."""
@@ -171,7 +201,7 @@ class _Keep:
     def __init__(self, place: Place, task: Task, batch: Tensor, group: Tensor) -> None:
         assert place.options.seed is not None
         self._seed, self._dropout_p = int(place.options.seed), place.options.dropout_p
-        self._query_start, self._task = place.query_start, task
+        self._place, self._task = place, task
         self._batch, self._group = batch, group
 
     def __call__(self, rows: range) -> Tensor:
@@ -184,8 +214,9 @@ class _Keep:
             self._dropout_p,
             self._batch[:, None, None, None],
             head[:, None, None],
-            self._query_start + self._positions(task.queries, row)[:, None, :, None],
-            self._positions(keys, torch.arange(keys.count, device=device))[:, None, None, :],
+            self._place.query_start + self._positions(task.queries, row)[:, None, :, None],
+            self._place.key_start
+            + self._positions(keys, torch.arange(keys.count, device=device))[:, None, None, :],
         )
 
     def _positions(self, runs: Runs, row: Tensor) -> Tensor:
@@ -209,11 +240,6 @@ def _places(
             [x[:, start:stop] for x in queries],
             [x[:, start:stop] for x in keys],
         )
-
-
-@lru_cache(maxsize=256)
-def _decode(pattern: str) -> DilatedPattern:
-    return DilatedPattern.from_dict(json.loads(pattern))
 
 
 def _empty_lse(query: Tensor) -> Tensor:

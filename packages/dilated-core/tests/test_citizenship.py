@@ -1,0 +1,229 @@
+"""A torch citizen: compile, export, autocast, checkpointing, pickling, threads, empty inputs."""
+
+import copy
+import multiprocessing
+import operator
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from dilated_core import (
+    DilatedAttention,
+    DilatedPattern,
+    MultiheadDilatedAttention,
+    dilated_attention,
+    dilated_attention_varlen,
+)
+from dilated_core._torch_backend import _backward, _forward
+from dilated_testing import Problem, relative_error
+
+PATTERN = DilatedPattern([5, 11], [1, 2])
+
+
+def qkv(length=23, batch=2, dtype=torch.float64):
+    return tuple(torch.randn(batch, length, 3, 7, dtype=dtype, requires_grad=True) for _ in "qkv")
+
+
+def problem(**options):
+    defaults = {
+        "batch": 2, "length": 23, "key_length": 23, "heads": 4, "kv_heads": 2, "head_dim": 3,
+        "is_causal": True, "padding": 0.3, "dropout_p": 0.0, "seed": 3,
+    }  # fmt: skip
+    return Problem(PATTERN, **(defaults | options))
+
+
+# torch.compile itself warns of its own deprecations; ours would still be errors elsewhere.
+compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+
+@compiling
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4}, {"is_causal": False, "padding": 0.0}])
+def test_compile_fullgraph_equals_eager(options):
+    torch.compiler.reset()
+    case = problem(**options)
+    compiled = torch.compile(dilated_attention, fullgraph=True, backend="aot_eager")
+    eager = case.run(None, case.tensors())
+    actual = case.run(None, case.tensors(), attention=compiled)
+    if case.dropout_p:
+        # The compiler draws its own seed; what must hold is that backward uses forward's.
+        assert actual["dq"].isfinite().all()
+    else:
+        for name, expected in eager.items():
+            assert relative_error(actual[name], expected) < 1e-10, name
+
+
+@compiling
+def test_compile_does_not_recompile_for_another_batch():
+    torch.compiler.reset()
+    layer = MultiheadDilatedAttention(48, 6, PATTERN)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 23, 48)
+        torch.testing.assert_close(compiled(x, is_causal=True)[0], layer(x, is_causal=True)[0])
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+
+
+@compiling
+def test_compile_packed_sequences():
+    torch.compiler.reset()
+    q, k, v = (x.detach()[0].requires_grad_() for x in qkv())
+    ends = torch.tensor([0, 7, 23])
+    compiled = torch.compile(dilated_attention_varlen, fullgraph=True, backend="aot_eager")
+    expected = dilated_attention_varlen(q, k, v, ends, PATTERN)
+    assert relative_error(compiled(q, k, v, ends, PATTERN), expected) < 1e-10
+
+
+@compiling
+def test_operators_pass_opcheck():
+    q, k, v = qkv()
+    mask = torch.rand(2, 23) < 0.3
+    rest = (mask, torch.tensor(5), None, PATTERN.code, False, 0.3, 0.25)
+    torch.library.opcheck(_forward, (q, k, v, *rest))
+    out, lse = _forward(q, k, v, *rest)
+    detached = [x.detach() for x in (q, k, v, out, lse)]
+    for grad_lse in (None, torch.randn_like(detached[4])):
+        arguments = (torch.randn_like(detached[3]), grad_lse, *detached, *rest)
+        torch.library.opcheck(_backward, arguments)
+
+
+@compiling
+def test_export_of_a_module():
+    layer = MultiheadDilatedAttention(48, 6, PATTERN).eval()
+
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, is_causal=True)[0]
+
+    x = torch.randn(2, 23, 48)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Causal(), (x,), dynamic_shapes={"x": {0: batch}})
+    torch.testing.assert_close(program.module()(x), layer(x, is_causal=True)[0])
+    more = torch.randn(5, 23, 48)
+    torch.testing.assert_close(program.module()(more), layer(more, is_causal=True)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype(dtype):
+    q, k, v = qkv(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = dilated_attention(q, k, v, PATTERN)
+        packed = dilated_attention_varlen(q[0], k[0], v[0], torch.tensor([0, 23]), PATTERN)
+    assert out.dtype == packed.dtype == dtype
+    low = dilated_attention(*(x.to(dtype) for x in (q, k, v)), PATTERN)
+    assert torch.equal(out, low)
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert all(g.dtype == torch.float32 for g in grads)
+    with torch.autocast("cpu", dtype=dtype):
+        assert dilated_attention(*qkv(), PATTERN).dtype == torch.float64
+
+
+def test_meta_tensors_have_shapes():
+    q = torch.randn(2, 23, 6, 8, device="meta")
+    k = torch.randn(2, 23, 2, 8, device="meta")
+    out, lse = dilated_attention(q, k, k, PATTERN, enable_gqa=True, return_lse=True)
+    assert (out.shape, out.device.type) == (q.shape, "meta")
+    assert lse.shape == (2, 6, 23)
+    layer = MultiheadDilatedAttention(48, 6, PATTERN, device="meta")
+    assert layer(torch.randn(2, 23, 48, device="meta"))[0].shape == (2, 23, 48)
+
+
+def test_deepcopy_pickle_and_state_dict():
+    layer = MultiheadDilatedAttention(48, 6, PATTERN, dropout=0.1).eval()
+    x = torch.randn(2, 23, 48)
+    expected = layer(x)[0]
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x)[0], expected)
+    fresh = MultiheadDilatedAttention(48, 6, PATTERN).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x)[0], expected)
+    assert set(layer.state_dict()) == {
+        f"{name}.{part}"
+        for name in ("q_proj", "k_proj", "v_proj", "inner_norm", "out_proj")
+        for part in ("weight", "bias")
+    }
+
+
+def test_a_module_travels_to_a_spawned_process():
+    layer = MultiheadDilatedAttention(48, 6, PATTERN).requires_grad_(False)
+    x = torch.randn(1, 7, 48)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        out, _ = pool.apply(operator.call, (layer, x))
+    torch.testing.assert_close(out, layer(x)[0])
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    layer = MultiheadDilatedAttention(48, 6, PATTERN, dropout=0.3)
+    x = torch.randn(2, 23, 48, requires_grad=True)
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        if checkpointed:
+            out = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
+        else:
+            out = layer(x)[0]
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(out, [x, *layer.parameters()], torch.randn(2, 23, 48)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inference_mode():
+    layer = MultiheadDilatedAttention(48, 6, PATTERN).eval()
+    x = torch.randn(2, 23, 48)
+    with torch.inference_mode():
+        out = layer(x)[0]
+    assert out.is_inference()
+    torch.testing.assert_close(out.clone(), layer(x)[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "key_length"), [(0, 23, 23), (2, 0, 0), (2, 0, 7), (2, 7, 0), (0, 0, 0)]
+)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_empty_inputs_give_empty_or_zero_outputs(batch, length, key_length, backend):
+    q = torch.randn(batch, length, 3, 5, requires_grad=True)
+    k = torch.randn(batch, key_length, 3, 5, requires_grad=True)
+    out, lse = dilated_attention(q, k, k, PATTERN, return_lse=True, backend=backend)
+    assert out.shape == q.shape
+    assert lse.shape == (batch, 3, length)
+    if not key_length:
+        assert not out.any()
+        assert (lse == -torch.inf).all()
+    dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert not dq.any() or key_length
+    assert dk.shape == k.shape
+
+
+def test_one_token():
+    q, k, v = qkv(length=1)
+    out = dilated_attention(q, k, v, DilatedPattern([5], [1]), is_causal=True)
+    torch.testing.assert_close(out, v)
+
+
+def test_threads_agree():
+    layer = DilatedAttention(PATTERN)
+    inputs = [qkv(length=length) for length in range(1, 33)]
+    expected = [layer(*x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        actual = list(pool.map(lambda x: layer(*x), inputs))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_only_where_they_are_wanted():
+    q, k, v = qkv()
+    for wanted in (q, k, v):
+        inputs = [x if x is wanted else x.detach() for x in (q, k, v)]
+        (grad,) = torch.autograd.grad(dilated_attention(*inputs, PATTERN).sum(), wanted)
+        assert grad.shape == wanted.shape
