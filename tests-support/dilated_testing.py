@@ -103,13 +103,21 @@ class Problem:
 
 @st.composite
 def patterns(draw: st.DrawFn, max_segment: int = 23, max_rate: int = 7) -> DilatedPattern:
-    """Any small pattern: rates that do not divide segments, above them, repeated, unordered."""
+    """Any small pattern: rates that do not divide segments, above them, repeated, unordered.
+
+    One in four nests with doubling rates, for which there are schedules of their own.
+    """
     branches = draw(st.integers(1, 4))
-    lists = st.lists(st.integers(1, max_segment), min_size=branches, max_size=branches)
-    rates = st.lists(st.integers(1, max_rate), min_size=branches, max_size=branches)
+    if draw(st.integers(0, 3)) == 0:
+        first = draw(st.integers(1, 2))
+        rates = [first * 2**k for k in range(branches)]
+        lengths = [rates[-1] * draw(st.integers(1, 2))]
+        for _ in rates[1:]:
+            lengths.append(lengths[-1] * draw(st.integers(2, 3)))
+        return DilatedPattern(lengths, rates)
     return DilatedPattern(
-        draw(lists),
-        draw(rates),
+        draw(st.lists(st.integers(1, max_segment), min_size=branches, max_size=branches)),
+        draw(st.lists(st.integers(1, max_rate), min_size=branches, max_size=branches)),
         head_offsets=draw(st.sampled_from(["interleaved", "blocked"])),
         head_groups=draw(st.sampled_from(["shared", "shared", "split"])),
         count_padding=draw(st.booleans()),
@@ -118,7 +126,7 @@ def patterns(draw: st.DrawFn, max_segment: int = 23, max_rate: int = 7) -> Dilat
 
 @st.composite
 def problems(
-    draw: st.DrawFn, *, max_length: int = 41, dropout: bool = True, cross: bool = True
+    draw: st.DrawFn, *, max_length: int = 47, dropout: bool = True, cross: bool = True
 ) -> Problem:
     """Any small problem over the full cross product of options."""
     pattern = draw(patterns())

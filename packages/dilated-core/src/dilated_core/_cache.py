@@ -16,7 +16,7 @@ from dilated_core import _dense
 from dilated_core._inputs import Options, check_options, check_padding_mask, check_tensors
 from dilated_core._partial import Partial, merge_
 from dilated_core._pattern import DilatedPattern
-from dilated_core._schedule import head_strides
+from dilated_core._runs import head_strides
 from dilated_core._torch_backend import attend_rows
 
 

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 
     Attributes:
         scale: factor on the scores.
-        is_causal: key i is hidden from the query rows before row i; the two lengths are equal.
+        is_causal: key i is hidden from the query rows before row i.
         key_mask: (b, m), True = ignore, or None.
         keep: maps a range of query rows to a bool mask (b, h, rows, m) of the attention weights
             that dropout keeps, or None.
@@ -44,7 +44,7 @@ def attend(rows: Rows, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         out, lse = _FLASH(query, key, value, 0.0, rows.is_causal, attn_mask=mask, scale=rows.scale)
         if rows.key_mask is not None:
             # The operator reports lse 0 for a row that sees nothing.
-            lse = lse.masked_fill(_sees_nothing(rows), -math.inf)
+            lse = lse.masked_fill(_sees_nothing(rows, query.shape[2]), -math.inf)
         return Partial(out, lse)
     return _attend_in_chunks(rows, query, key, value)
 
@@ -78,12 +78,14 @@ def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return zeros.masked_fill_(key_mask, -math.inf)[:, None, None, :]
 
 
-def _sees_nothing(rows: Rows) -> Tensor:
+def _sees_nothing(rows: Rows, length: int) -> Tensor:
     """(b, 1, n) or (b, 1, 1): query rows all of whose keys are masked."""
     assert rows.key_mask is not None
-    if rows.is_causal:
-        return rows.key_mask.cumprod(-1).bool()[:, None, :]
-    return rows.key_mask.all(-1)[:, None, None]
+    if not rows.is_causal:
+        return rows.key_mask.all(-1)[:, None, None]
+    masked_so_far = rows.key_mask.cumprod(-1).bool()
+    last = torch.arange(length, device=masked_so_far.device).clamp(max=masked_so_far.shape[1] - 1)
+    return masked_so_far[:, None, last]
 
 
 def _chunks(rows: Rows, query: Tensor, key: Tensor) -> Iterator[tuple[range, int]]:
@@ -92,7 +94,7 @@ def _chunks(rows: Rows, query: Tensor, key: Tensor) -> Iterator[tuple[range, int
     size = max(1, _CHUNK_SCORES // max(1, b * h * m))
     for start in range(0, n, size):
         chunk = range(start, min(n, start + size))
-        yield chunk, chunk.stop if rows.is_causal else m
+        yield chunk, min(chunk.stop, m) if rows.is_causal else m
 
 
 def _scores(rows: Rows, query: Tensor, key: Tensor, chunk: range) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from dilated_core._schedule import Runs
+from dilated_core._runs import Runs
 
 # Bounds the temporaries of one call, so that they stay in cache until they are merged.
 _CALL_ELEMENTS = 1 << 20

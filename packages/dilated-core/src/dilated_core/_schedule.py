@@ -1,54 +1,13 @@
-"""Schedules: a pattern as a list of dense attention tasks over strided runs of rows.
-
-Everything attended to is a strided run (start, step, count). A task repeats one pair of runs,
-queries and keys, over groups of equal shape (the segments of a branch) and a stride of heads; the
-math that carries a task out does not know which pattern it serves.
-"""
+"""Schedules: the attention of a span of queries to a span of keys as a list of dense tasks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
-from math import lcm
 
+from dilated_core._nested import nests, visit_once
 from dilated_core._pattern import DilatedPattern
-
-
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """`groups` strided runs of rows: row i of run g is start + g * group_step + i * step."""
-
-    start: int
-    step: int
-    count: int
-    groups: int = 1
-    group_step: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """A stride of query heads and the key heads they read, one to one."""
-
-    start: int
-    step: int
-    count: int
-    kv_start: int
-    kv_step: int
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Dense attention of each query run to the key run of its group.
-
-    `is_causal` hides key i of a run from the query rows before row i. `zero_keys` counts further
-    keys of score 0 and value 0.
-    """
-
-    queries: Runs
-    keys: Runs
-    heads: Heads
-    is_causal: bool
-    zero_keys: int = 0
+from dilated_core._runs import Runs, Task, head_strides
 
 
 @lru_cache(maxsize=256)
@@ -64,6 +23,8 @@ def schedule(
 
     Spans are global positions; row numbers in a task are local: they index the spans.
     """
+    if not is_causal and queries == keys and not keys.start and nests(pattern, heads):
+        return tuple(visit_once(pattern, len(keys), heads, kv_heads))
     tasks: list[Task] = []
     for (w, r), branch_heads in zip(pattern.branches, pattern.branch_heads(heads), strict=True):
         slots = -(-min(w, keys.stop) // r) if pattern.count_padding and not is_causal else 0
@@ -76,20 +37,6 @@ def schedule(
                     if k.count or zero_keys:
                         tasks += [Task(q, k, stride, causal, zero_keys) for stride in strides]
     return tuple(tasks)
-
-
-def head_strides(members: list[int], group: int) -> Iterator[Heads]:
-    """Split evenly spaced query heads into strides whose key heads are distinct and evenly spaced.
-
-    Query head h reads key head h // group.
-    """
-    if not members:
-        return
-    step = members[1] - members[0] if len(members) > 1 else 1
-    period = lcm(step, group)
-    for first in range(members[0], min(members[0] + period, members[-1] + 1), step):
-        count = (members[-1] - first) // period + 1
-        yield Heads(first, period, count, first // group, period // group)
 
 
 def _segments(

@@ -20,7 +20,8 @@ from dilated_core._inputs import Options
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge_
 from dilated_core._pattern import DilatedPattern
 from dilated_core._rows import calls, mask_view, row_view
-from dilated_core._schedule import Runs, Task, schedule
+from dilated_core._runs import Runs, Task
+from dilated_core._schedule import schedule
 
 
 def attend(
@@ -128,7 +129,10 @@ def _attend_into(
         if task.keys.count:
             views = q, o, lse_rows, *_key_views(task, key, value)
             for rows, (q_, o_, l_, k_, v_) in place.calls(task, *views):
-                merge_(Partial(o_, l_.squeeze(-1)), _dense.attend(rows, q_, k_, v_))
+                part = _dense.attend(rows, q_, k_, v_)
+                if task.multiplicity > 1:
+                    part = Partial(part.out, part.lse + math.log(task.multiplicity))
+                merge_(Partial(o_, l_.squeeze(-1)), part)
         if task.zero_keys:
             add_zero_keys_(Partial(o, lse_rows.squeeze(-1)), task.zero_keys)
 
@@ -145,7 +149,8 @@ def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tens
             for rows, pieces in place.calls(task, *views):
                 q, o, do, dq, lse, *dl = pieces[: len(queries)]
                 k, v, dk, dv = pieces[len(queries) :]
-                total = Partial(o, lse.squeeze(-1))
+                # A key that counts c times weighs c exp(score - lse) = exp(score - (lse - log c)).
+                total = Partial(o, lse.squeeze(-1) - math.log(task.multiplicity))
                 grad_lse = dl[0].squeeze(-1) if dl else None
                 parts = _dense.attend_backward(rows, do, grad_lse, q, k, v, total)
                 for grad, part in zip((dq, dk, dv), parts, strict=True):

@@ -1,0 +1,67 @@
+"""Strided runs of rows and heads, and tasks over them: what every schedule is made of.
+
+Everything attended to is a strided run (start, step, count). A task repeats one pair of runs,
+queries and keys, over groups of equal shape (the segments of a branch) and a stride of heads; the
+math that carries a task out does not know which pattern it serves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """`groups` strided runs of rows: row i of run g is start + g * group_step + i * step."""
+
+    start: int
+    step: int
+    count: int
+    groups: int = 1
+    group_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A stride of query heads and the key heads they read, one to one."""
+
+    start: int
+    step: int
+    count: int
+    kv_start: int
+    kv_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Dense attention of each query run to the key run of its group.
+
+    Attributes:
+        queries: the query rows.
+        keys: the key rows.
+        heads: the heads of both.
+        is_causal: key i of a run is hidden from the query rows before row i.
+        zero_keys: further keys of score 0 and value 0.
+        multiplicity: how often each key counts.
+    """
+
+    queries: Runs
+    keys: Runs
+    heads: Heads
+    is_causal: bool
+    zero_keys: int = 0
+    multiplicity: int = 1
+
+
+def head_strides(members: list[int], group: int) -> Iterator[Heads]:
+    """Split evenly spaced query heads into strides whose key heads are distinct and evenly spaced.
+
+    Query head h reads key head h // group.
+    """
+    if not members:
+        return
+    step = members[1] - members[0] if len(members) > 1 else 1
+    period = lcm(step, group)
+    for first in range(members[0], min(members[0] + period, members[-1] + 1), step):
+        count = (members[-1] - first) // period + 1
+        yield Heads(first, period, count, first // group, period // group)

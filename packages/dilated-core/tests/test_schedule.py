@@ -1,0 +1,78 @@
+"""Schedules show every query the keys of the definition, as often as it says."""
+
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from dilated_core import DilatedPattern
+from dilated_core._nested import nests
+from dilated_core._schedule import schedule
+from dilated_testing import patterns
+
+
+def shown(tasks, length, key_length, heads):
+    """How often the tasks show each key to each query, and the zero keys they add."""
+    count = torch.zeros(heads, length, key_length, dtype=torch.int64)
+    zero_keys = torch.zeros(heads, length, dtype=torch.int64)
+    for task in tasks:
+        for group in range(task.queries.groups):
+            rows, columns = (
+                [runs.start + group * runs.group_step + i * runs.step for i in range(runs.count)]
+                for runs in (task.queries, task.keys)
+            )
+            for j in range(task.heads.count):
+                head = task.heads.start + j * task.heads.step
+                for i, row in enumerate(rows):
+                    zero_keys[head, row] += task.zero_keys
+                    seen = columns[: i + 1] if task.is_causal else columns
+                    for column in seen:
+                        count[head, row, column] += task.multiplicity
+    return count, zero_keys
+
+
+@given(patterns(max_segment=13), st.integers(0, 29), st.integers(0, 29), st.booleans())
+def test_tasks_are_the_definition(pattern, length, key_length, is_causal):
+    heads = max(5, len(pattern.segment_lengths))
+    if is_causal:
+        length, key_length = sorted((length, key_length))
+    start = key_length - length if is_causal else 0
+    tasks = schedule(
+        pattern, range(start, start + length), range(key_length), heads, heads, is_causal
+    )
+    count, zero_keys = shown(tasks, length, key_length, heads)
+    options = {"is_causal": is_causal, "key_length": key_length}
+    assert torch.equal(count, pattern.multiplicity(length, heads, **options))
+    if not is_causal:
+        assert torch.equal(zero_keys, pattern.zero_keys(length, heads, key_length=key_length))
+
+
+@given(patterns(), st.integers(1, 41))
+def test_nesting_patterns_visit_each_key_once(pattern, length):
+    assume(nests(pattern, 5))
+    tasks = schedule(pattern, range(length), range(length), 5, 5, False)
+    once = [[t.queries, t.keys, t.heads, False, 0, 1] for t in tasks]
+    count, _ = shown([type(tasks[0])(*fields) for fields in once], length, length, 5)
+    assert count.max() <= 1
+    assert torch.equal(count, pattern.multiplicity(length, 5).clamp(max=1))
+
+
+def test_the_papers_growth_nests_and_gigapaths_does_not():
+    assert nests(DilatedPattern.longnet(32768), 12)
+    assert not nests(DilatedPattern([1024, 5792, 32768], [1, 2, 4]), 16)
+    assert not nests(DilatedPattern([2048, 4096, 8192], [1, 4, 6]), 12)
+    assert not nests(DilatedPattern([8, 16, 32], [1, 2, 4], count_padding=True), 4)
+    assert not nests(DilatedPattern([8, 16, 32], [1, 2, 4], head_offsets="blocked"), 8)
+
+
+def test_key_heads_follow_their_query_heads():
+    """Every task pairs query head h with key head h // group."""
+    pattern = DilatedPattern([7, 11], [2, 3])
+    for task in schedule(pattern, range(23), range(23), 12, 4, False):
+        for i in range(task.heads.count):
+            head = task.heads.start + i * task.heads.step
+            assert task.heads.kv_start + i * task.heads.kv_step == head // 3
+
+
+def test_a_long_sequence_needs_few_tasks():
+    tasks = schedule(DilatedPattern.longnet(2**20), range(2**20), range(2**20), 12, 12, True)
+    assert len(tasks) < 1000
