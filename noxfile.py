@@ -104,7 +104,9 @@ def alone(session: nox.Session, package: str) -> None:
 def demo(session: nox.Session) -> None:
     """Train a small LongNet on the standard library and evaluate it."""
     install(session, *editable("dilated-factory", *declared_siblings("dilated-factory")))
-    session.run("dilated", "demo", "--out", "demo-run", *session.posargs)
+    # Waiting threads sleep: spinning ones would slow each other down on a machine that is shared.
+    env = {"OMP_WAIT_POLICY": "PASSIVE"}
+    session.run("dilated", "demo", "--out", "demo-run", *session.posargs, env=env)
 
 
 @nox.session(default=False)

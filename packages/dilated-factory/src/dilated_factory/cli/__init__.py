@@ -1,0 +1,47 @@
+"""The `dilated` command line.
+
+Exit codes: 0 done; 1 the demo missed its margin; 2 the input cannot be used; 130 and 143 stopped
+by Ctrl-C and SIGTERM, after saving.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from dilated_factory.cli.app import app
+from dilated_factory.config import describe_invalid
+from dilated_factory.errors import InputError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code. Mistakes of the user are one line on stderr."""
+    import typer
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(arguments or ["--help"], prog_name="dilated", standalone_mode=False)
+    except InputError as error:
+        return _complain(str(error))
+    except ValidationError as error:
+        return _complain(describe_invalid(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("dilated: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        return _complain(str(error))
+    except Exception as error:
+        # Usage errors: their class lives in click or inside typer, depending on typer's version.
+        if not hasattr(error, "format_message"):
+            raise
+        return _complain(error.format_message())
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str) -> int:
+    print(f"dilated: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT

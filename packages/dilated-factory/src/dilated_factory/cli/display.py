@@ -1,0 +1,139 @@
+"""What training shows while it runs: a progress bar, or plain lines where there is no terminal."""
+
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dilated_factory.training.loop import StepMetrics
+
+# Plain lines go to logs; one each ten seconds is enough there.
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class TrainingDisplay(Protocol):
+    """A context manager that is shown every step."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def show(self, metrics: StepMetrics) -> None:
+        """Show one step."""
+
+
+def training_display(console: Console) -> TrainingDisplay:
+    """The display that suits the console."""
+    return _Bar(console) if console.is_terminal else _Lines(console)
+
+
+class _Smoothed:
+    """Loss and speed over recent steps, since a single step is noisy."""
+
+    def __init__(self) -> None:
+        self.bits = 0.0
+        self.bytes_per_second = 0.0
+        self.seconds_left: float | None = None
+        self._last: StepMetrics | None = None
+        self._first: StepMetrics | None = None
+
+    def update(self, now: StepMetrics) -> None:
+        weight = 0.1 if self._last else 1.0
+        self.bits += weight * (now.bits_per_byte - self.bits)
+        if self._first is None or self._last is None:
+            self._first = now
+            self.bytes_per_second = now.bytes_read / max(now.elapsed_seconds, 1e-9)
+        else:
+            seconds = max(now.elapsed_seconds - self._last.elapsed_seconds, 1e-9)
+            speed = (now.bytes_read - self._last.bytes_read) / seconds
+            self.bytes_per_second += weight * (speed - self.bytes_per_second)
+            done = max(now.progress - self._first.progress, 1e-9)
+            spent = now.elapsed_seconds - self._first.elapsed_seconds
+            self.seconds_left = spent / done * (1 - now.progress)
+        self._last = now
+
+
+class _Bar:
+    def __init__(self, console: Console) -> None:
+        self._smoothed = _Smoothed()
+        self._progress = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("[bold]{task.fields[bits]:.3f}[/] bits/byte"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("{task.fields[left]} left"),
+            console=console,
+        )
+        self._task = self._progress.add_task(
+            "train", total=1.0, step=0, bits=float("nan"), speed=0.0, left="?"
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, metrics: StepMetrics) -> None:
+        smoothed = self._smoothed
+        smoothed.update(metrics)
+        self._progress.update(
+            self._task,
+            completed=metrics.progress,
+            step=metrics.step,
+            bits=smoothed.bits,
+            speed=smoothed.bytes_per_second,
+            left=clock(smoothed.seconds_left),
+        )
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._smoothed = _Smoothed()
+        self._last_line = float("-inf")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return None
+
+    def show(self, metrics: StepMetrics) -> None:
+        smoothed = self._smoothed
+        smoothed.update(metrics)
+        now = time.monotonic()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and metrics.progress < 1:
+            return
+        self._last_line = now
+        self._console.print(
+            f"step {metrics.step}  {metrics.progress:.0%}  {smoothed.bits:.3f} bits/byte  "
+            f"{smoothed.bytes_per_second:,.0f} tokens/s  {clock(smoothed.seconds_left)} left",
+        )
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss; a question mark for None, not known yet."""
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,0 +1,93 @@
+"""`dilated evaluate`: held-out bits per byte against context."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from dilated_factory.cli.options import Device, parse_lengths
+from dilated_factory.cli.output import plain_console
+from dilated_factory.figures import save_context_curve
+from dilated_factory.trained import Evaluation, TrainedModel, evaluate_run, load_trained
+from dilated_factory.training.loop import select_device
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder of `dilated train`.")],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Files and folders to score; default: the held-out files of the run's corpus.",
+            show_default=False,
+        ),
+    ] = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(help="In bytes; default 512,1024,...,16384.", show_default=False),
+    ] = None,
+    max_bytes: Annotated[
+        int, typer.Option(min=1, help="About how many bytes to score at each context.")
+    ] = 131072,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Picture; default RUN/contexts.png.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+) -> int:
+    """Score held-out bytes at several contexts, beside byte Markov models.
+
+    The same bytes are scored at every context, each predicted from at least half a context and at
+    most one context of the bytes before it. The Markov models count the bytes that the model was
+    trained on and are scored on the same bytes.
+
+    Examples:
+        dilated evaluate runs/longnet
+
+        dilated evaluate runs/longnet README.md docs --contexts 256,4096 --json
+    """
+    trained = load_trained(run, device=select_device(device))
+    lengths = parse_lengths("--contexts", contexts)
+    evaluation = evaluate_run(trained, paths or (), contexts=lengths, max_bytes=max_bytes)
+    picture = out or run / "contexts.png"
+    trained_at = trained.run.config.model.context
+    save_context_curve(picture, evaluation.scores, evaluation.baselines, trained_at)
+    if as_json:
+        print(json.dumps(evaluation_record(trained, evaluation, picture)))
+        return 0
+    console = plain_console()
+    console.print(evaluation_table(evaluation))
+    if not evaluation.baselines:
+        console.print("no Markov models: the corpus of the run is gone or has changed")
+    console.print(f"bits per byte against context: {picture}", soft_wrap=True)
+    return 0
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row per context and per baseline."""
+    scored = evaluation.scores[0].scored_bytes
+    table = Table(title=f"Held-out bits per byte ({scored:,} bytes scored, the same in each row)")
+    table.add_column("model")
+    table.add_column("context, bytes", justify="right")
+    table.add_column("bits per byte", justify="right")
+    for score in evaluation.scores:
+        table.add_row("LongNet", f"{score.context}", f"{score.bits_per_byte:.3f}")
+    table.add_section()
+    for order, (name, bits) in enumerate(evaluation.baselines.items(), start=1):
+        table.add_row(name, f"{order}", f"{bits:.3f}")
+    return table
+
+
+def evaluation_record(
+    trained: TrainedModel, evaluation: Evaluation, picture: Path
+) -> dict[str, object]:
+    """The evaluation for machines."""
+    return {
+        "run": str(trained.run.path),
+        "step": trained.state.step,
+        "scored_bytes": evaluation.scores[0].scored_bytes,
+        "bits_per_byte": {score.context: score.bits_per_byte for score in evaluation.scores},
+        "baselines": evaluation.baselines,
+        "picture": str(picture),
+    }

@@ -1,0 +1,31 @@
+"""Options that several commands share, and parsers of their values."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from dilated_factory.errors import InputError
+
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...", show_default=True)
+]
+DtypeName = Literal["float32", "bfloat16"]
+
+
+def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Parse "256,1024" into (256, 1024); None stays None.
+
+    Raises:
+        InputError: a part is not a positive whole number.
+    """
+    if text is None:
+        return None
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise InputError(
+            f"{option} must be positive whole numbers separated by commas. Got {text!r}."
+        )
+    return values

@@ -1,0 +1,8 @@
+"""Where commands print: plain text, so that brackets in paths and samples stay as they are."""
+
+from rich.console import Console
+
+
+def plain_console() -> Console:
+    """A console that neither reads markup nor colours what looks like a number."""
+    return Console(markup=False, highlight=False)

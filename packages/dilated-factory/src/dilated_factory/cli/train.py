@@ -1,0 +1,182 @@
+"""`dilated train`: train a LongNet language model on the bytes of files."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from dilated_factory.cli.display import training_display
+from dilated_factory.cli.options import Device, DtypeName, parse_lengths
+from dilated_factory.cli.output import plain_console
+from dilated_factory.cli.signals import StopRequest
+from dilated_factory.config import FrozenConfig, TrainConfig, parse_config
+from dilated_factory.errors import RunError
+from dilated_factory.figures import save_loss_curve
+from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.loop import Trainer, select_device
+from dilated_factory.training.run_folder import RunFolder
+
+DEFAULT_MINUTES = 10.0
+
+
+def train(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Files and folders to learn from; default: the sources of Python's standard "
+            "library.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Run folder; must be new, except with --resume.")
+    ] = Path("runs/longnet"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint in --out, with its settings."
+        ),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps to take.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Train for this long instead; the default is 10.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Bytes per training sequence; default 8192.")
+    ] = None,
+    segment_lengths: Annotated[
+        str | None, typer.Option(help="Segment of each branch, as in 64,96,1024,8192.")
+    ] = None,
+    dilation_rates: Annotated[
+        str | None, typer.Option(help="Dilation of each branch, as in 1,1,4,16.")
+    ] = None,
+    head_offsets: Annotated[
+        Literal["interleaved", "blocked"] | None,
+        typer.Option(help="Which rows a head keeps: interleaved (default) or blocked."),
+    ] = None,
+    embed_dim: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Decoder blocks.")] = None,
+    positions: Annotated[
+        Literal["rotary", "xpos"] | None, typer.Option(help="Position embedding.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout rate, 0 to 1.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="float32, or bfloat16 mixed precision.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    device: Device = "cpu",
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+) -> int:
+    """Train a LongNet language model on the bytes of files.
+
+    One file in twenty is held out for `dilated evaluate`. Ctrl-C or SIGTERM saves and exits with
+    code 130 or 143; `--resume` goes on as if nothing had happened.
+
+    Examples:
+        dilated train --minutes 5
+
+        dilated train src docs --out runs/mine --context 16384 --segment-lengths 256,2048,16384
+        --dilation-rates 1,4,16
+
+        dilated train --out runs/mine --resume
+    """
+    model = {
+        "context": context,
+        "segment_lengths": parse_lengths("--segment-lengths", segment_lengths),
+        "dilation_rates": parse_lengths("--dilation-rates", dilation_rates),
+        "head_offsets": head_offsets,
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "num_layers": num_layers,
+        "positions": positions,
+        "dropout": dropout,
+    }
+    training = {
+        # Absolute, so that a run can be resumed and evaluated from another folder.
+        "paths": tuple(str(Path(path).resolve()) for path in paths) if paths else None,
+        "steps": steps,
+        "minutes": minutes,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    console = plain_console()
+    chosen = select_device(device)
+    if resume:
+        run = RunFolder.open(out)
+        _require_same(run.config.model, _given(model))
+        _require_same(run.config, _given(training))
+        trainer = Trainer(
+            run, _corpus(run.config, console), device=chosen, checkpoint_every=checkpoint_every
+        )
+        trainer.restore()
+    else:
+        if steps is None and minutes is None:
+            training["minutes"] = DEFAULT_MINUTES
+        config = parse_config(TrainConfig, {"model": _given(model), **_given(training)})
+        trainer = start_run(out, config, console, device=device, checkpoint_every=checkpoint_every)
+    return run_training(trainer, console)
+
+
+def start_run(
+    out: Path, config: TrainConfig, console: Console, *, device: str, checkpoint_every: int
+) -> Trainer:
+    """Check everything, then make the run folder and a trainer at step 0."""
+    chosen = select_device(device)
+    RunFolder.require_new(out)
+    corpus = _corpus(config, console)
+    return Trainer.start(out, config, corpus, device=chosen, checkpoint_every=checkpoint_every)
+
+
+def run_training(trainer: Trainer, console: Console) -> int:
+    """Train with a display until the end or a signal; return the exit code."""
+    run = trainer.run
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    console.print(
+        f"{parameters:,} parameters, context {run.config.model.context:,} bytes, "
+        f"{trainer.device}, from step {trainer.step}",
+    )
+    with StopRequest() as stop, training_display(console) as display:
+        done = trainer.train(on_step=display.show, should_stop=lambda: stop.requested)
+        metrics = run.read_metrics()
+        if metrics:
+            save_loss_curve(run.curves_path, metrics)
+    if done:
+        console.print(f"done: {trainer.step} steps. Loss curve: {run.curves_path}", soft_wrap=True)
+        console.print(f"next: dilated evaluate {run.path}", soft_wrap=True)
+        return 0
+    console.print(f"stopped after step {trainer.step}, saved.", soft_wrap=True)
+    console.print(f"to go on: dilated train --resume --out {run.path}", soft_wrap=True)
+    return stop.exit_code
+
+
+def _corpus(config: TrainConfig, console: Console) -> Corpus:
+    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    console.print(
+        f"corpus: {len(corpus.train) / 1e6:.1f} MB in {len(corpus.train_files)} files to train on, "
+        f"{len(corpus.validation) / 1e6:.1f} MB in {len(corpus.validation_files)} held out",
+        soft_wrap=True,
+    )
+    if corpus.skipped:
+        console.print(f"skipped {corpus.skipped} files that cannot be read")
+    return corpus
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _require_same(config: FrozenConfig, given: dict[str, Any]) -> None:
+    changed = [
+        f"{name} is {getattr(config, name)!r} there and {value!r} here"
+        for name, value in given.items()
+        if getattr(config, name) != value
+    ]
+    if changed:
+        raise RunError(f"the run folder is from another configuration: {'; '.join(changed)}.")

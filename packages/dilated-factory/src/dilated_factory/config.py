@@ -1,0 +1,141 @@
+"""Validated configuration of models and training: frozen data that round-trips through JSON."""
+
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dilated_core import DilatedPattern
+from dilated_factory.errors import InputError
+
+HeadOffsets = Literal["interleaved", "blocked"]
+Positions = Literal["rotary", "xpos"]
+Dtype = Literal["float32", "bfloat16"]
+Config = TypeVar("Config", bound="FrozenConfig")
+
+# Past this, the factors of xPos leave the range of float32: (2/7) ** (100 / 2) is 6e-28.
+XPOS_MAX_SPAN = 100
+
+
+class FrozenConfig(BaseModel):
+    """Base of all configurations: immutable, unknown keys and infinite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LongNetConfig(FrozenConfig):
+    """Shape of a LongNet language model.
+
+    Lengths are in tokens; with the default vocabulary of 256 a token is a byte.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    """
+
+    vocab_size: int = Field(default=256, ge=1)
+    embed_dim: int = Field(default=128, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    num_layers: int = Field(default=3, ge=1)
+    ffn_dim: int | None = Field(default=None, ge=1, description="None means 4 * embed_dim")
+    # Borders of the two dense branches coincide only every 192 positions: elsewhere each position
+    # sees the ones right before it, which lowers the loss by far more than the branch costs.
+    segment_lengths: tuple[int, ...] = (64, 96, 1024, 8192)
+    dilation_rates: tuple[int, ...] = (1, 1, 4, 16)
+    head_offsets: HeadOffsets = "interleaved"
+    context: int = Field(default=8192, ge=1, description="length that the model is trained at")
+    positions: Positions = "rotary"
+    rotary_base: float = Field(default=10000.0, gt=1)
+    xpos_scale_base: int = Field(default=512, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    tie_embeddings: bool = True
+    layer_norm_eps: float = Field(default=1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.embed_dim % (2 * self.num_heads):
+            raise ValueError(
+                "embed_dim must be a multiple of 2 * num_heads, so that every head has an even "
+                f"width to rotate. Got embed_dim={self.embed_dim}, num_heads={self.num_heads}."
+            )
+        _ = self.pattern  # raises its own message about lengths and rates
+        if self.context < min(self.segment_lengths):
+            raise ValueError(
+                "context must not be shorter than the smallest segment. "
+                f"Got context={self.context}, segment_lengths={self.segment_lengths}."
+            )
+        if self.positions == "xpos" and self.context > XPOS_MAX_SPAN * self.xpos_scale_base:
+            raise ValueError(
+                f"xpos_scale_base must be at least context / {XPOS_MAX_SPAN}. "
+                f"Got xpos_scale_base={self.xpos_scale_base}, context={self.context}."
+            )
+        return self
+
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The dilated-attention pattern of every layer."""
+        return DilatedPattern(
+            self.segment_lengths, self.dilation_rates, head_offsets=self.head_offsets
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer."""
+        return 4 * self.embed_dim if self.ffn_dim is None else self.ffn_dim
+
+
+class TrainConfig(FrozenConfig):
+    """Everything that decides a loss curve: model, corpus, batches, optimizer, duration, seed.
+
+    Exactly one of ``steps`` and ``minutes`` is given. With ``steps`` a run is reproducible step by
+    step; with ``minutes`` the learning rate follows the clock, so the number of steps depends on
+    the machine.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    """
+
+    model: LongNetConfig = LongNetConfig()
+    paths: tuple[str, ...] = Field(
+        default=(), description="files and folders; none means the standard library of Python"
+    )
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    steps: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=1, ge=1, description="sequences per step")
+    learning_rate: float = Field(default=8e-3, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the run")
+    gradient_clip: float = Field(default=0.3, gt=0)
+    dtype: Dtype = "float32"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(
+                "exactly one of steps and minutes is required. "
+                f"Got steps={self.steps}, minutes={self.minutes}."
+            )
+        return self
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """One line for a failed validation: every field, what it requires and what came."""
+    problems = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{field}: {message}. Got {problem['input']!r}." if field else message)
+    return " ".join(problems)
+
+
+def parse_config(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Build a configuration, with a one-line :class:`InputError` where pydantic writes many."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(describe_invalid(error)) from None

@@ -1,0 +1,64 @@
+"""Pictures: the loss curve of a run, and bits per byte against context."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dilated_factory.evaluation import ContextScore
+from dilated_factory.training.atomic import replacing
+
+
+def save_loss_curve(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Plot bits per byte against bytes read, each step and a running mean."""
+    figure, axes = _new_figure()
+    read = [record["bytes_read"] / 1e6 for record in metrics]
+    bits = [record["bits_per_byte"] for record in metrics]
+    axes.plot(read, bits, color="0.75", linewidth=0.8, label="each step")
+    axes.plot(read, _running_mean(bits), color="C0", label="running mean")
+    axes.set(xlabel="training bytes read, MB", ylabel="training loss, bits per byte")
+    axes.legend()
+    _save(figure, path)
+
+
+def save_context_curve(
+    path: Path, scores: Sequence[ContextScore], baselines: Mapping[str, float], trained_at: int
+) -> None:
+    """Plot held-out bits per byte against context, the baselines as horizontal lines."""
+    figure, axes = _new_figure()
+    contexts = [score.context for score in scores]
+    axes.plot(contexts, [score.bits_per_byte for score in scores], marker="o", label="LongNet")
+    for index, (name, bits) in enumerate(baselines.items(), start=1):
+        axes.axhline(bits, color=f"C{index}", linestyle="--", label=name)
+    axes.axvline(trained_at, color="0.75", linewidth=0.8, label="context in training")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.minorticks_off()
+    axes.set(xlabel="context, bytes", ylabel="held-out bits per byte")
+    axes.legend()
+    _save(figure, path)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean of the last twentieth of the values up to each, so that the end is not blurred."""
+    width = max(1, len(values) // 20)
+    means = []
+    total = 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - width] if index >= width else 0.0)
+        means.append(total / min(index + 1, width))
+    return means
+
+
+def _new_figure() -> tuple[Any, Any]:
+    # Figure itself, not pyplot: no global state and no window system.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -1,0 +1,121 @@
+"""A trained model out of its run folder, and its scores beside the Markov baselines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dilated_factory.baselines import MarkovModel
+from dilated_factory.errors import InputError, RunError
+from dilated_factory.evaluation import (
+    ContextScore,
+    evaluate_contexts,
+    fitting_contexts,
+    scored_sections,
+)
+from dilated_factory.longnet import LongNetLM
+from dilated_factory.training.batches import bytes_seen
+from dilated_factory.training.corpus import Corpus, load_bytes, load_corpus
+from dilated_factory.training.loop import autocast, initial_model, load_model
+from dilated_factory.training.run_folder import RunFolder, RunState
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The newest checkpoint of a run, on a device and ready to evaluate."""
+
+    run: RunFolder
+    model: LongNetLM
+    state: RunState
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out bits per byte at each context, and of each baseline on the same bytes.
+
+    There are no baselines if the corpus of the run is gone or has changed.
+    """
+
+    scores: list[ContextScore]
+    baselines: dict[str, float]
+
+
+def load_trained(path: str | Path, *, device: torch.device | str = "cpu") -> TrainedModel:
+    """Load the newest checkpoint of a run folder.
+
+    Raises:
+        RunError: no run folder, no checkpoint, or a damaged one.
+    """
+    run = RunFolder.open(path)
+    checkpoint = run.load()
+    model = initial_model(run.config)
+    load_model(model, checkpoint)
+    device = torch.device(device)
+    return TrainedModel(run, model.to(device).eval(), checkpoint.state, device)
+
+
+def evaluate_run(
+    trained: TrainedModel,
+    paths: Sequence[str | Path] = (),
+    *,
+    contexts: Sequence[int] | None = None,
+    max_bytes: int = 131072,
+) -> Evaluation:
+    """Score a trained model on held-out bytes, beside Markov models of order 1 and 2.
+
+    The Markov models count the very windows that the model was trained on.
+
+    Args:
+        trained: the model.
+        paths: files and folders to score instead of the held-out files of the run's corpus.
+        contexts: in bytes; default 512 to 16384, doubling, as far as the data goes.
+        max_bytes: about how many bytes are scored at each context.
+
+    Raises:
+        RunError: the held-out files are asked for, but the corpus has changed since training.
+        CorpusError: a path does not exist, or the data is too short for the contexts.
+    """
+    config = trained.run.config
+    corpus: Corpus | None = None
+    try:
+        corpus = _same_corpus(trained)
+    except InputError:
+        if not paths:
+            raise
+    data = load_bytes(paths) if corpus is None or paths else corpus.validation
+    contexts = tuple(contexts or fitting_contexts(len(data)))
+    with autocast(trained.device, config.dtype):
+        scores = evaluate_contexts(
+            trained.model, data, contexts, max_bytes=max_bytes, device=trained.device
+        )
+    sections = scored_sections(len(data), max(contexts), max_bytes)
+    baselines = {} if corpus is None else _baselines(trained, corpus, data, sections)
+    return Evaluation(scores, baselines)
+
+
+def _same_corpus(trained: TrainedModel) -> Corpus:
+    config = trained.run.config
+    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    if corpus.digest != trained.state.corpus_digest:
+        raise RunError("the corpus has changed since this run was trained.")
+    return corpus
+
+
+def _baselines(
+    trained: TrainedModel, corpus: Corpus, data: Tensor, sections: list[range]
+) -> dict[str, float]:
+    config = trained.run.config
+    seen = bytes_seen(
+        corpus.train,
+        context=config.model.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        steps=trained.state.step,
+    )
+    return {
+        f"Markov order {order}": MarkovModel(order, seen).bits_per_byte(data, sections)
+        for order in (1, 2)
+    }

@@ -1,0 +1,1 @@
+"""Training: corpus, batches, optimizer, run folder and the loop that ties them."""

@@ -1,0 +1,51 @@
+"""Batches drawn by a stateless index: (seed, step) alone decides which bytes a step sees."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from dilated_factory.errors import CorpusError
+
+
+def step_seed(seed: int, step: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose in one step, independent of every other."""
+    digest = hashlib.sha256(f"{purpose}/{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def batch_offsets(length: int, *, context: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Where the windows of a step start: int64 (batch_size,), uniform over the corpus.
+
+    A window covers ``context + 1`` bytes: ``context`` inputs and the byte after each.
+
+    Raises:
+        CorpusError: the corpus of ``length`` bytes is shorter than one window.
+    """
+    if length < context + 1:
+        raise CorpusError(
+            f"the training corpus must hold at least context + 1 = {context + 1} bytes. "
+            f"Got {length}."
+        )
+    generator = torch.Generator().manual_seed(step_seed(seed, step, "batch"))
+    return torch.randint(length - context, (batch_size,), generator=generator)
+
+
+def gather_windows(data: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """Windows of ``size`` bytes at the offsets: int64 (len(offsets), size)."""
+    return data[offsets.unsqueeze(1) + torch.arange(size)].to(torch.int64)
+
+
+def bytes_seen(data: Tensor, *, context: int, batch_size: int, seed: int, steps: int) -> Tensor:
+    """The windows that the first ``steps`` steps trained on: uint8 (windows, context + 1).
+
+    Once they would amount to more than the corpus, the corpus itself is returned, as (1, length).
+    """
+    if steps * batch_size * context >= len(data):
+        return data.unsqueeze(0)
+    offsets = [
+        batch_offsets(len(data), context=context, batch_size=batch_size, seed=seed, step=step)
+        for step in range(steps)
+    ]
+    starts = torch.cat(offsets) if offsets else torch.empty(0, dtype=torch.int64)
+    return data[starts.unsqueeze(1) + torch.arange(context + 1)]

@@ -1,0 +1,172 @@
+"""A corpus of bytes from files and folders, split by file into training and validation."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dilated_factory.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes to train on and bytes held out.
+
+    ``train`` and ``validation`` are one-dimensional uint8 tensors: whole files one after the
+    other, in the order of their names, nothing in between. ``digest`` is a SHA-256 over both, so
+    that a resumed run notices when its corpus has changed.
+    """
+
+    train: Tensor
+    validation: Tensor
+    train_files: tuple[str, ...]
+    validation_files: tuple[str, ...]
+    skipped: int
+    digest: str
+
+
+def load_corpus(paths: Sequence[str | Path] = (), *, validation_fraction: float = 0.05) -> Corpus:
+    """Read files and folders into a :class:`Corpus`; no paths means :func:`standard_library`.
+
+    A file belongs to validation if the hash of its path, relative to the folder it was found
+    under, falls in the lowest ``validation_fraction``; so a file keeps its side when others come
+    or go. If that leaves one side empty, the file with the nearest hash changes sides; a corpus
+    of a single file is cut instead, and its end is held out. Files that cannot be read are
+    skipped and counted; hidden files, ``__pycache__`` and empty files are passed over.
+
+    Raises:
+        CorpusError: a path does not exist, or there is nothing to read.
+    """
+    contents, skipped = _read(paths)
+    if len(contents) == 1:
+        return _cut_single(*contents.popitem(), validation_fraction, skipped)
+    held_out = _held_out(contents, validation_fraction)
+    return _assemble(contents, held_out, skipped)
+
+
+def load_bytes(paths: Sequence[str | Path]) -> Tensor:
+    """All bytes of the given files and folders as one uint8 tensor, in the order of their names.
+
+    Raises:
+        CorpusError: a path does not exist, or there is nothing to read.
+    """
+    contents, _ = _read(paths)
+    return _tensor(b"".join(contents.values()))
+
+
+def find_files(paths: Iterable[str | Path]) -> list[tuple[str, Path]]:
+    """Regular files under the given paths as sorted (name, path), each file once.
+
+    The name is the path relative to the given folder, with forward slashes.
+
+    Raises:
+        CorpusError: a path does not exist.
+    """
+    found: dict[Path, str] = {}
+    for given in map(Path, paths):
+        if given.is_dir():
+            for path in _walk(given):
+                found.setdefault(path.resolve(), path.relative_to(given).as_posix())
+        elif given.is_file():
+            found.setdefault(given.resolve(), given.name)
+        else:
+            raise CorpusError(f"path must be an existing file or folder. Got {str(given)!r}.")
+    return sorted((name, path) for path, name in found.items())
+
+
+def standard_library() -> list[tuple[str, Path]]:
+    """The Python sources of the running interpreter's standard library, its tests included."""
+    root = Path(sysconfig.get_path("stdlib"))
+    installed = {"site-packages", "dist-packages"}
+    return sorted(
+        (path.relative_to(root).as_posix(), path)
+        for path in _walk(root)
+        if path.suffix == ".py" and installed.isdisjoint(path.relative_to(root).parts)
+    )
+
+
+def _read(paths: Sequence[str | Path]) -> tuple[dict[str, bytes], int]:
+    """Contents by name, and how many files could not be read."""
+    contents: dict[str, bytes] = {}
+    skipped = 0
+    for name, path in find_files(paths) if paths else standard_library():
+        try:
+            content = path.read_bytes()
+        except OSError:
+            skipped += 1
+            continue
+        if content:
+            contents[name] = contents.get(name, b"") + content
+    if not contents:
+        places = ", ".join(str(path) for path in paths) or "the standard library"
+        unreadable = f"; {skipped} could not be read" if skipped else ""
+        raise CorpusError(f"the corpus is empty: no file with content in {places}{unreadable}.")
+    return contents, skipped
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _passed_over(name)]
+        for name in files:
+            path = Path(folder, name)
+            # Only regular files: reading a named pipe would wait for a writer forever.
+            if not _passed_over(name) and path.is_file():
+                yield path
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _hash_share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _held_out(names: Iterable[str], fraction: float) -> set[str]:
+    by_hash = sorted(names, key=lambda name: (_hash_share(name), name))
+    count = sum(_hash_share(name) < fraction for name in by_hash)
+    return set(by_hash[: min(max(count, 1), len(by_hash) - 1)])
+
+
+def _assemble(contents: dict[str, bytes], held_out: set[str], skipped: int) -> Corpus:
+    train = tuple(name for name in contents if name not in held_out)
+    validation = tuple(name for name in contents if name in held_out)
+    return _corpus(
+        b"".join(contents[name] for name in train),
+        b"".join(contents[name] for name in validation),
+        train,
+        validation,
+        skipped,
+    )
+
+
+def _cut_single(name: str, content: bytes, fraction: float, skipped: int) -> Corpus:
+    cut = len(content) - max(1, round(len(content) * fraction))
+    if cut < 1:
+        raise CorpusError(f"a corpus of one file needs at least 2 bytes. {name!r} has 1.")
+    return _corpus(content[:cut], content[cut:], (name,), (name,), skipped)
+
+
+def _corpus(
+    train: bytes,
+    validation: bytes,
+    train_files: tuple[str, ...],
+    validation_files: tuple[str, ...],
+    skipped: int,
+) -> Corpus:
+    digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation).hexdigest()
+    return Corpus(
+        _tensor(train), _tensor(validation), train_files, validation_files, skipped, digest
+    )
+
+
+def _tensor(content: bytes) -> Tensor:
+    # A bytearray, because torch warns about tensors over memory that it must not write.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -1,0 +1,247 @@
+"""The training loop: step, record, checkpoint, stop or resume, always from the same state."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch.optim import Optimizer
+
+from dilated_factory.config import TrainConfig
+from dilated_factory.errors import InputError, RunError
+from dilated_factory.longnet import LongNetLM
+from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
+from dilated_factory.training.corpus import Corpus
+from dilated_factory.training.optimizer import (
+    build_optimizers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from dilated_factory.training.run_folder import Checkpoint, RunFolder, RunState
+from dilated_factory.training.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step did; ``step`` counts from 1. A line of metrics.jsonl."""
+
+    step: int
+    loss: float  # nats per byte
+    bits_per_byte: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    bytes_read: int  # in all steps so far
+    elapsed_seconds: float  # of training so far
+    progress: float  # share of the run that is done, 0 to 1
+
+
+def select_device(name: str) -> torch.device:
+    """The device of that name, if this machine has it.
+
+    Raises:
+        InputError: the name is unknown to torch, or the device is absent.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} is not available: {reason}") from None
+    if device.type == "meta":
+        raise InputError("device must be able to compute. Got 'meta'.")
+    return device
+
+
+class Trainer:
+    """One run in memory: model, optimizers and the step they stand at.
+
+    Args:
+        run: the folder that everything is written to; its ``config`` decides the loss curve.
+        corpus: what to train on.
+        device: where to compute.
+        checkpoint_every: steps between checkpoints, the most that a killed run loses.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        corpus: Corpus,
+        *,
+        device: torch.device | str = "cpu",
+        checkpoint_every: int = 100,
+    ) -> None:
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1. Got {checkpoint_every}.")
+        self.run = run
+        self.corpus = corpus
+        self.device = torch.device(device)
+        self.checkpoint_every = checkpoint_every
+        self.step = 0
+        self.elapsed_seconds = 0.0
+        self.model = initial_model(run.config).to(self.device)
+        self.optimizers: list[Optimizer] = build_optimizers(self.model, run.config)
+
+    @classmethod
+    def start(
+        cls,
+        path: str | Path,
+        config: TrainConfig,
+        corpus: Corpus,
+        *,
+        device: torch.device | str = "cpu",
+        checkpoint_every: int = 100,
+    ) -> Self:
+        """Make a run folder and a trainer at step 0; nothing is written if the input is unfit.
+
+        Raises:
+            RunError: something is already at ``path``.
+            CorpusError: the corpus is shorter than the context.
+        """
+        first_batch = batch_offsets(
+            len(corpus.train),
+            context=config.model.context,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            step=0,
+        )
+        assert len(first_batch) == config.batch_size
+        run = RunFolder.create(path, config)
+        return cls(run, corpus, device=device, checkpoint_every=checkpoint_every)
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint of the run, or to the start if it has none.
+
+        Raises:
+            RunError: the checkpoint is damaged, or the corpus is not the one it was trained on.
+        """
+        step = 0
+        if self.run.checkpoints():
+            checkpoint = self.run.load()
+            if checkpoint.state.corpus_digest != self.corpus.digest:
+                raise RunError("the corpus has changed since this run was started.")
+            load_model(self.model, checkpoint)
+            load_optimizer_tensors(self.model, self.optimizers, checkpoint.optimizer)
+            step, self.elapsed_seconds = checkpoint.state.step, checkpoint.state.elapsed_seconds
+        self.step = step
+        self.run.truncate_metrics(step)
+
+    def train(
+        self,
+        *,
+        on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Run to the end, or until ``should_stop``; save either way. Return whether it is done.
+
+        The global random state of torch is left as it was found.
+        """
+        self.model.train()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            while self.progress < 1 and not should_stop():
+                metrics = self._take_step()
+                self.run.append_metrics(asdict(metrics))
+                on_step(metrics)
+                if self.step % self.checkpoint_every == 0:
+                    self.save()
+        self.save()
+        return self.progress >= 1
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by the clock."""
+        config = self.run.config
+        if config.steps is not None:
+            return self.step / config.steps
+        assert config.minutes is not None
+        return min(self.elapsed_seconds / (60 * config.minutes), 1.0)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state."""
+        self.run.sync_metrics()
+        state = RunState(
+            step=self.step,
+            elapsed_seconds=self.elapsed_seconds,
+            corpus_digest=self.corpus.digest,
+        )
+        tensors = optimizer_tensors(self.model, self.optimizers)
+        return self.run.save(model_tensors(self.model), tensors, state)
+
+    def _draw_offsets(self) -> torch.Tensor:
+        config = self.run.config
+        return batch_offsets(
+            len(self.corpus.train),
+            context=config.model.context,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            step=self.step,
+        )
+
+    def _take_step(self) -> StepMetrics:
+        started = time.perf_counter()
+        config = self.run.config
+        torch.manual_seed(step_seed(config.seed, self.step, "dropout"))
+        rate = config.learning_rate * learning_rate_factor(self.progress, config.warmup)
+        set_learning_rate(self.optimizers, rate)
+        windows = gather_windows(self.corpus.train, self._draw_offsets(), config.model.context + 1)
+        with autocast(self.device, config.dtype):
+            loss = self.model.loss(windows.to(self.device))
+        nats = loss.item()
+        if not math.isfinite(nats):
+            raise RunError(
+                f"the loss became {nats} at step {self.step + 1}; the last checkpoint is kept. "
+                "Try a lower learning rate."
+            )
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.elapsed_seconds += time.perf_counter() - started
+        return StepMetrics(
+            step=self.step,
+            loss=nats,
+            bits_per_byte=nats / math.log(2),
+            learning_rate=rate,
+            gradient_norm=norm.item(),
+            bytes_read=self.step * config.batch_size * config.model.context,
+            elapsed_seconds=self.elapsed_seconds,
+            progress=self.progress,
+        )
+
+
+def initial_model(config: TrainConfig) -> LongNetLM:
+    """The model at step 0, on the CPU: the seed alone decides its weights."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(step_seed(config.seed, 0, "weights"))
+        return LongNetLM(config.model)
+
+
+def model_tensors(model: LongNetLM) -> dict[str, torch.Tensor]:
+    """The state of a model by name, with a tied head left out: files hold each tensor once."""
+    tensors = model.state_dict()
+    if model.config.tie_embeddings:
+        del tensors["head.weight"]
+    return tensors
+
+
+def load_model(model: LongNetLM, checkpoint: Checkpoint) -> None:
+    """Put the weights of a checkpoint into a model of the same configuration."""
+    tensors = dict(checkpoint.model)
+    if model.config.tie_embeddings and "embedding.weight" in tensors:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"the checkpoint does not fit its configuration: {reason}") from None
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Mixed precision on a device; nothing changes for "float32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

@@ -1,0 +1,62 @@
+"""What the tests share: a tiny configuration, a tiny corpus, a trained tiny run."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dilated_factory import LongNetConfig, TrainConfig
+from dilated_factory.training.corpus import load_corpus
+from dilated_factory.training.loop import Trainer
+
+WORDS = b"def return import class self for while if else lambda yield pass".split()
+TINY_OPTIONS = [
+    *("--context", "48", "--segment-lengths", "8,32", "--dilation-rates", "1,2"),
+    *("--embed-dim", "16", "--num-heads", "1", "--num-layers", "2", "--batch-size", "3"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> LongNetConfig:
+    return LongNetConfig(
+        embed_dim=16,
+        num_heads=1,
+        num_layers=2,
+        segment_lengths=(8, 32),
+        dilation_rates=(1, 2),
+        context=48,
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(0)
+    for index in range(40):
+        words = generator.choices(WORDS, k=110)
+        (folder / f"file{index:02}.txt").write_bytes(b" ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_train(tiny_model: LongNetConfig, corpus_folder: Path) -> TrainConfig:
+    return TrainConfig(model=tiny_model, paths=(str(corpus_folder),), steps=40, batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_train: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps; tests read it and leave it as it is."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    start(tiny_train, path).train()
+    return path
+
+
+def start(config: TrainConfig, path: Path, *, checkpoint_every: int = 100) -> Trainer:
+    """A trainer at step 0 in a new run folder."""
+    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    return Trainer.start(path, config, corpus, checkpoint_every=checkpoint_every)
+
+
+def losses(metrics: Sequence[dict[str, float]]) -> list[float]:
+    return [record["loss"] for record in metrics]

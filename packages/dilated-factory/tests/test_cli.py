@@ -1,0 +1,236 @@
+"""The command line: what it prints, and one line for every mistake."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dilated_factory.cli import main
+from dilated_factory.config import LongNetConfig, TrainConfig
+from dilated_factory.training import corpus as corpus_module
+from dilated_factory.training.corpus import load_corpus, standard_library
+from dilated_factory.training.loop import Trainer
+
+from .conftest import TINY_OPTIONS
+
+demo_module = importlib.import_module("dilated_factory.cli.demo")
+Captured = pytest.CaptureFixture[str]
+
+
+def run(capsys: Captured, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def complaint(capsys: Captured, *arguments: object) -> str:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2, err
+    assert err.startswith("dilated: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_train_evaluate_generate(capsys: Captured, corpus_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, said, _ = run(capsys, "train", corpus_folder, "--out", out, "--steps", 12, *TINY_OPTIONS)
+    assert code == 0
+    assert "bits/byte" in said
+    assert "tokens/s" in said
+    assert str(out / "curves.png") in said
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    code, said, _ = run(capsys, "evaluate", out, "--contexts", "16,64")
+    assert code == 0
+    for part in ("LongNet", "Markov order 1", "Markov order 2", str(out / "contexts.png")):
+        assert part in said
+    assert (out / "contexts.png").read_bytes().startswith(b"\x89PNG")
+
+    code, said, _ = run(capsys, "evaluate", out, "--contexts", "16,64", "--json")
+    record = json.loads(said)
+    assert code == 0
+    assert set(record["bits_per_byte"]) == {"16", "64"}
+    assert record["step"] == 12
+
+    generate = ("generate", out, "--prompt", "def ", "--max-bytes", 30, "--seed", 5)
+    code, said, _ = run(capsys, *generate)
+    assert code == 0
+    assert said.startswith("def ")
+    assert run(capsys, *generate)[1] == said
+
+
+def test_evaluate_scores_files_of_the_users_choice(
+    capsys: Captured, finished_run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "new"
+    file.write_bytes(b"def return import class " * 20)
+    picture = tmp_path / "p.png"
+    code, said, _ = run(
+        capsys, "evaluate", finished_run, file, "--contexts", 32, "--out", picture, "--json"
+    )
+    assert code == 0
+    assert json.loads(said)["picture"] == str(picture)
+    assert picture.exists()
+
+
+def test_evaluate_without_the_corpus_leaves_the_baselines_out(
+    capsys: Captured, tiny_model: LongNetConfig, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.write_bytes(bytes(range(256)) * 9)
+    config = TrainConfig(model=tiny_model, paths=(str(corpus),), steps=1)
+    Trainer.start(tmp_path / "run", config, load_corpus([corpus])).train()
+    other = corpus.rename(tmp_path / "other")
+    evaluate = ("evaluate", tmp_path / "run")
+    assert "existing file or folder" in complaint(capsys, *evaluate, "--contexts", 16)
+    code, said, _ = run(capsys, *evaluate, other, "--contexts", 16)
+    assert code == 0
+    assert "no Markov models" in said
+    corpus.write_bytes(bytes(range(255)) * 9)
+    assert "the corpus has changed" in complaint(capsys, *evaluate, "--contexts", 16)
+
+
+def test_resume_finishes_a_stopped_run(
+    capsys: Captured, tiny_train: TrainConfig, tmp_path: Path
+) -> None:
+    trainer = Trainer.start(tmp_path / "run", tiny_train, load_corpus(tiny_train.paths))
+    trainer.train(should_stop=lambda: trainer.step == 7)
+    resume = ("train", "--resume", "--out", tmp_path / "run")
+    assert "learning_rate is 0.008 there and 0.5 here" in complaint(
+        capsys, *resume, "--learning-rate", "0.5"
+    )
+    assert "embed_dim is 16 there and 32 here" in complaint(capsys, *resume, "--embed-dim", 32)
+    assert "steps is 40 there and 50 here" in complaint(capsys, *resume, "--steps", 50)
+    assert "paths is" in complaint(capsys, "train", tmp_path, *resume[1:])
+    code, said, _ = run(capsys, *resume, "--steps", 40, "--embed-dim", 16)
+    assert code == 0
+    assert "from step 7" in said
+    assert "done: 40 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--context", "7"], "context must not be shorter than the smallest segment"),
+        (["--context", "many"], "--context"),
+        (["--positions", "learned"], "'--positions'"),
+        (["--head-offsets", "odd"], "'--head-offsets'"),
+        (["--dtype", "float8"], "'--dtype'"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+        (["--segment-lengths", "8,x"], "--segment-lengths must be positive whole numbers"),
+        (["--segment-lengths", "8,0"], "--segment-lengths must be positive whole numbers"),
+        (["--dilation-rates", "1"], "dilation_rates"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "3", "--minutes", "1"], "exactly one of steps and minutes"),
+        (["--minutes", "nan"], "minutes"),
+        (["--dropout", "1.5"], "dropout"),
+        (["--num-heads", "3"], "embed_dim must be a multiple of 2 * num_heads"),
+        (["--checkpoint-every", "0"], "'--checkpoint-every'"),
+        (["--seed", "-1"], "seed"),
+        (["--wat"], "--wat"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_writes_nothing(
+    capsys: Captured, corpus_folder: Path, tmp_path: Path, options: list[str], says: str
+) -> None:
+    out = tmp_path / "run"
+    assert says in complaint(capsys, "train", corpus_folder, "--out", out, *TINY_OPTIONS, *options)
+    assert not out.exists()
+
+
+def test_a_bad_corpus_is_one_line_and_writes_nothing(capsys: Captured, tmp_path: Path) -> None:
+    out, corpus = tmp_path / "run", tmp_path / "corpus"
+    train = ("train", corpus, "--out", out, *TINY_OPTIONS)
+    assert "path must be an existing file or folder" in complaint(capsys, *train)
+    corpus.mkdir()
+    assert "the corpus is empty" in complaint(capsys, *train)
+    (corpus / "a").write_bytes(b"x" * 48)
+    assert "at least context + 1 = 49 bytes" in complaint(capsys, *train)
+    assert not out.exists()
+
+
+def test_an_existing_run_is_not_overwritten(
+    capsys: Captured, corpus_folder: Path, finished_run: Path
+) -> None:
+    before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+    said = complaint(capsys, "train", corpus_folder, "--out", finished_run, *TINY_OPTIONS)
+    assert "already exists" in said
+    assert {p: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()} == before
+
+
+def test_a_missing_or_damaged_run_is_one_line(
+    capsys: Captured, finished_run: Path, tmp_path: Path
+) -> None:
+    commands = [("evaluate",), ("generate",), ("train", "--resume", "--out")]
+    for command in commands:
+        assert "is not a run folder" in complaint(capsys, *command, tmp_path / "nowhere")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished_run, damaged)
+    file = next(damaged.glob("checkpoint-*/model.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    for command in commands:
+        assert "is damaged: model.safetensors" in complaint(capsys, *command, damaged)
+
+
+def test_bad_requests_to_a_good_run_are_one_line(capsys: Captured, finished_run: Path) -> None:
+    assert "contexts must be even" in complaint(
+        capsys, "evaluate", finished_run, "--contexts", "16,24"
+    )
+    assert "at least context + 1" in complaint(
+        capsys, "evaluate", finished_run, "--contexts", 2**20
+    )
+    assert "--prompt" in complaint(capsys, "generate", finished_run, "--prompt", "")
+    assert "--temperature" in complaint(capsys, "generate", finished_run, "--temperature", -1)
+    assert "temperature" in complaint(capsys, "generate", finished_run, "--temperature", "nan")
+    assert "seed must be in" in complaint(capsys, "generate", finished_run, "--seed", 2**63)
+    assert "--top-k" in complaint(capsys, "generate", finished_run, "--top-k", 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_where_there_is_none_is_one_line(capsys: Captured, finished_run: Path) -> None:
+    for command in (["evaluate", finished_run], ["generate", finished_run]):
+        assert "device 'cuda' is not available" in complaint(capsys, *command, "--device", "cuda")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "demo"])
+def test_help_shows_an_example(capsys: Captured, command: str) -> None:
+    code, said, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"dilated {command}" in said
+
+
+def test_no_command_is_help_and_a_wrong_one_is_an_error(capsys: Captured) -> None:
+    code, said, _ = run(capsys)
+    assert code == 0
+    assert "evaluate" in said
+    assert "swim" in complaint(capsys, "swim")
+
+
+def test_the_demo_trains_evaluates_and_names_its_files(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tiny_model: LongNetConfig, tmp_path: Path
+) -> None:
+    # Narrow and on a part of the standard library, but evaluated at the demo's own contexts.
+    some = standard_library()[:200]
+    monkeypatch.setattr(corpus_module, "standard_library", lambda: some)
+    monkeypatch.setattr(demo_module, "DEMO_MODEL", tiny_model.model_copy(update={"context": 512}))
+    monkeypatch.setattr(demo_module, "SCORED_BYTES", 8192)
+    (tmp_path / "demo").mkdir()
+    code, said, err = run(capsys, "demo", "--out", tmp_path / "demo", "--minutes", "0.01")
+    # A second of training cannot reach the margin.
+    assert (code, err) == (1, "")
+    folder = tmp_path / "demo-2"
+    for part in ("Markov order 2", "16384", folder / "curves.png", folder / "contexts.png"):
+        assert str(part) in said
+    assert (folder / "contexts.png").exists()
+
+
+@pytest.mark.parametrize(("bits", "code"), [(2.549, 0), (2.551, 1)])
+def test_the_demo_fails_if_its_margin_is_missed(bits: float, code: int) -> None:
+    assert demo_module._verdict(bits, 3.0, Console()) == code

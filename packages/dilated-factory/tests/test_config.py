@@ -1,0 +1,84 @@
+"""Configurations: lossless through JSON, strict about what they take."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dilated_factory import InputError, LongNetConfig, TrainConfig
+from dilated_factory.config import parse_config
+
+sizes = st.integers(1, 2**20)
+
+
+@st.composite
+def model_configs(draw: st.DrawFn) -> LongNetConfig:
+    heads = draw(st.integers(1, 12))
+    branches = draw(st.integers(1, 4))
+    context = draw(sizes)
+    return LongNetConfig(
+        vocab_size=draw(sizes),
+        embed_dim=2 * heads * draw(st.integers(1, 64)),
+        num_heads=heads,
+        num_layers=draw(st.integers(1, 48)),
+        ffn_dim=draw(st.none() | sizes),
+        segment_lengths=(
+            draw(st.integers(1, context)),
+            *[draw(sizes) for _ in range(branches - 1)],
+        ),
+        dilation_rates=[1] * branches,
+        head_offsets=draw(st.sampled_from(["interleaved", "blocked"])),
+        context=context,
+        positions=draw(st.sampled_from(["rotary", "xpos"])),
+        rotary_base=draw(st.floats(1.5, 1e9)),
+        xpos_scale_base=2**20,
+        dropout=draw(st.floats(0, 0.999)),
+        tie_embeddings=draw(st.booleans()),
+        layer_norm_eps=draw(st.floats(1e-12, 1)),
+    )
+
+
+@given(model_configs(), st.floats(1e-9, 1e3), st.integers(0, 2**63 - 1))
+def test_json_round_trip_is_lossless(model: LongNetConfig, rate: float, seed: int) -> None:
+    config = TrainConfig(model=model, paths=("a b", "ü"), minutes=rate, seed=seed)
+    again = TrainConfig.model_validate_json(config.model_dump_json())
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"embed_dim": 0}, ["embed_dim", "greater than or equal to 1", "0"]),
+        ({"embed_dim": 20, "num_heads": 3}, ["embed_dim", "num_heads=3"]),
+        ({"segment_lengths": (8, 16)}, ["segment_lengths", "dilation_rates"]),
+        ({"segment_lengths": (8,), "dilation_rates": (0,)}, ["dilation_rates", "0"]),
+        ({"context": 10, "segment_lengths": (11, 20, 30, 40)}, ["context=10", "11"]),
+        ({"positions": "learned"}, ["positions", "rotary", "learned"]),
+        ({"positions": "xpos", "context": 60000}, ["xpos_scale_base", "512", "60000"]),
+        ({"dropout": 1.0}, ["dropout", "less than 1", "1.0"]),
+        ({"width": 3}, ["width", "not permitted", "3"]),
+    ],
+)
+def test_an_invalid_model_is_an_error_of_one_line(
+    values: dict[str, object], says: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_config(LongNetConfig, values)
+    assert "\n" not in str(caught.value)
+    for part in says:
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match=says[0].split("=")[0]):
+        LongNetConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("duration", [{}, {"steps": 3, "minutes": 1.0}])
+def test_a_run_has_exactly_one_duration(duration: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="exactly one of steps and minutes"):
+        parse_config(TrainConfig, duration)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = LongNetConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.embed_dim = 4  # type: ignore[misc]

@@ -1,0 +1,76 @@
+"""Evaluation: the same bytes at every context, each with the promised history."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dilated_factory import CorpusError, InputError, LongNetConfig, LongNetLM
+from dilated_factory.evaluation import evaluate_contexts, fitting_contexts, scored_sections
+
+
+@given(st.integers(1, 64), st.integers(0, 5000), st.integers(1, 5000))
+def test_sections_are_apart_and_have_history(half: int, extra: int, max_bytes: int) -> None:
+    longest = 2 * half
+    length = longest + 1 + extra
+    sections = scored_sections(length, longest, max_bytes)
+    assert all(len(section) == half for section in sections)
+    assert sections[0].start == half + 1
+    assert sections[-1].stop <= length
+    assert all(a.stop <= b.start for a, b in pairwise(sections))
+    assert len(sections) == max(1, min(max_bytes, length - half - 1) // half)
+
+
+def test_the_score_is_the_mean_of_each_byte_after_its_own_window(
+    tiny_model: LongNetConfig,
+) -> None:
+    torch.manual_seed(0)
+    model = LongNetLM(tiny_model)
+    data = torch.randint(256, (211,), dtype=torch.uint8)
+    scores = evaluate_contexts(model, data, [8, 16, 32], max_bytes=70)
+    sections = scored_sections(len(data), 32, 70)
+    assert len(sections) == 4
+    model.eval()
+    for score in scores:
+        half = score.context // 2
+        bits = []
+        for section in sections:
+            for position in section:
+                chunk = section.start + (position - section.start) // half * half
+                history = data[chunk - half - 1 : position]
+                assert half < len(history) <= score.context
+                logits = model(history.to(torch.int64).unsqueeze(0))[0, -1]
+                bits.append(-logits.log_softmax(-1)[int(data[position])].item() / math.log(2))
+        assert score.scored_bytes == len(bits) == 64
+        assert score.bits_per_byte == pytest.approx(sum(bits) / len(bits), rel=1e-5)
+
+
+def test_a_model_in_training_mode_stays_so_but_is_scored_without_dropout(
+    tiny_model: LongNetConfig,
+) -> None:
+    model = LongNetLM(tiny_model.model_copy(update={"dropout": 0.5})).train()
+    data = torch.randint(256, (100,), dtype=torch.uint8)
+    first, second = (evaluate_contexts(model, data, [16]) for _ in range(2))
+    assert first == second
+    assert model.training
+
+
+def test_default_contexts_double_up_to_what_fits() -> None:
+    assert fitting_contexts(10**6) == (512, 1024, 2048, 4096, 8192, 16384)
+    assert fitting_contexts(2048) == (512, 1024)
+    assert fitting_contexts(2049) == (512, 1024, 2048)
+    with pytest.raises(CorpusError, match=r"at least 513 bytes\. Got 512"):
+        fitting_contexts(512)
+
+
+@pytest.mark.parametrize("contexts", [[7], [0], [16, 24]])
+def test_contexts_that_cannot_share_their_bytes_are_named(
+    tiny_model: LongNetConfig, contexts: list[int]
+) -> None:
+    data: Tensor = torch.zeros(100, dtype=torch.uint8)
+    with pytest.raises(InputError, match="contexts must be even and divide the longest"):
+        evaluate_contexts(LongNetLM(tiny_model), data, contexts)

@@ -1,0 +1,173 @@
+"""LongNetLM: causal, initialised as stated, a well-behaved torch module."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilated_factory import LongNetConfig, LongNetLM, longnet
+from dilated_factory.layers import DecoderBlock, magneto_gain
+
+
+def build(config: LongNetConfig, **options: object) -> LongNetLM:
+    torch.manual_seed(0)
+    return LongNetLM(config, **options)  # type: ignore[arg-type]
+
+
+def blocks(model: LongNetLM) -> list[DecoderBlock]:
+    return [block for block in model.blocks if isinstance(block, DecoderBlock)]
+
+
+def tokens(length: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=25)
+@given(
+    length=st.integers(2, 70),
+    positions=st.sampled_from(["rotary", "xpos"]),
+    head_offsets=st.sampled_from(["interleaved", "blocked"]),
+    data=st.data(),
+)
+def test_the_future_never_leaks(
+    length: int, positions: str, head_offsets: str, data: st.DataObject
+) -> None:
+    config = LongNetConfig.model_validate(
+        {
+            "embed_dim": 32,
+            "num_heads": 4,
+            "num_layers": 2,
+            "segment_lengths": (5, 12, 64),
+            "dilation_rates": (1, 2, 3),
+            "context": 64,
+            "positions": positions,
+            "head_offsets": head_offsets,
+        }
+    )
+    changed = data.draw(st.integers(1, length - 1))
+    model = build(config, dtype=torch.float64).eval()
+    before = tokens(length)
+    after = before.clone()
+    after[:, changed:] = (after[:, changed:] + tokens(length - changed, seed=2) % 255 + 1) % 256
+    logits, other = model(before), model(after)
+    torch.testing.assert_close(other[:, :changed], logits[:, :changed], rtol=0, atol=1e-12)
+    assert not torch.equal(other[:, changed], logits[:, changed])
+
+
+def test_every_weight_receives_a_gradient(tiny_model: LongNetConfig) -> None:
+    model = build(tiny_model)
+    model.loss(tokens(49)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # A key bias shifts all scores of a query alike without rotation, not with it.
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_initialisation_follows_magneto(num_layers: int) -> None:
+    config = LongNetConfig(embed_dim=192, num_heads=4, num_layers=num_layers)
+    gain = math.sqrt(math.log(2 * num_layers))
+    assert magneto_gain(num_layers) == gain
+    for block in blocks(build(config)):
+        attention, feed_forward = block.attention, block.feed_forward
+        for layer, expected in [
+            (attention.q_proj, 1.0),
+            (attention.k_proj, 1.0),
+            (attention.v_proj, gain),
+            (attention.out_proj, gain),
+            (feed_forward.fc1, gain),
+            (feed_forward.fc2, gain),
+        ]:
+            xavier = math.sqrt(2 / (layer.in_features + layer.out_features))
+            assert layer.weight.std().item() == pytest.approx(expected * xavier, rel=0.03)
+            assert not layer.bias.any()
+
+
+def test_the_first_loss_is_that_of_a_guess_with_unit_logits(tiny_model: LongNetConfig) -> None:
+    config = tiny_model.model_copy(
+        update={"embed_dim": 64, "num_heads": 2, "tie_embeddings": False}
+    )
+    loss = build(config).loss(tokens(4000, batch=1))
+    assert loss.item() == pytest.approx(math.log(256) + 0.5, abs=0.15)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_the_embedding_if_tied(tiny_model: LongNetConfig, tied: bool) -> None:
+    model = build(tiny_model.model_copy(update={"tie_embeddings": tied}))
+    assert (model.head.weight is model.embedding.weight) == tied
+    assert (copy.deepcopy(model).head.weight is model.head.weight) is False
+
+
+def test_chunks_change_neither_loss_nor_gradients(
+    tiny_model: LongNetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build(tiny_model, dtype=torch.float64), tokens(42, batch=3)
+    expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    for chunk in (7, 1000):
+        monkeypatch.setattr(longnet, "LOSS_CHUNK", chunk)
+        loss = model.loss(batch)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        torch.testing.assert_close(found, gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_activation_checkpointing_changes_nothing(tiny_model: LongNetConfig) -> None:
+    config = tiny_model.model_copy(update={"dropout": 0.2})
+    plain, frugal = build(config), build(config, activation_checkpointing=True)
+    found = []
+    for model in (plain, frugal):
+        torch.manual_seed(3)
+        loss = model.loss(tokens(40))
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_dropout_is_off_in_eval(tiny_model: LongNetConfig) -> None:
+    model = build(tiny_model.model_copy(update={"dropout": 0.5}))
+    batch = tokens(20)
+    assert not torch.equal(model(batch), model(batch))
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+
+
+def test_state_dict_and_deepcopy_carry_the_whole_model(tiny_model: LongNetConfig) -> None:
+    model, batch = build(tiny_model), tokens(30)
+    torch.manual_seed(9)
+    other = LongNetLM(tiny_model)
+    assert not torch.equal(other(batch), model(batch))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(batch), model(batch))
+    assert torch.equal(copy.deepcopy(model)(batch), model(batch))
+
+
+def test_a_model_on_the_meta_device_can_be_made_real(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model, device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model = model.to_empty(device="cpu")
+    model.reset_parameters()
+    assert model.head.weight is model.embedding.weight
+    assert model.loss(tokens(20)).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("given_tokens", "error", "says"),
+    [
+        (torch.zeros(5, dtype=torch.int64), ValueError, r"tokens must have shape \(B, N\).*\(5,\)"),
+        (torch.zeros(1, 5, dtype=torch.int32), TypeError, "tokens must be int64. Got torch.int32"),
+    ],
+)
+def test_wrong_tokens_are_named(
+    tiny_model: LongNetConfig, given_tokens: torch.Tensor, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        build(tiny_model)(given_tokens)
+
+
+def test_a_loss_needs_two_tokens(tiny_model: LongNetConfig) -> None:
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, N \+ 1\).*\(2, 1\)"):
+        build(tiny_model).loss(tokens(1))

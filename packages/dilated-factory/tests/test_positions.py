@@ -1,0 +1,78 @@
+"""Rotary and xPos: products depend on positions through their difference only."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dilated_factory.positions import RotaryEmbedding, XPosEmbedding
+
+
+def products(embedding: RotaryEmbedding, n: int, m: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 1, 3, embedding.head_dim, generator=generator, dtype=dtype)
+    key = torch.randn(2, 1, 3, embedding.head_dim, generator=generator, dtype=dtype)
+    query, key = embedding(query, key, torch.tensor([n]), torch.tensor([m]))
+    return (query * key).sum(-1)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 3000), st.integers(0, 10**6), st.sampled_from([2, 14]))
+def test_rotary_is_relative(n: int, distance: int, m: int, head_dim: int) -> None:
+    rotary = RotaryEmbedding(head_dim)
+    here = products(rotary, n + distance, n, torch.float64)
+    there = products(rotary, m + distance, m, torch.float64)
+    # Angles of a million radians are known to about 1e-10 in float64.
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-8)
+
+
+@given(st.integers(0, 9000), st.integers(0, 3000), st.integers(0, 9000), st.integers(-500, 9000))
+def test_xpos_is_relative_and_its_centre_cancels(
+    n: int, distance: int, m: int, centre: int
+) -> None:
+    here = products(XPosEmbedding(10, centre=centre), n + distance, n, torch.float64)
+    there = products(XPosEmbedding(10, centre=0), m + distance, m, torch.float64)
+    torch.testing.assert_close(here, there, rtol=1e-8, atol=1e-8)
+
+
+def test_rotary_turns_pairs_by_the_stated_angle() -> None:
+    query = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
+    rotary = RotaryEmbedding(4, base=100.0)
+    for turned, n in zip(
+        rotary(query, query, torch.tensor([7]), torch.tensor([3])), (7, 3), strict=True
+    ):
+        expected = [math.cos(n), math.sin(n), -math.sin(n / 10), math.cos(n / 10)]
+        torch.testing.assert_close(turned.flatten(), torch.tensor(expected))
+
+
+def test_xpos_scales_by_the_stated_power_of_the_distance() -> None:
+    distance, head_dim, scale_base = 96, 6, 32
+    # All pairs but the one looked at are zero, and turning keeps the length of a pair.
+    for pair in range(head_dim // 2):
+        query = torch.zeros(1, 1, 1, head_dim, dtype=torch.float64)
+        query[..., 2 * pair] = 1.0
+        embedding = XPosEmbedding(head_dim, scale_base=scale_base, centre=5)
+        turned, kept = embedding(query, query, torch.tensor([distance + 11]), torch.tensor([11]))
+        zeta = (2 * pair / head_dim + 0.4) / 1.4
+        found = turned.norm() * kept.norm()
+        assert found.item() == pytest.approx(zeta ** (distance / scale_base), rel=1e-12)
+
+
+@pytest.mark.parametrize("embedding", [RotaryEmbedding(8), XPosEmbedding(8, centre=2000)])
+def test_turning_is_float32_or_wider_and_keeps_the_dtype(embedding: RotaryEmbedding) -> None:
+    exact = products(embedding, 4001, 3000, torch.float64)
+    single = products(embedding, 4001, 3000, torch.float32)
+    assert single.dtype == torch.float32
+    half = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    turned, _ = embedding(half, half, torch.tensor([4001]), torch.tensor([3000]))
+    wide, _ = embedding(half.float(), half.float(), torch.tensor([4001]), torch.tensor([3000]))
+    assert turned.dtype == torch.bfloat16
+    torch.testing.assert_close(turned, wide.bfloat16(), rtol=0, atol=0)
+    assert exact.isfinite().all()
+
+
+@pytest.mark.parametrize("head_dim", [0, 7])
+def test_an_odd_head_dim_is_an_error(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"head_dim must be even and positive. Got {head_dim}"):
+        RotaryEmbedding(head_dim)

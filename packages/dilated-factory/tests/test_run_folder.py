@@ -1,0 +1,135 @@
+"""Run folders: a checkpoint is complete or absent, and damage is told."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dilated_factory import RunError, TrainConfig
+from dilated_factory.training import run_folder as module
+from dilated_factory.training.run_folder import RunFolder, RunState
+
+STATE = RunState(step=20, elapsed_seconds=1.5, corpus_digest="abc")
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((2, 3), value), "b": torch.tensor(value)}
+
+
+def save(run: RunFolder, step: int) -> None:
+    run.save(tensors(step), tensors(-step), STATE.model_copy(update={"step": step}))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_train: TrainConfig) -> RunFolder:
+    return RunFolder.create(tmp_path / "deep" / "run", tiny_train)
+
+
+def test_what_was_saved_is_loaded(run: RunFolder, tiny_train: TrainConfig) -> None:
+    for step in (20, 40, 100):
+        save(run, step)
+    again = RunFolder.open(run.path)
+    assert again.config == tiny_train
+    checkpoint = again.load()
+    assert checkpoint.state.step == 100
+    torch.testing.assert_close(checkpoint.model, tensors(100), rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint.optimizer, tensors(-100), rtol=0, atol=0)
+    kept = [path.name for path in run.checkpoints()]
+    assert kept == ["checkpoint-00000040", "checkpoint-00000100"]
+
+
+class Killed(BaseException):
+    """Stands for the process dying: no `except Exception` may stop it."""
+
+
+@pytest.mark.parametrize("write", range(3))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_dying_between_two_files_leaves_the_checkpoint_before(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, write: int, when: str
+) -> None:
+    save(run, 20)
+    done = 0
+
+    def dying(function):  # type: ignore[no-untyped-def]
+        def call(*arguments):  # type: ignore[no-untyped-def]
+            nonlocal done
+            if when == "before" and done == write:
+                raise Killed
+            function(*arguments)
+            done += 1
+            if when == "after" and done == write + 1:
+                raise Killed
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("save_file", "write_text"):
+            patch.setattr(module, name, dying(getattr(module, name)))
+        with pytest.raises(Killed):
+            save(run, 40)
+    assert RunFolder.open(run.path).load().state.step == 20
+    save(run, 40)
+    assert RunFolder.open(run.path).load().state.step == 40
+    assert not [path for path in run.path.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_checkpoint_is_told_and_the_older_one_is_pointed_at(
+    run: RunFolder, name: str, damage: str
+) -> None:
+    save(run, 20)
+    save(run, 40)
+    file = run.checkpoints()[-1] / name
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        # In safetensors the last byte is data, which only a checksum can tell.
+        content[-1 if name != "state.json" else len(content) // 2] ^= 0x80
+    elif damage == "cut":
+        del content[-9:]
+    else:
+        content.clear()
+    file.write_bytes(content)
+    if damage == "remove":
+        file.unlink()
+    with pytest.raises(RunError, match=r"checkpoint-00000040' is damaged.*remove this folder") as e:
+        run.load()
+    assert "\n" not in str(e.value)
+    shutil.rmtree(run.checkpoints()[-1])
+    assert run.load().state.step == 20
+
+
+def test_an_existing_folder_is_never_overwritten(run: RunFolder, tiny_train: TrainConfig) -> None:
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    with pytest.raises(RunError, match="already exists"):
+        RunFolder.create(run.path, tiny_train)
+    with pytest.raises(RunError, match="already exists"):
+        RunFolder.create(run.path / "config.json", tiny_train)
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_what_is_no_run_folder_is_told(tmp_path: Path, run: RunFolder) -> None:
+    with pytest.raises(RunError, match="not a run folder"):
+        RunFolder.open(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(RunError, match="must be a folder"):
+        RunFolder.open(run.path / "config.json")
+    with pytest.raises(RunError, match="holds no checkpoint yet"):
+        run.load()
+    (run.path / "config.json").write_text('{"steps": 1, "colour": "red"}')
+    with pytest.raises(RunError, match="colour"):
+        RunFolder.open(run.path)
+
+
+def test_metrics_are_cut_back_and_a_torn_line_is_dropped(run: RunFolder) -> None:
+    for step in range(1, 8):
+        run.append_metrics({"step": step, "loss": 1 / step})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
+    run.truncate_metrics(5)
+    run.append_metrics({"step": 6, "loss": 0.5})
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert run.read_metrics()[2]["loss"] == 1 / 3

@@ -1,0 +1,206 @@
+"""Training: it learns, and a resumed run is the run that was never stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dilated_factory import LongNetConfig, RunError, TrainConfig
+from dilated_factory.training.corpus import load_corpus
+from dilated_factory.training.loop import Trainer, initial_model, select_device
+from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.schedule import learning_rate_factor
+
+from .conftest import TINY_OPTIONS, losses, start
+
+# Trains until step 30, then dies as by `kill -9`: no handler runs, nothing is flushed.
+KILLED_AT_30 = """
+import os, signal, sys
+from dilated_factory.training.corpus import load_corpus
+from dilated_factory.training.loop import Trainer
+from dilated_factory import TrainConfig
+config = TrainConfig.model_validate_json(sys.argv[2])
+trainer = Trainer.start(sys.argv[1], config, load_corpus(config.paths), checkpoint_every=20)
+def die(metrics):
+    if metrics.step == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.train(on_step=die)
+"""
+
+
+def resume(path: Path) -> Trainer:
+    run = RunFolder.open(path)
+    trainer = Trainer(run, load_corpus(run.config.paths))
+    trainer.restore()
+    return trainer
+
+
+def test_the_loss_falls(finished_run: Path) -> None:
+    curve = losses(RunFolder.open(finished_run).read_metrics())
+    assert len(curve) == 40
+    assert curve[0] > 5.0
+    assert sum(curve[-5:]) / 5 < 3.2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_killed_and_resumed_run_equals_one_that_was_not(
+    tiny_train: TrainConfig, tmp_path: Path, dropout: float
+) -> None:
+    model = tiny_train.model.model_copy(update={"dropout": dropout})
+    config = tiny_train.model_copy(update={"model": model})
+    whole = start(config, tmp_path / "whole")
+    assert whole.train()
+    command = [sys.executable, "-c", KILLED_AT_30, tmp_path / "killed", config.model_dump_json()]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    killed = RunFolder.open(tmp_path / "killed")
+    assert killed.load().state.step == 20
+    before = losses(killed.read_metrics())
+    assert len(before) == 30
+
+    resumed = resume(tmp_path / "killed")
+    assert resumed.step == 20
+    assert resumed.train()
+    metrics = killed.read_metrics()
+    assert [record["step"] for record in metrics] == list(range(1, 41))
+    expected = losses(whole.run.read_metrics())
+    assert losses(metrics) == pytest.approx(expected, rel=1e-6)
+    assert before == pytest.approx(expected[:30], rel=1e-6)
+    for name, tensor in whole.run.load().model.items():
+        torch.testing.assert_close(killed.load().model[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
+    tiny_train: TrainConfig, tmp_path: Path
+) -> None:
+    trainer = start(tiny_train, tmp_path / "run")
+    trainer.run.append_metrics({"step": 1, "loss": 9.0})
+    again = resume(tmp_path / "run")
+    assert again.step == 0
+    assert again.run.read_metrics() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(
+    corpus_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "dilated_factory", "train", corpus_folder, "--out", out),
+        *("--minutes", "5", *TINY_OPTIONS),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr == ""
+    assert "saved" in stdout
+    run = RunFolder.open(out)
+    steps = [record["step"] for record in run.read_metrics()]
+    assert steps == list(range(1, run.load().state.step + 1))
+    assert run.curves_path.exists()
+
+
+def test_a_clock_goes_on_where_it_stopped(tiny_train: TrainConfig, tmp_path: Path) -> None:
+    config = tiny_train.model_copy(update={"steps": None, "minutes": 5.0})
+    first = start(config, tmp_path / "run")
+    assert not first.train(should_stop=lambda: first.step == 5)
+    assert 0 < first.progress < 1
+    again = resume(tmp_path / "run")
+    assert (again.step, again.progress) == (5, first.progress)
+
+
+def test_a_changed_corpus_is_told(tiny_model: LongNetConfig, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_bytes(bytes(range(256)) * 2)
+    config = TrainConfig(model=tiny_model, paths=(str(file),), steps=2)
+    start(config, tmp_path / "run").train()
+    file.write_bytes(bytes(range(255)) * 2)
+    with pytest.raises(RunError, match="the corpus has changed"):
+        resume(tmp_path / "run")
+
+
+def test_training_leaves_the_random_state_alone(tiny_train: TrainConfig, tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    start(tiny_train.model_copy(update={"steps": 2}), tmp_path / "run").train()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_seed_decides_weights_and_losses(tiny_train: TrainConfig, tmp_path: Path) -> None:
+    curves = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = tiny_train.model_copy(update={"seed": seed, "steps": 3})
+        trainer = start(config, tmp_path / name)
+        trainer.train()
+        curves[name] = losses(trainer.run.read_metrics())
+    assert curves["a"] == curves["b"] != curves["c"]
+
+
+def test_a_diverged_run_keeps_its_last_checkpoint(tiny_train: TrainConfig, tmp_path: Path) -> None:
+    trainer = start(tiny_train, tmp_path / "run", checkpoint_every=2)
+    with torch.no_grad():
+        trainer.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="the loss became nan at step 1"):
+        trainer.train()
+    assert trainer.run.checkpoints() == []
+
+
+def test_bfloat16_trains_with_weights_in_float32(tiny_train: TrainConfig, tmp_path: Path) -> None:
+    config = tiny_train.model_copy(update={"dtype": "bfloat16", "steps": 3})
+    trainer = start(config, tmp_path / "run")
+    trainer.train()
+    curve = losses(trainer.run.read_metrics())
+    exact = initial_model(config)
+    assert exact.embedding.weight.dtype == torch.float32
+    assert trainer.model.embedding.weight.dtype == torch.float32
+    single = start(config.model_copy(update={"dtype": "float32"}), tmp_path / "single")
+    single.train()
+    expected = losses(single.run.read_metrics())
+    assert curve != expected
+    assert curve == pytest.approx(expected, rel=0.05)
+
+
+def test_a_checkpoint_holds_nothing_pickled_and_each_tensor_once(finished_run: Path) -> None:
+    suffixes = {path.suffix for path in finished_run.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png"}
+    checkpoint = RunFolder.open(finished_run).load()
+    assert "head.weight" not in checkpoint.model
+    assert {name.rsplit("/", 1)[1] for name in checkpoint.optimizer} == {
+        *("momentum_buffer", "exp_avg", "exp_avg_sq", "step")
+    }
+
+
+def test_metrics_are_json_lines_with_the_stated_fields(finished_run: Path) -> None:
+    lines = (finished_run / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == 40
+    assert last["progress"] == 1.0
+    assert last["bytes_read"] == 40 * 3 * 48
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] * 1.4426950408889634)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
+    factors = [learning_rate_factor(step / 100, 0.2) for step in range(101)]
+    assert factors[0] > 0
+    assert factors[:21] == sorted(factors[:21])
+    assert factors[20] == max(factors) == 1.0
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[100] == 0.0
+    assert learning_rate_factor(0.0, 0.0) == 1.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_an_absent_device_is_told() -> None:
+    with pytest.raises(ValueError, match="device 'cuda' is not available"):
+        select_device("cuda")

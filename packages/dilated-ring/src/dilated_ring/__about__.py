@@ -1,0 +1,3 @@
+"""The version of dilated-ring."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""The version of dilated-sparse."""
+
+__version__ = "0.1.0"
