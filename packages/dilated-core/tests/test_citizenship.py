@@ -17,7 +17,7 @@ from dilated_core import (
     dilated_attention,
     dilated_attention_varlen,
 )
-from dilated_core._torch_backend import _backward, _forward
+from dilated_core._torch_backend import OPERATORS
 from dilated_testing import Problem, relative_error
 
 PATTERN = DilatedPattern([5, 11], [1, 2])
@@ -85,12 +85,12 @@ def test_operators_pass_opcheck():
     q, k, v = qkv()
     mask = torch.rand(2, 23) < 0.3
     rest = (mask, torch.tensor(5), None, PATTERN.code, False, 0.3, 0.25)
-    torch.library.opcheck(_forward, (q, k, v, *rest))
-    out, lse = _forward(q, k, v, *rest)
+    torch.library.opcheck(OPERATORS.forward, (q, k, v, *rest))
+    out, lse = OPERATORS.forward(q, k, v, *rest)
     detached = [x.detach() for x in (q, k, v, out, lse)]
     for grad_lse in (None, torch.randn_like(detached[4])):
         arguments = (torch.randn_like(detached[3]), grad_lse, *detached, *rest)
-        torch.library.opcheck(_backward, arguments)
+        torch.library.opcheck(OPERATORS.backward, arguments)
 
 
 @compiling

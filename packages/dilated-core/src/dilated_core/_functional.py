@@ -1,19 +1,17 @@
 """The public functions: validate once, pick a backend, compute."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from dilated_core import _inputs, _reference, _torch_backend
 from dilated_core._inputs import Options
-from dilated_core._partial import Partial
+from dilated_core._operators import Forward
 from dilated_core._pattern import DilatedPattern
 from dilated_core._selection import Backend, select_backend
 
-_BACKENDS: dict[Backend, Callable[[Options, Tensor, Tensor, Tensor, Tensor | None], Partial]] = {
+_BACKENDS: dict[Backend, Forward] = {
     "reference": _reference.attend,
-    "torch": _torch_backend.attend,
+    "torch": _torch_backend.OPERATORS.attend,
 }
 
 

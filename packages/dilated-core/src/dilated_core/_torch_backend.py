@@ -1,7 +1,7 @@
 """The `torch` backend: a schedule of strided views into torch's fused attention, merged by lse.
 
-Forward and backward are custom operators, so torch.compile sees one node each. No branch is
-gathered: a task's rows are a view, and its results are merged at once into one accumulator.
+No branch is gathered: a task's rows are a view, and its results are merged at once into one
+accumulator.
 B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +16,11 @@ from torch import Tensor
 from dilated_core import _dense
 from dilated_core._dropout import keep_mask
 from dilated_core._inputs import Options
+from dilated_core._operators import define
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge_
-from dilated_core._pattern import DilatedPattern
 from dilated_core._rows import calls, mask_view, row_view
 from dilated_core._runs import Runs, Task
 from dilated_core._schedule import schedule
-
-
-def attend(
-    options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None
-) -> Partial:
-    """Dilated attention with exact gradients: out (B, N, H, D) in query's dtype, lse (B, H, N).
-
-    With `cu_seqlens` (S + 1,) the batch is 1 and the rows are S sequences, one after the other.
-    """
-    out, lse = _forward(
-        query, key, value, options.key_padding_mask, options.seed, cu_seqlens,
-        options.pattern.code, options.is_causal, options.scale, options.dropout_p,
-    )  # fmt: skip
-    return Partial(out, lse)
 
 
 def attend_rows(
@@ -47,14 +32,14 @@ def attend_rows(
     *,
     start: int = 0,
 ) -> Partial:
-    """`attend` without gradients, outside of any operator; out is in the accumulation dtype.
+    """Dilated attention outside of any operator, so without gradients; out stays wide.
 
     Args:
         options: what to compute.
         query: (B, N, H, D).
         key: (B, M, H_kv, D).
         value: (B, M, H_kv, D).
-        cu_seqlens: as in `attend`.
+        cu_seqlens: (S + 1,), where the rows are S sequences, one after the other.
         start: global position of the first key.
     """
     out = torch.zeros(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
@@ -67,57 +52,32 @@ def attend_rows(
     return Partial(out, lse)
 
 
-@torch.library.custom_op("dilated_core::torch_forward", mutates_args=())
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pattern: str,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    options = Options(
-        DilatedPattern.from_code(pattern), is_causal, scale, key_padding_mask, dropout_p, seed
-    )
+    options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
+) -> Partial:
     out, lse = attend_rows(options, query, key, value, cu_seqlens)
-    return out.to(query.dtype), lse
+    return Partial(out.to(query.dtype), lse)
 
 
-@torch.library.custom_op("dilated_core::torch_backward", mutates_args=())
 def _backward(
+    options: Options,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
+    total: Partial,
     cu_seqlens: Tensor | None,
-    pattern: str,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(query.dtype)
-    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     grad_out, query, key, value = map(_unit_stride, (grad_out, query, key, value))
-    options = Options(
-        DilatedPattern.from_code(pattern), is_causal, scale, key_padding_mask, dropout_p, seed
-    )
-    queries = [query, out, grad_out, grads[0], _rows(lse)]
+    queries = [query, total.out, grad_out, dq, _rows(total.lse)]
     if grad_lse is not None:
         queries.append(_rows(grad_lse).contiguous())
-    for place, at_queries, at_keys in _places(
-        options, cu_seqlens, queries, [key, value, grads[1], grads[2]]
-    ):
+    for place, at_queries, at_keys in _places(options, cu_seqlens, queries, [key, value, dk, dv]):
         _accumulate_gradients(place, at_queries, at_keys)
-    return tuple(grad.to(query.dtype) for grad in grads)  # type: ignore[return-value]
+    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
 
 
 def _attend_into(
@@ -274,39 +234,4 @@ def _key_views(task: Task, *tensors: Tensor) -> list[Tensor]:
     return [row_view(x, runs, heads.kv_start, heads.kv_step, heads.count) for x in tensors]
 
 
-@_forward.register_fake
-def _(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device), _empty_lse(query)
-
-
-@_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *_args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        torch.empty(key.shape, dtype=key.dtype, device=key.device),
-        torch.empty(value.shape, dtype=value.dtype, device=value.device),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, cu_seqlens, *ctx.rest = inputs
-    ctx.save_for_backward(query, key, value, *output, mask, seed, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, *saved = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(query)
-    grads = _backward(grad_out, grad_lse, query, key, value, *saved, *ctx.rest)
-    return (*grads, None, None, None, *(None for _ in ctx.rest))
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+OPERATORS = define("torch", _forward, _backward, _empty_lse)

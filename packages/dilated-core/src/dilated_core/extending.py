@@ -1,0 +1,27 @@
+"""What packages with patterns of their own build on: partials, dense attention of rows, dropout.
+
+- `Partial`, `merge`, `merge_`, `add_zero_keys_`: attention over a part of the keys, and the only
+  place where softmaxes are combined. `accumulate_dtype` is the dtype to combine them in.
+- `Rows`, `attend_rows`, `attend_rows_backward`: dense attention of rows (b, h, n, D) to rows
+  (b, h, m, D), fused by torch where it can be. The backward takes the *merged* partial, which
+  makes it exact for one part of a larger softmax, so no partial is kept for it.
+- `keep_mask`: the stateless dropout mask, keyed by seed, batch, head and the two positions.
+"""
+
+from dilated_core._dense import Rows
+from dilated_core._dense import attend as attend_rows
+from dilated_core._dense import attend_backward as attend_rows_backward
+from dilated_core._dropout import keep_mask
+from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge, merge_
+
+__all__ = [
+    "Partial",
+    "Rows",
+    "accumulate_dtype",
+    "add_zero_keys_",
+    "attend_rows",
+    "attend_rows_backward",
+    "keep_mask",
+    "merge",
+    "merge_",
+]
