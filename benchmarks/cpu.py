@@ -129,7 +129,9 @@ def both(call: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor) -
     torch.autograd.grad(out, tensors, upstream.reshape(out.shape))
 
 
-def flash_of_the_same_flops(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+def flash_of_the_same_flops(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool
+) -> Tensor:
     """Torch's flash operator on contiguous rows, once per branch: the ceiling, not the result."""
     outs = []
     for w, r in PATTERN.branches:
@@ -140,18 +142,20 @@ def flash_of_the_same_flops(query: Tensor, key: Tensor, value: Tensor, *, is_cau
             for x in (query, key, value)
         )
         outs.append(FLASH(q, k, v, 0.0, is_causal)[0].transpose(1, 2).reshape(-1, HEADS, HEAD_DIM))
-    return torch.nn.functional.pad(torch.cat(outs), (0, 0, 0, 0, 0, 0))[: query.shape[1]]
+    # The shape of a result, so that the backward of every branch runs.
+    return torch.cat(outs)[: query.shape[1]]
 
 
 def torchscale(checkout: str, is_causal: bool) -> Callable[..., Tensor]:
     """Its DilatedAttention with torch's flash operator in it and no projections."""
     sys.path.insert(0, checkout)
-    from torchscale.component import multihead_attention  # type: ignore[import-not-found]
-    from torchscale.component.dilated_attention import (  # type: ignore[import-not-found]
+    from torchscale.component import multihead_attention
+    from torchscale.component.dilated_attention import (
         DilatedAttention,
     )
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, _p: float, _bias: None, scale: None, causal: bool):  # type: ignore[no-untyped-def] # noqa: E501, ANN202
+    def flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        _dropout, _bias, scale, causal = rest
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = FLASH(q, k, v, 0.0, causal, scale=scale)
         return out.transpose(1, 2), lse

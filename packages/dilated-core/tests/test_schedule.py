@@ -1,11 +1,14 @@
 """Schedules show every query the keys of the definition, as often as it says."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dilated_core import DilatedPattern
-from dilated_core._nested import nests
+from dilated_core._nested import nests, visit_once
 from dilated_core._schedule import schedule
 from dilated_testing import patterns
 
@@ -47,21 +50,32 @@ def test_tasks_are_the_definition(pattern, length, key_length, is_causal):
 
 
 @given(patterns(), st.integers(1, 41))
-def test_nesting_patterns_visit_each_key_once(pattern, length):
-    assume(nests(pattern, 5))
-    tasks = schedule(pattern, range(length), range(length), 5, 5, False)
-    once = [[t.queries, t.keys, t.heads, False, 0, 1] for t in tasks]
-    count, _ = shown([type(tasks[0])(*fields) for fields in once], length, length, 5)
-    assert count.max() <= 1
-    assert torch.equal(count, pattern.multiplicity(length, 5).clamp(max=1))
+def test_a_pair_that_nests_visits_each_key_once(pattern, length):
+    pair = pattern.branches[:2]
+    assume(len(pair) == 2)
+    assume(nests(pattern, 5, *pair))
+    once = [replace(task, multiplicity=1) for task in visit_once(pattern, *pair, length, 5, 5)]
+    count, _ = shown(once, length, length, 5)
+    both = DilatedPattern(*zip(*pair, strict=True))
+    assert torch.equal(count, both.multiplicity(length, 5).clamp(max=1))
 
 
-def test_the_papers_growth_nests_and_gigapaths_does_not():
-    assert nests(DilatedPattern.longnet(32768), 12)
-    assert not nests(DilatedPattern([1024, 5792, 32768], [1, 2, 4]), 16)
-    assert not nests(DilatedPattern([2048, 4096, 8192], [1, 4, 6]), 12)
-    assert not nests(DilatedPattern([8, 16, 32], [1, 2, 4], count_padding=True), 4)
-    assert not nests(DilatedPattern([8, 16, 32], [1, 2, 4], head_offsets="blocked"), 8)
+@pytest.mark.parametrize(
+    ("pattern", "heads", "expected"),
+    [
+        (DilatedPattern([8, 16], [1, 2]), 5, True),
+        (DilatedPattern([8, 24], [2, 4]), 5, True),
+        (DilatedPattern([8, 48], [1, 2]), 5, False),
+        (DilatedPattern([8, 20], [1, 2]), 5, False),
+        (DilatedPattern([8, 16], [1, 4]), 5, False),
+        (DilatedPattern([9, 18], [1, 2]), 5, False),
+        (DilatedPattern([8, 16], [1, 2], count_padding=True), 5, False),
+        (DilatedPattern([8, 16], [1, 2], head_groups="split"), 5, False),
+        (DilatedPattern([8, 16], [2, 4], head_offsets="blocked"), 4, False),
+    ],
+)
+def test_which_pairs_nest(pattern, heads, expected):
+    assert nests(pattern, heads, *pattern.branches) == expected
 
 
 def test_key_heads_follow_their_query_heads():

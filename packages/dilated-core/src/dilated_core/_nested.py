@@ -1,15 +1,15 @@
-"""Schedules that visit each key once, for patterns whose branches nest.
+"""Schedules that visit each key once, for pairs of branches that nest.
 
-When dilation rates double and segments and offsets nest, a key that several branches show a query
-is the same row in all of them. Row p of a head has level d when branches 0 ... d keep it; a query
-of level d then sees a key of level m, in the segment of branch j but of no earlier one,
-min(d, m) - j + 1 times. Cutting rows by exact level (x) and by level at least d (s) leaves runs
-that are all of one count, and the count only shifts a log-sum-exp. With w doubling this
-needs 1/4 fewer scores than one visit per branch.
+Where a branch (w, r) is followed by (W, 2r) with w dividing W and offsets that agree modulo r, the
+rows that the outer branch keeps are every other row of the inner one. Within an inner segment both
+show the same keys to them, so these keys are attended once and counted twice: a weight that only
+shifts the log-sum-exp. The scores of a pair then fall from 1.5 to 1.25 times the inner branch's
+(W = 2w). Longer chains save more scores, but in tasks so small that torch's fused attention, which
+takes rows by 256 only from 768 rows on, loses more.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from typing import NamedTuple
 
 from dilated_core._pattern import Branch, DilatedPattern
 from dilated_core._runs import Runs, Task, head_strides
@@ -18,97 +18,78 @@ from dilated_core._runs import Runs, Task, head_strides
 _MAX_SIBLINGS = 4
 
 
-def nests(pattern: DilatedPattern, heads: int) -> bool:
-    """Whether `visit_once` serves this pattern."""
-    branches = pattern.branches
-    (first_w, _), (_, last_r) = branches[0], branches[-1]
-    if pattern.head_groups != "shared" or pattern.count_padding or first_w % last_r:
-        return False
-    for (w, r), (w_out, r_out) in pairwise(branches):
-        if r_out != 2 * r or w_out % w or not 1 < w_out // w <= _MAX_SIBLINGS:
-            return False
-        offsets = ((pattern.head_offset(h, heads, x) for x in (r, r_out)) for h in range(heads))
-        if any((outer - inner) % r for inner, outer in offsets):
-            return False
-    return len(branches) > 1
+class _Rows(NamedTuple):
+    """The rows offset, offset + step, ... from `start` below `stop`, inside a segment."""
+
+    start: int
+    stop: int
+    offset: int
+    step: int
 
 
-def visit_once(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> Iterator[Task]:
-    """The tasks of non-causal self-attention, each key in one task of a query.
+def nests(pattern: DilatedPattern, heads: int, inner: Branch, outer: Branch) -> bool:
+    """Whether `visit_once` serves two branches of a pattern."""
+    (w, r), (w_out, r_out) = inner, outer
+    return (
+        pattern.head_groups == "shared"
+        and not pattern.count_padding
+        and r_out == 2 * r
+        and w % r_out == 0
+        and w_out % w == 0
+        and 1 < w_out // w <= _MAX_SIBLINGS
+        and all(
+            (pattern.head_offset(h, heads, r_out) - pattern.head_offset(h, heads, r)) % r == 0
+            for h in range(heads)
+        )
+    )
 
-    Causal triangles of one count are so small that torch's fused attention, which computes them in
-    squares of 512 keys, gains nothing.
+
+def visit_once(
+    pattern: DilatedPattern, inner: Branch, outer: Branch, length: int, heads: int, kv_heads: int
+) -> Iterator[Task]:
+    """The tasks of non-causal self-attention over `length` positions by two branches that nest.
+
+    Causal attention gains nothing: torch's fused attention computes triangles in squares of 512
+    keys, and four small triangles hold more of these than a large one.
     """
-    branches = pattern.branches
-    for j, (w, _) in enumerate(branches):
-        for queries, keys in _sibling_spans(branches, j):
-            for d, (_, rate) in enumerate(branches[j:], start=j):
-                deeper = branches[min(d + 1, len(branches) - 1)].dilation_rate
-                for offset in range(deeper):
-                    members = [
-                        h for h in range(heads) if pattern.head_offset(h, heads, deeper) == offset
-                    ]
-                    strides = list(head_strides(members, heads // kv_heads))
-                    for q, k in _level_pairs(offset, rate, deeper) if strides else ():
-                        for q_runs, k_runs in _runs(w, length, (*queries, *q), (*keys, *k)):
-                            yield from (
-                                Task(q_runs, k_runs, s, False, 0, d - j + 1) for s in strides
-                            )
+    rate = outer.dilation_rate
+    for offset in range(rate):
+        members = [h for h in range(heads) if pattern.head_offset(h, heads, rate) == offset]
+        for stride in head_strides(members, heads // kv_heads):
+            for w, queries, keys, count in _pairs(inner, outer, offset):
+                for q, k in _runs(w, length, queries, keys):
+                    yield Task(q, k, stride, False, 0, count)
 
 
-def _sibling_spans(
-    branches: tuple[Branch, ...], j: int
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """The (query span, key span) that share a segment of branch j but of no earlier branch."""
-    w = branches[j].segment_length
-    if j == 0:
-        yield (0, w), (0, w)
-        return
-    inner = branches[j - 1].segment_length
-    for start in range(0, w, inner):
-        stop = start + inner
-        if start:
-            yield (start, stop), (0, start)
-        if stop < w:
-            yield (start, stop), (stop, w)
+def _pairs(inner: Branch, outer: Branch, offset: int) -> Iterator[tuple[int, _Rows, _Rows, int]]:
+    """(segment length, query rows, key rows, times each key counts) of one offset of the outer."""
+    (w, r), (w_out, rate) = inner, outer
+    both, inner_only = _Rows(0, w, offset, rate), _Rows(0, w, (offset + r) % rate, rate)
+    yield w, inner_only, _Rows(0, w, offset % r, r), 1
+    yield w, both, inner_only, 1
+    yield w, both, both, 2
+    # What only the outer branch shows: the other inner segments of the outer one.
+    for start in range(0, w_out, w):
+        for first, last in ((0, start), (start + w, w_out)):
+            if first < last:
+                queries = _Rows(start, start + w, offset, rate)
+                yield w_out, queries, _Rows(first, last, offset, rate), 1
 
 
-def _level_pairs(
-    offset: int, rate: int, deeper: int
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """The (offset, step) of query rows and key rows at one level.
-
-    `rate` is the level's dilation rate, `deeper` the next one's, of which `offset` is; at the last
-    level they are equal.
-    """
-    at_least = (offset % rate, rate)
-    if deeper == rate:
-        yield at_least, at_least
-    else:
-        exact = ((offset + rate) % deeper, deeper)
-        yield exact, at_least
-        yield (offset, deeper), exact
-
-
-def _runs(
-    w: int, length: int, queries: tuple[int, ...], keys: tuple[int, ...]
-) -> Iterator[tuple[Runs, Runs]]:
-    """The runs in whole segments as one group, and those of the last, short segment.
-
-    Queries and keys are (start, stop, offset, step): the rows start + offset, start + offset +
-    step, ... below stop of each segment.
-    """
+def _runs(w: int, length: int, queries: _Rows, keys: _Rows) -> Iterator[tuple[Runs, Runs]]:
+    """The runs in whole segments as one group, and those of the last, short segment."""
     count, tail = divmod(length, w)
     for first, groups, end in ((0, count, w), (count * w, 1 if tail else 0, tail)):
-        q, k = (
-            Runs(
-                first + start + offset,
-                step,
-                max(0, -(-(min(stop, end) - start - offset) // step)),
-                groups,
-                w,
+        if groups:
+            q, k = (
+                Runs(
+                    first + rows.start + rows.offset,
+                    rows.step,
+                    max(0, -(-(min(rows.stop, end) - rows.start - rows.offset) // rows.step)),
+                    groups,
+                    w,
+                )
+                for rows in (queries, keys)
             )
-            for start, stop, offset, step in (queries, keys)
-        )
-        if groups and q.count and k.count:
-            yield q, k
+            if q.count and k.count:
+                yield q, k

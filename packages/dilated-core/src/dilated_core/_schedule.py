@@ -23,20 +23,44 @@ def schedule(
 
     Spans are global positions; row numbers in a task are local: they index the spans.
     """
-    if not is_causal and queries == keys and not keys.start and nests(pattern, heads):
-        return tuple(visit_once(pattern, len(keys), heads, kv_heads))
+    is_full = queries == keys and not keys.start and not is_causal
     tasks: list[Task] = []
-    for (w, r), branch_heads in zip(pattern.branches, pattern.branch_heads(heads), strict=True):
-        slots = -(-min(w, keys.stop) // r) if pattern.count_padding and not is_causal else 0
-        for offset in range(min(r, w)):
-            members = [h for h in branch_heads if pattern.head_offset(h, heads, r) == offset]
-            strides = list(head_strides(members, heads // kv_heads))
-            if strides:
-                for q, k, causal in _segments(w, r, offset, queries, keys, is_causal):
-                    zero_keys = max(0, slots - k.count)
-                    if k.count or zero_keys:
-                        tasks += [Task(q, k, stride, causal, zero_keys) for stride in strides]
+    branches = pattern.branches
+    k = 0
+    while k < len(branches):
+        pair = branches[k : k + 2]
+        if is_full and len(pair) == 2 and nests(pattern, heads, *pair):
+            tasks += visit_once(pattern, *pair, len(keys), heads, kv_heads)
+            k += 2
+        else:
+            tasks += _branch_tasks(pattern, k, queries, keys, heads, kv_heads, is_causal)
+            k += 1
     return tuple(tasks)
+
+
+def _branch_tasks(
+    pattern: DilatedPattern,
+    branch: int,
+    queries: range,
+    keys: range,
+    heads: int,
+    kv_heads: int,
+    is_causal: bool,
+) -> Iterator[Task]:
+    """The tasks of one branch."""
+    w, r = pattern.branches[branch]
+    slots = -(-min(w, keys.stop) // r) if pattern.count_padding and not is_causal else 0
+    for offset in range(min(r, w)):
+        members = [
+            h
+            for h in pattern.branch_heads(heads)[branch]
+            if pattern.head_offset(h, heads, r) == offset
+        ]
+        strides = list(head_strides(members, heads // kv_heads))
+        for q, k, causal in _segments(w, r, offset, queries, keys, is_causal) if strides else ():
+            zero_keys = max(0, slots - k.count)
+            if k.count or zero_keys:
+                yield from (Task(q, k, stride, causal, zero_keys) for stride in strides)
 
 
 def _segments(
