@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the results to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    results = scaling() if arguments.scaling else compare(arguments)
+    results = scaling(arguments.rounds) if arguments.scaling else compare(arguments)
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": 2}
     print(json.dumps(machine))
     if arguments.json:
@@ -83,7 +83,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def scaling() -> list[dict[str, Any]]:
+def scaling(rounds: int) -> list[dict[str, Any]]:
     """Time per token of forward and forward + backward with fixed w and r."""
     results = []
     for length in (16384, 32768, 65536, 131072, 262144):
@@ -94,7 +94,7 @@ def scaling() -> list[dict[str, Any]]:
             "forward": partial(forward, call, tensors, upstream),
             "forward+backward": partial(both, call, tensors, upstream),
         }
-        for mode, seconds in in_turn(timed, 3).items():
+        for mode, seconds in in_turn(timed, rounds).items():
             row = {
                 "length": length,
                 "mode": mode,

@@ -1,0 +1,3 @@
+"""The version of dilated-pool."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,47 @@
+"""The errors of the pool."""
+
+
+class PoolError(RuntimeError):
+    """What every error of the pool is."""
+
+
+class PoolLimitError(PoolError):
+    """A block would take the reserved bytes over the limit.
+
+    Attributes:
+        needed_bytes: size of the block that was asked for.
+        limit_bytes: the pool's limit.
+    """
+
+    def __init__(self, needed_bytes: int, limit_bytes: int, situation: str) -> None:
+        super().__init__(
+            f"a block of {needed_bytes} bytes does not fit into limit_bytes={limit_bytes}: "
+            f"{situation}"
+        )
+        self.needed_bytes = needed_bytes
+        self.limit_bytes = limit_bytes
+
+
+class PoolLockedError(PoolError):
+    """The pool is locked and a lease, made at the place the message names, needed a new block."""
+
+
+class PoolClosedError(PoolError):
+    """The pool is closed."""
+
+
+class PoolReentryError(PoolError):
+    """A finalizer or signal handler that interrupted the pool asked the same pool for memory."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a finalizer or signal handler interrupted this pool and asked it for memory"
+        )
+
+
+class PoolCorruptionError(PoolError):
+    """A block's poison was overwritten while nobody held a lease of it."""
+
+
+class LeaseReleasedError(PoolError):
+    """A lease, or its tensor, was used after the lease's release."""
