@@ -110,11 +110,12 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
-def thorough(session: nox.Session) -> None:
-    """Test dilated-core with many more random examples."""
-    install_for_tests(session, "dilated-core")
+@nox.parametrize("package", EACH_PACKAGE)
+def thorough(session: nox.Session, package: str) -> None:
+    """Test one package with many more random examples."""
+    install_for_tests(session, package)
     env = {"HYPOTHESIS_PROFILE": "thorough"}
-    run_pytest(session, "packages/dilated-core/tests", timeout=0, env=env)
+    run_pytest(session, f"packages/{package}/tests", timeout=0, env=env)
 
 
 @nox.session(default=False, venv_backend="none")

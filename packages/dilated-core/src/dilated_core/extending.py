@@ -6,12 +6,16 @@
   (b, h, m, D), fused by torch where it can be. The backward takes the *merged* partial, which
   makes it exact for one part of a larger softmax, so no partial is kept for it.
 - `keep_mask`: the stateless dropout mask, keyed by seed, batch, head and the two positions.
+- `check_tensors`, `check_padding_mask`, `autocast`: what every attention function does first with
+  query, key, value (..., length, heads, head_dim) and a padding mask (B, M).
 """
 
 from dilated_core._dense import Rows
 from dilated_core._dense import attend as attend_rows
 from dilated_core._dense import attend_backward as attend_rows_backward
 from dilated_core._dropout import keep_mask
+from dilated_core._functional import _autocast as autocast
+from dilated_core._inputs import check_padding_mask, check_tensors
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge, merge_
 
 __all__ = [
@@ -21,6 +25,9 @@ __all__ = [
     "add_zero_keys_",
     "attend_rows",
     "attend_rows_backward",
+    "autocast",
+    "check_padding_mask",
+    "check_tensors",
     "keep_mask",
     "merge",
     "merge_",

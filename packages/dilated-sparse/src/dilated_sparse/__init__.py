@@ -1,5 +1,19 @@
-"""Block layouts and block-sparse attention (not there yet)."""
+"""Block-sparse attention: layouts, selection by content, exact attention over visible blocks."""
 
+from dilated_sparse import layouts
 from dilated_sparse.__about__ import __version__
+from dilated_sparse._functional import block_sparse_attention
+from dilated_sparse._layout import BlockLayout
+from dilated_sparse._modules import BlockSparseAttention, BlockSparseDilatedAttention
+from dilated_sparse._selection import BackendChoice, select_backend
 
-__all__ = ["__version__"]
+__all__ = [
+    "BackendChoice",
+    "BlockLayout",
+    "BlockSparseAttention",
+    "BlockSparseDilatedAttention",
+    "__version__",
+    "block_sparse_attention",
+    "layouts",
+    "select_backend",
+]
