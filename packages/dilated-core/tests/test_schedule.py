@@ -90,3 +90,31 @@ def test_key_heads_follow_their_query_heads():
 def test_a_long_sequence_needs_few_tasks():
     tasks = schedule(DilatedPattern.longnet(2**20), range(2**20), range(2**20), 12, 12, True)
     assert len(tasks) < 1000
+
+
+@given(patterns(max_segment=13), st.integers(0, 29), st.integers(1, 2), st.booleans())
+def test_a_first_task_finds_its_rows_untouched(pattern, length, group, is_causal):
+    heads = 2 * max(3, len(pattern.segment_lengths))
+    tasks = schedule(pattern, range(length), range(length), heads, heads // group, is_causal)
+    queries, keys = set(), set()
+    for task in tasks:
+        for is_first, runs, start, step, touched in (
+            (task.first_queries, task.queries, task.heads.start, task.heads.step, queries),
+            (task.first_keys, task.keys, task.heads.kv_start, task.heads.kv_step, keys),
+        ):
+            rows = {
+                (runs.start + g * runs.group_step + i * runs.step, start + h * step)
+                for g in range(runs.groups)
+                for i in range(runs.count)
+                for h in range(task.heads.count)
+            }
+            assert not is_first or not rows & touched
+            touched |= rows
+
+
+def test_a_first_branch_of_rate_1_comes_first_everywhere():
+    for pattern in (DilatedPattern([8, 16], [1, 2]), DilatedPattern([9, 16], [1, 3])):
+        for is_causal in (False, True):
+            tasks = schedule(pattern, range(29), range(29), 4, 4, is_causal)
+            first = [t for t in tasks if t.first_queries]
+            assert sum(t.queries.groups * t.queries.count * t.heads.count for t in first) == 29 * 4

@@ -56,24 +56,30 @@ def visit_once(
     for offset in range(rate):
         members = [h for h in range(heads) if pattern.head_offset(h, heads, rate) == offset]
         for stride in head_strides(members, heads // kv_heads):
-            for w, queries, keys, count in _pairs(inner, outer, offset):
+            for w, queries, keys, count, *first in _pairs(inner, outer, offset):
                 for q, k in _runs(w, length, queries, keys):
-                    yield Task(q, k, stride, False, 0, count)
+                    yield Task(q, k, stride, False, 0, count, *first)
 
 
-def _pairs(inner: Branch, outer: Branch, offset: int) -> Iterator[tuple[int, _Rows, _Rows, int]]:
-    """(segment length, query rows, key rows, times each key counts) of one offset of the outer."""
+def _pairs(
+    inner: Branch, outer: Branch, offset: int
+) -> Iterator[tuple[int, _Rows, _Rows, int, bool, bool]]:
+    """The tasks of one offset of the outer branch.
+
+    Each is (segment length, query rows, key rows, times each key counts, whether the pair's earlier
+    tasks lack these query rows, and these key rows).
+    """
     (w, r), (w_out, rate) = inner, outer
     both, inner_only = _Rows(0, w, offset, rate), _Rows(0, w, (offset + r) % rate, rate)
-    yield w, inner_only, _Rows(0, w, offset % r, r), 1
-    yield w, both, inner_only, 1
-    yield w, both, both, 2
+    yield w, both, inner_only, 1, True, True
+    yield w, both, both, 2, False, True
+    yield w, inner_only, _Rows(0, w, offset % r, r), 1, True, False
     # What only the outer branch shows: the other inner segments of the outer one.
     for start in range(0, w_out, w):
         for first, last in ((0, start), (start + w, w_out)):
             if first < last:
                 queries = _Rows(start, start + w, offset, rate)
-                yield w_out, queries, _Rows(first, last, offset, rate), 1
+                yield w_out, queries, _Rows(first, last, offset, rate), 1, False, False
 
 
 def _runs(w: int, length: int, queries: _Rows, keys: _Rows) -> Iterator[tuple[Runs, Runs]]:

@@ -87,6 +87,12 @@ def merge_(total: Partial, part: Partial) -> None:
     total.lse.copy_(lse)
 
 
+def put_(total: Partial, part: Partial) -> None:
+    """Write `part` into `total` in place: what `merge_` does where nothing was merged before."""
+    total.out.copy_(part.out)
+    total.lse.copy_(part.lse)
+
+
 def add_zero_keys_(total: Partial, count: int) -> None:
     """Merge `count` keys of score 0 and value 0 into `total` in place (shapes as in `merge_`)."""
     lse = torch.logaddexp(total.lse, total.lse.new_tensor(math.log(count)))

@@ -43,6 +43,8 @@ class Task:
         is_causal: key i of a run is hidden from the query rows before row i.
         zero_keys: further keys of score 0 and value 0.
         multiplicity: how often each key counts.
+        first_queries: no earlier task of the schedule has these query rows.
+        first_keys: no earlier task of the schedule has these key rows.
     """
 
     queries: Runs
@@ -51,6 +53,8 @@ class Task:
     is_causal: bool
     zero_keys: int = 0
     multiplicity: int = 1
+    first_queries: bool = False
+    first_keys: bool = False
 
 
 def head_strides(members: list[int], group: int) -> Iterator[Heads]:

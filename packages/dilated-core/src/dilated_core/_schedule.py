@@ -1,6 +1,6 @@
 """Schedules: the attention of a span of queries to a span of keys as a list of dense tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
@@ -23,18 +23,30 @@ def schedule(
 
     Spans are global positions; row numbers in a task are local: they index the spans.
     """
-    is_full = queries == keys and not keys.start and not is_causal
-    tasks: list[Task] = []
+    is_self = queries == keys and not keys.start
     branches = pattern.branches
+    tasks: list[Task] = []
     k = 0
     while k < len(branches):
         pair = branches[k : k + 2]
-        if is_full and len(pair) == 2 and nests(pattern, heads, *pair):
-            tasks += visit_once(pattern, *pair, len(keys), heads, kv_heads)
-            k += 2
+        new: Iterable[Task]
+        if is_self and not is_causal and len(pair) == 2 and nests(pattern, heads, *pair):
+            new = visit_once(pattern, *pair, len(keys), heads, kv_heads)
         else:
-            tasks += _branch_tasks(pattern, k, queries, keys, heads, kv_heads, is_causal)
-            k += 1
+            pair = pair[:1]
+            new = _branch_tasks(pattern, k, queries, keys, heads, kv_heads, is_causal)
+            new = (replace(task, first_queries=is_self, first_keys=is_self) for task in new)
+        # Among the tasks of a branch, or of a pair, rows come first where they say so.
+        first = not k and branches[0].dilation_rate == 1 and pattern.head_groups == "shared"
+        tasks += (
+            replace(
+                task,
+                first_queries=first and task.first_queries,
+                first_keys=first and task.first_keys and heads == kv_heads,
+            )
+            for task in new
+        )
+        k += len(pair)
     return tuple(tasks)
 
 

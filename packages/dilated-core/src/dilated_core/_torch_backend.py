@@ -17,7 +17,7 @@ from dilated_core import _dense
 from dilated_core._dropout import keep_mask
 from dilated_core._inputs import Options
 from dilated_core._operators import define
-from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge_
+from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge_, put_
 from dilated_core._rows import calls, mask_view, row_view
 from dilated_core._runs import Runs, Task
 from dilated_core._schedule import schedule
@@ -42,13 +42,17 @@ def attend_rows(
         cu_seqlens: (S + 1,), where the rows are S sequences, one after the other.
         start: global position of the first key.
     """
-    out = torch.zeros(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
-    lse = _empty_lse(query).fill_(-math.inf)
+    out = torch.empty(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
+    lse = _empty_lse(query)
     query, key, value = map(_unit_stride, (query, key, value))
     for place, queries, keys in _places(
         options, cu_seqlens, [query, out, _rows(lse)], [key, value]
     ):
-        _attend_into(replace(place, key_start=start), *queries, *keys)
+        placed = replace(place, key_start=start)
+        if not placed.first_tasks_cover_queries():
+            queries[1].zero_()
+            queries[2].fill_(-math.inf)
+        _attend_into(placed, *queries, *keys)
     return Partial(out, lse)
 
 
@@ -70,12 +74,17 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(query.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+    dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     grad_out, query, key, value = map(_unit_stride, (grad_out, query, key, value))
     queries = [query, total.out, grad_out, dq, _rows(total.lse)]
     if grad_lse is not None:
         queries.append(_rows(grad_lse).contiguous())
     for place, at_queries, at_keys in _places(options, cu_seqlens, queries, [key, value, dk, dv]):
+        if not place.first_tasks_cover_queries():
+            at_queries[3].zero_()
+        if not place.first_tasks_cover_keys():
+            at_keys[2].zero_()
+            at_keys[3].zero_()
         _accumulate_gradients(place, at_queries, at_keys)
     return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
 
@@ -83,7 +92,7 @@ def _backward(
 def _attend_into(
     place: "Place", query: Tensor, out: Tensor, lse: Tensor, key: Tensor, value: Tensor
 ) -> None:
-    """Merge every task's partial into out (zeros) and lse (-inf)."""
+    """Merge every task's partial into out and lse, which first tasks overwrite."""
     for task in place.tasks():
         q, o, lse_rows = _query_views(task, query, out, lse)
         if task.keys.count:
@@ -92,13 +101,13 @@ def _attend_into(
                 part = _dense.attend(rows, q_, k_, v_)
                 if task.multiplicity > 1:
                     part = Partial(part.out, part.lse + math.log(task.multiplicity))
-                merge_(Partial(o_, l_.squeeze(-1)), part)
+                (put_ if task.first_queries else merge_)(Partial(o_, l_.squeeze(-1)), part)
         if task.zero_keys:
             add_zero_keys_(Partial(o, lse_rows.squeeze(-1)), task.zero_keys)
 
 
 def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tensor]) -> None:
-    """Add every task's gradients, each taken against the merged out and lse.
+    """Add every task's gradients, each taken against the merged out and lse; first tasks overwrite.
 
     queries: query, out, grad_out, grad_query, lse and, if any, grad_lse; keys: key, value,
     grad_key, grad_value.
@@ -113,8 +122,12 @@ def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tens
                 total = Partial(o, lse.squeeze(-1) - math.log(task.multiplicity))
                 grad_lse = dl[0].squeeze(-1) if dl else None
                 parts = _dense.attend_backward(rows, do, grad_lse, q, k, v, total)
-                for grad, part in zip((dq, dk, dv), parts, strict=True):
-                    grad += part
+                is_first = task.first_queries, task.first_keys, task.first_keys
+                for grad, part, first in zip((dq, dk, dv), parts, is_first, strict=True):
+                    if first:
+                        grad.copy_(part)
+                    else:
+                        grad += part
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +155,18 @@ class Place:
         return schedule(
             self.options.pattern, queries, keys, self.heads, self.kv_heads, self.options.is_causal
         )
+
+    def first_tasks_cover_queries(self) -> bool:
+        """Whether each query row of each head has a task that comes first."""
+        tasks = (task for task in self.tasks() if task.first_queries)
+        covered = sum(t.queries.groups * t.queries.count * t.heads.count for t in tasks)
+        return covered == self.query_length * self.heads
+
+    def first_tasks_cover_keys(self) -> bool:
+        """Whether each key row of each key head has a task that comes first."""
+        tasks = (task for task in self.tasks() if task.first_keys)
+        covered = sum(t.keys.groups * t.keys.count * t.heads.count for t in tasks)
+        return covered == self.key_length * self.kv_heads
 
     def calls(self, task: Task, *views: Tensor) -> Iterator[tuple[_dense.Rows, list[Tensor]]]:
         """The pieces of a task's views, each with how its rows attend."""
