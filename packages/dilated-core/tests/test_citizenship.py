@@ -113,6 +113,18 @@ def test_export_of_a_module():
     torch.testing.assert_close(program.module()(more), layer(more, is_causal=True)[0])
 
 
+def test_autocast_does_not_reach_into_an_operator():
+    """Dropout takes the path of plain matrix products, whose accumulator is wide."""
+    outs = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        q, k, v = (x.detach().bfloat16() for x in qkv())
+        torch.manual_seed(4)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outs.append(dilated_attention(q, k, v, PATTERN, dropout_p=0.3))
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype(dtype):
     q, k, v = qkv(dtype=torch.float32)

@@ -61,7 +61,9 @@ def define(
         options = Options(
             DilatedPattern.from_code(pattern), is_causal, scale, key_padding_mask, dropout_p, seed
         )
-        out, lse = forward(options, query, key, value, cu_seqlens)
+        # Autocast stays on inside an operator and would lower the products of a wide accumulator.
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = forward(options, query, key, value, cu_seqlens)
         return out, lse
 
     @torch.library.custom_op(f"dilated_core::{name}_backward", mutates_args=())
@@ -85,7 +87,8 @@ def define(
             DilatedPattern.from_code(pattern), is_causal, scale, key_padding_mask, dropout_p, seed
         )
         total = Partial(out, lse)
-        return backward(options, grad_out, grad_lse, query, key, value, total, cu_seqlens)
+        with torch.autocast(query.device.type, enabled=False):
+            return backward(options, grad_out, grad_lse, query, key, value, total, cu_seqlens)
 
     @forward_op.register_fake
     def _(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Block-sparse attention: layouts, selection by content, exact attention over visible blocks."""
 
-from dilated_sparse import layouts
+from dilated_sparse import layouts, select
 from dilated_sparse.__about__ import __version__
 from dilated_sparse._functional import block_sparse_attention
 from dilated_sparse._layout import BlockLayout
@@ -15,5 +15,6 @@ __all__ = [
     "__version__",
     "block_sparse_attention",
     "layouts",
+    "select",
     "select_backend",
 ]

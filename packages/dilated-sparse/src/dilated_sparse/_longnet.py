@@ -1,0 +1,166 @@
+"""A dilated pattern as blocks, in the order of positions in which its runs are contiguous."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dilated_core import DilatedPattern
+from dilated_sparse import _checks
+from dilated_sparse._grid import Grid, from_prototypes, span_pairs
+from dilated_sparse._layout import BlockLayout, make_grid
+
+
+def longnet_order(length: int, pattern: DilatedPattern) -> Tensor:
+    """The positions (length,) in the order of `longnet`: rows[order] gives the rows it is for.
+
+    Inside each smallest segment, positions are sorted by their residue for the smallest rate, then
+    for the next, and so on, so the positions that any branch keeps are contiguous there.
+
+    Raises:
+        ValueError: the rates do not divide one another in turn, a segment length is no multiple of
+            the smallest, or the smallest is no multiple of the largest rate.
+    """
+    _checks.integer("length", length, low=0)
+    smallest, rates = _nesting(pattern)
+    position = torch.arange(length)
+    inner, key = position % smallest, torch.div(position, smallest, rounding_mode="floor")
+    for r in rates:
+        key = key * r + inner % r
+    return torch.argsort(key, stable=True)
+
+
+def longnet(
+    length: int,
+    pattern: DilatedPattern,
+    *,
+    heads: int = 1,
+    is_causal: bool = False,
+    block_size: int = 128,
+) -> BlockLayout:
+    """With p = longnet_order(length, pattern): a branch shows key p[j] to query p[i].
+
+    LongNet (arXiv 2307.02486, section 2.2) as blocks; a key counts once, however many branches
+    show it. The layout is for rows in the order p, so is_causal (p[j] <= p[i]) belongs here and
+    not in the call of the attention.
+
+    Raises:
+        ValueError: as `longnet_order`, or the pattern has `count_padding`.
+    """
+    if not isinstance(pattern, DilatedPattern):
+        raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+    if pattern.count_padding:
+        raise ValueError("pattern must not have count_padding: a layout has no zero keys.")
+    grid = make_grid(length, length, block_size)
+    _checks.integer("heads", heads)
+    _checks.boolean("is_causal", is_causal)
+    order = longnet_order(length, pattern)
+    members = pattern.branch_heads(heads)
+    parts = []
+    for head in range(heads):
+        branches = [
+            (w, r, pattern.head_offset(head, heads, r))
+            for (w, r), used in zip(pattern.branches, members, strict=True)
+            if head in used
+        ]
+        parts.append(_HeadBlocks(grid, order, branches, is_causal, _nesting(pattern)[0]))
+    return _gather(grid, parts)
+
+
+class _HeadBlocks:
+    """The candidates of one head, with packed masks evaluated once for those that look alike."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        order: Tensor,
+        branches: list[tuple[int, int, int]],
+        is_causal: bool,
+        smallest: int,
+    ) -> None:
+        self.row, self.column = _candidates(grid, order, branches)
+
+        def visible(i: Tensor, j: Tensor) -> Tensor:
+            query, key = order[i], order[j]
+            seen = torch.zeros_like(query - key, dtype=torch.bool)
+            for w, r, s in branches:
+                kept = (query % w % r == s) & (key % w % r == s)
+                seen |= kept & (torch.div(query, w, rounding_mode="floor") == key // w)
+            return seen & (key <= query) if is_causal else seen
+
+        alike = _alike(grid, self.row, self.column, [w for w, _, _ in branches], smallest)
+        _, self.index = torch.unique(alike, return_inverse=True)
+        example = torch.zeros(int(self.index.max()) + 1 if len(alike) else 0, dtype=torch.int64)
+        example[self.index] = torch.arange(len(alike))
+        row, column = self.row[example], self.column[example]
+        self.prototypes = grid.evaluate(visible, row, column)
+        self.edge = grid.edge(row, column)
+
+
+def _gather(grid: Grid, parts: list[_HeadBlocks]) -> BlockLayout:
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part.prototypes))
+    blocks = from_prototypes(
+        grid,
+        torch.cat([part.row + head * grid.rows for head, part in enumerate(parts)]),
+        torch.cat([part.column for part in parts]),
+        torch.cat([part.index + start for part, start in zip(parts, starts, strict=False)]),
+        torch.cat([part.prototypes for part in parts]),
+        torch.cat([part.edge for part in parts]),
+    )
+    return BlockLayout.from_blocks(grid, blocks, len(parts))
+
+
+def _candidates(
+    grid: Grid, order: Tensor, branches: list[tuple[int, int, int]]
+) -> tuple[Tensor, Tensor]:
+    """All pairs of blocks in which a branch keeps positions of one segment."""
+    pairs = [torch.empty(0, dtype=torch.int64)]
+    for w, r, s in branches:
+        kept = (order % w % r == s).nonzero().squeeze(1)
+        segment = torch.div(order[kept], w, rounding_mode="floor")
+        touched = torch.unique_consecutive(segment * grid.rows + kept // grid.block_size)
+        block, segment = touched % max(1, grid.rows), touched // max(1, grid.rows)
+        ends = torch.bincount(segment).cumsum(0) if len(segment) else segment
+        starts = torch.nn.functional.pad(ends, (1, 0))
+        query, key = span_pairs(starts[segment], starts[segment + 1])
+        pairs.append(block[query] * grid.columns + block[key])
+    places = torch.unique(torch.cat(pairs))
+    row = torch.div(places, max(1, grid.columns), rounding_mode="floor")
+    return row, places - row * grid.columns
+
+
+def _alike(grid: Grid, row: Tensor, column: Tensor, lengths: list[int], smallest: int) -> Tensor:
+    """Equal where two pairs of blocks surely have the same mask."""
+    per_segment, rest = divmod(smallest, grid.block_size)
+    if rest:
+        return torch.arange(len(row))
+    cut = grid.length // smallest * per_segment
+    sub_row, sub_column = row // per_segment, column // per_segment
+    code = (sub_row - sub_column).clamp(-1, 1) + 1
+    for block in (row, column):
+        # The last smallest segment, if short, has an order of its own.
+        place = torch.where(block >= cut, block - cut + per_segment, block % per_segment)
+        code = code * (2 * per_segment) + place
+    for w in sorted(set(lengths)):
+        step = w // smallest
+        code = code * 2 + (sub_row // step == sub_column // step)
+    return code
+
+
+def _nesting(pattern: DilatedPattern) -> tuple[int, list[int]]:
+    """The smallest segment length and the different rates, rising; raise unless they nest."""
+    smallest, rates = min(pattern.segment_lengths), sorted(set(pattern.dilation_rates))
+    for a, b in pairwise(rates):
+        if b % a:
+            raise ValueError(f"dilation_rates must divide one another in turn. Got {rates}.")
+    for w in pattern.segment_lengths:
+        if w % smallest:
+            raise ValueError(f"segment_lengths must be multiples of {smallest}. Got {w}.")
+    if smallest % rates[-1]:
+        raise ValueError(
+            f"the smallest segment length must be a multiple of the largest dilation rate "
+            f"({rates[-1]}). Got {smallest}."
+        )
+    return smallest, rates

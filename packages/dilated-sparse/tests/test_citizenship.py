@@ -1,0 +1,140 @@
+"""A torch citizen: compile, opcheck, autocast, checkpointing, meta tensors, threads, no inputs."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from sparse_problems import NAMES, Problem
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dilated_core import DilatedPattern, MultiheadDilatedAttention
+from dilated_sparse import BlockSparseAttention, block_sparse_attention, layouts
+from dilated_sparse._operators import backward_op, forward_op
+from dilated_testing import relative_error
+
+LAYOUT = layouts.bigbird(23, block_size=4, window_blocks=1, global_blocks=1, random_blocks=1)
+
+# torch.compile itself warns of its own deprecations; ours would still be errors elsewhere.
+compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+
+@compiling
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4}, {"is_causal": True, "padding": 0.3}])
+def test_compile_fullgraph_equals_eager(options):
+    torch.compiler.reset()
+    case = Problem(LAYOUT, kv_heads=1, **options)
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    eager = case.run(None, case.tensors())
+    actual = case.run(None, case.tensors(), attention=compiled)
+    if case.dropout_p:
+        # The compiler draws its own seed; what must hold is that backward uses forward's.
+        assert actual["dq"].isfinite().all()
+        return
+    for name in NAMES:
+        assert relative_error(actual[name], eager[name]) < 1e-10, name
+
+
+@compiling
+def test_compile_a_module_for_any_batch():
+    torch.compiler.reset()
+    layer = MultiheadDilatedAttention(
+        48, 6, DilatedPattern([4], [1]), attention=BlockSparseAttention(LAYOUT)
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 23, 48)
+        torch.testing.assert_close(compiled(x, is_causal=True)[0], layer(x, is_causal=True)[0])
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+
+
+@compiling
+def test_operators_pass_opcheck():
+    q, k, v = Problem(LAYOUT).tensors()
+    rest = (
+        torch.rand(2, 23) < 0.3, torch.tensor(5),
+        LAYOUT.row_offsets, LAYOUT.columns, LAYOUT.masks, LAYOUT.table,
+        LAYOUT.block_size, LAYOUT.heads, LAYOUT.digest, False, 0.3, 0.25,
+    )  # fmt: skip
+    torch.library.opcheck(forward_op, (q, k, v, *rest))
+    detached = [x.detach() for x in (q, k, v, *forward_op(q, k, v, *rest))]
+    for grad_lse in (None, torch.randn_like(detached[4])):
+        arguments = (torch.randn_like(detached[3]), grad_lse, *detached, *rest)
+        torch.library.opcheck(backward_op, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype(dtype):
+    q, k, v = Problem(LAYOUT).tensors(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = block_sparse_attention(q, k, v, LAYOUT)
+    assert out.dtype == dtype
+    assert torch.equal(out, block_sparse_attention(*(x.to(dtype) for x in (q, k, v)), LAYOUT))
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_meta_tensors_have_shapes():
+    q = torch.randn(2, 23, 6, 8, device="meta")
+    k = torch.randn(2, 23, 2, 8, device="meta")
+    out, lse = block_sparse_attention(q, k, k, LAYOUT, enable_gqa=True, return_lse=True)
+    assert (out.shape, out.device.type, lse.shape) == (q.shape, "meta", (2, 6, 23))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    layer = BlockSparseAttention(LAYOUT, dropout=0.3)
+    q, k, v = Problem(LAYOUT).tensors()
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        if checkpointed:
+            out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=False)
+        else:
+            out = layer(q, k, v)
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(out, (q, k, v), torch.randn_like(out)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_layout_may_be_forgotten_before_the_backward():
+    q, k, v = Problem(LAYOUT).tensors()
+    layout = layouts.sliding_window(23, 3, block_size=4)
+    expected = torch.autograd.grad(block_sparse_attention(q, k, v, layout).sum(), q)[0]
+    out = block_sparse_attention(q, k, v, layouts.sliding_window(23, 3, block_size=4)).sum()
+    assert torch.equal(torch.autograd.grad(out, q)[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 23), (2, 0), (0, 0)])
+def test_empty_inputs_give_empty_outputs(batch, length, backend):
+    x = torch.randn(batch, length, 3, 5, requires_grad=True)
+    layout = layouts.sliding_window(length, 3, block_size=4)
+    out, lse = block_sparse_attention(x, x, x, layout, return_lse=True, backend=backend)
+    assert (out.shape, lse.shape) == (x.shape, (batch, 3, length))
+    assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+def test_threads_agree():
+    cases = [Problem(layouts.sliding_window(n, 3, block_size=4)) for n in range(1, 25)]
+    expected = [case.run("torch", case.tensors())["dk"] for case in cases]
+
+    def attend(case):
+        return block_sparse_attention(*case.tensors(), case.layout)
+
+    with ThreadPoolExecutor(8) as pool:
+        actual = list(pool.map(attend, cases))
+    for case, out in zip(cases, actual, strict=True):
+        assert torch.equal(out, attend(case))
+    assert len(expected) == len(actual)
+
+
+def test_gradients_only_where_they_are_wanted():
+    tensors = Problem(LAYOUT).tensors()
+    for wanted in tensors:
+        inputs = [x if x is wanted else x.detach() for x in tensors]
+        (grad,) = torch.autograd.grad(block_sparse_attention(*inputs, LAYOUT).sum(), wanted)
+        assert grad.shape == wanted.shape
