@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dilated_core import (
     DilatedAttention,
@@ -59,7 +60,7 @@ def test_compile_fullgraph_equals_eager(options):
 def test_compile_does_not_recompile_for_another_batch():
     torch.compiler.reset()
     layer = MultiheadDilatedAttention(48, 6, PATTERN)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     counts = []
     for batch in (2, 3, 7):

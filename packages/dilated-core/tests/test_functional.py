@@ -121,9 +121,16 @@ def test_reference_attention_is_the_reference_backend():
 
 
 def test_selection_says_why():
-    choice = select_backend()
+    choice = select_backend(X, X)
     assert choice.backend == "torch"
-    assert dict(choice.rejected).keys() == {"reference"}
-    forced = select_backend("reference")
+    assert dict(choice.rejected).keys() == {"reference", "triton"}
+    assert dict(choice.rejected)["triton"] == "it needs CUDA tensors, these are on cpu"
+    forced = select_backend(X, X, "reference")
     assert forced.backend == "reference"
     assert "given" in forced.reason
+
+
+def test_an_impossible_force_is_an_error():
+    message = r"backend must be able to serve the call\. Got 'triton', but it needs CUDA tensors"
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(X, X, X, PATTERN, backend="triton")

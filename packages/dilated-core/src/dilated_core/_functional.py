@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dilated_core import _inputs, _reference, _torch_backend
+from dilated_core import _inputs, _reference, _torch_backend, triton_kernels
 from dilated_core._inputs import Options
 from dilated_core._operators import Forward
 from dilated_core._pattern import DilatedPattern
@@ -12,6 +12,7 @@ from dilated_core._selection import Backend, select_backend
 _BACKENDS: dict[Backend, Forward] = {
     "reference": _reference.attend,
     "torch": _torch_backend.OPERATORS.attend,
+    "triton": triton_kernels.attend,
 }
 
 
@@ -47,7 +48,7 @@ def dilated_attention(
         enable_gqa: allow H to be a multiple of H_kv; query head h reads key head
             h // (H / H_kv). Head offsets go by the query head.
         return_lse: also return the log-sum-exp.
-        backend: "torch" or "reference" to force one; None picks.
+        backend: "triton", "torch" or "reference" to force one; None picks.
 
     Returns:
         out (B, N, H, D) in query's dtype; with return_lse also lse (B, H, N), natural log,
@@ -67,7 +68,9 @@ def dilated_attention(
         query, pattern, is_causal, scale, key_padding_mask, dropout_p, enable_gqa, return_lse
     )
     query, key, value = _autocast(query, key, value)
-    out, lse = _BACKENDS[select_backend(backend).backend](options, query, key, value, None)
+    out, lse = _BACKENDS[select_backend(query, key, backend).backend](
+        options, query, key, value, None
+    )
     out = out.to(query.dtype)
     return (out, lse) if return_lse else out
 
@@ -120,7 +123,9 @@ def dilated_attention_varlen(
         query, pattern, is_causal, scale, key_padding_mask, dropout_p, enable_gqa, return_lse
     )
     query, key, value = (x.unsqueeze(0) for x in _autocast(query, key, value))
-    out, lse = _BACKENDS[select_backend(backend).backend](options, query, key, value, cu_seqlens)
+    out, lse = _BACKENDS[select_backend(query, key, backend).backend](
+        options, query, key, value, cu_seqlens
+    )
     out = out[0].to(query.dtype)
     return (out, lse[0]) if return_lse else out
 

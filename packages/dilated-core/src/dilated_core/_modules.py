@@ -24,7 +24,7 @@ class DilatedAttention(nn.Module):
         pattern: which keys a query sees.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training.
-        backend: "torch" or "reference" to force one; None picks.
+        backend: "triton", "torch" or "reference" to force one; None picks.
     """
 
     def __init__(

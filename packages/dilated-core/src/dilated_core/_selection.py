@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Backend = Literal["reference", "torch"]
+from torch import Tensor
+
+from dilated_core import triton_kernels
+
+Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
@@ -19,24 +23,40 @@ class BackendChoice:
 
     backend: Backend
     reason: str
-    rejected: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[Backend, str], ...]
 
 
-def select_backend(forced: str | None = None) -> BackendChoice:
-    """Pick the backend of a call.
+def select_backend(query: Tensor, key: Tensor, backend: str | None = None) -> BackendChoice:
+    """Pick the backend of a call by device, dtype and sizes of its tensors; values do not matter.
+
+    Args:
+        query: (B, N, H, D).
+        key: (B, M, H_kv, D).
+        backend: the name of one to force it.
 
     Raises:
-        ValueError: `forced` names no backend, or one that cannot serve the call.
+        ValueError: `backend` names none, or one that cannot serve the call.
     """
-    if forced is not None:
-        if forced not in BACKENDS:
+    obstacle = triton_kernels.unsupported(query, key)
+    if backend is not None:
+        if backend not in BACKENDS:
             raise ValueError(
-                f"backend must be None or one of {', '.join(map(repr, BACKENDS))}. Got {forced!r}."
+                f"backend must be None or one of {', '.join(map(repr, BACKENDS))}. Got {backend!r}."
             )
-        others = tuple((b, f"backend={forced!r} was given") for b in BACKENDS if b != forced)
-        return BackendChoice(forced, "it was given", others)
-    return BackendChoice(
-        "torch",
-        "torch's fused attention on strided views serves every device and dtype",
-        (("reference", "it is the slow oracle: it runs only when asked for"),),
+        if backend == "triton" and obstacle is not None:
+            raise ValueError(
+                f"backend must be able to serve the call. Got 'triton', but {obstacle}."
+            )
+        others = tuple((b, f"backend={backend!r} was given") for b in BACKENDS if b != backend)
+        return BackendChoice(backend, "it was given", others)
+    oracle: tuple[Backend, str] = (
+        "reference",
+        "it is the slow oracle: it runs only when asked for",
     )
+    if obstacle is None:
+        reason = "one pass over the runs of all branches is the fastest on CUDA"
+        return BackendChoice(
+            "triton", reason, (oracle, ("torch", "triton serves the call, faster"))
+        )
+    reason = "torch's fused attention on strided views serves every device and dtype"
+    return BackendChoice("torch", reason, (oracle, ("triton", obstacle)))

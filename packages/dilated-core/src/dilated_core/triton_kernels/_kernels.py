@@ -1,0 +1,517 @@
+"""The kernels: one pass over the runs of a tile, forward, to queries and to keys and values.
+
+They know tiles and runs (see `_plan`) and no pattern. Scores are in units of log2: with scale' =
+|scale| * log2(e) and a run's log2 weight b, a key counts exp2(scale' * (q . k) + b). A
+NEGATIVE scale moves its sign into the rows, which are loaded once.
+
+With ALIKE both tensors that a kernel walks have the same row stride, so offsets are shared. Each
+kernel walks its full runs, then, unless MASK is 0, its masked runs: 1 says that only column
+counts and causal order can hide a key, 2 that segments and row residues can as well.
+
+B batch, N queries, M keys, H query heads, D head_dim.
+"""
+
+# Kernels are a language of their own: their names have no Python types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+TILE_FIELDS = tl.constexpr(8)
+FULL_FIELDS = tl.constexpr(5)
+MASKED_FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def _mix(x):
+    """The hash of `dilated_core._dropout`, on uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _call_state(seed, batch):
+    """The hash's state after the seed and the batch row."""
+    state = _mix((seed & 0xFFFFFFFF).to(tl.uint32))
+    state = _mix(state ^ ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    return _mix(state ^ batch.to(tl.uint32))
+
+
+@triton.jit
+def _query_state(call_state, head, position):
+    return _mix(_mix(call_state ^ head.to(tl.uint32)) ^ position.to(tl.uint32))
+
+
+@triton.jit
+def _key_state(position):
+    return _mix(position.to(tl.uint32) ^ 0x9E3779B9)
+
+
+@triton.jit
+def _row_pointers(base, start, step, offsets, stride, dims, WIDE: tl.constexpr):
+    """Pointers (rows, dims) to the rows start + step * offsets."""
+    base += start.to(tl.int64) * stride
+    if WIDE:
+        rows = offsets.to(tl.int64) * (step.to(tl.int64) * stride)
+    else:
+        rows = offsets * (step * stride)
+    return base + rows[:, None] + dims[None, :]
+
+
+@triton.jit
+def _load_run(run):
+    return (
+        tl.load(run),
+        tl.load(run + 1),
+        tl.load(run + 2),
+        tl.load(run + 3).to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit
+def _next(run, start, step, left, BLOCK: tl.constexpr, PHASE: tl.constexpr):
+    """Advance by one block of columns, to the next run where this one ends."""
+    ends = left <= BLOCK
+    run = run + tl.where(ends, FULL_FIELDS if PHASE == 0 else MASKED_FIELDS, 0)
+    new_start, new_step, new_left, weight = _load_run(run)
+    start = tl.where(ends, new_start, start + BLOCK * step)
+    left = tl.where(ends, new_left, left - BLOCK)
+    return run, start, new_step, left, weight
+
+
+@triton.jit
+def _load_columns(
+    base, start, step, offsets, stride, dims, present,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Load the rows start + step * offsets; those not present and padded dims are 0."""
+    pointers = _row_pointers(base, start, step, offsets, stride, dims, WIDE)
+    if MASKED:
+        return tl.load(pointers, mask=present[:, None] & (dims < D)[None, :], other=0.0)
+    if BLOCK_D == D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_rows(base, rows, stride, dims, inside, D: tl.constexpr):
+    pointers = base + rows[:, None] * stride + dims[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(base, rows, stride, dims, inside, values, D: tl.constexpr):
+    pointers = base + rows[:, None] * stride + dims[None, :]
+    values = values.to(base.dtype.element_ty)
+    tl.store(pointers, values, mask=inside[:, None] & (dims < D)[None, :])
+
+
+@triton.jit
+def _load_tile(
+    tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Read a tile: its fields, the first row of its sequence, its runs, and where it is."""
+    index = (tl.load(head_class + head) * slots + slot).to(tl.int64)
+    tile = tiles + index * TILE_FIELDS
+    sequence, origin = batch, tl.zeros((), tl.int64)
+    if PACKED:
+        sequence = tl.load(tile + 5)
+        origin = tl.load(starts + sequence).to(tl.int64)
+    full_runs += tl.load(tile + 6).to(tl.int64) * FULL_FIELDS
+    masked_runs += tl.load(tile + 7).to(tl.int64) * MASKED_FIELDS
+    return (
+        tl.load(tile),
+        tl.load(tile + 1),
+        tl.load(tile + 2),
+        tl.load(tile + 3),
+        tl.load(tile + 4),
+        sequence,
+        origin,
+        full_runs,
+        masked_runs,
+        tile,
+    )
+
+
+@triton.jit
+def _reload_rows(tile, offsets):
+    """The rows of a tile and which of them are real, read anew.
+
+    For use after the loops: kept alive through them, they would cost registers.
+    """
+    rows = tl.load(tile, volatile=True) + tl.load(tile + 1, volatile=True) * offsets
+    return rows, offsets < tl.load(tile + 2, volatile=True)
+
+
+@triton.jit
+def _visible(run, rows, columns, present, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+             MASK: tl.constexpr):  # fmt: skip
+    """(rows, columns) mask of a masked run."""
+    mask = present[None, :]
+    if CAUSAL:
+        if BY_KEY:
+            mask = mask & (rows[:, None] <= columns[None, :])
+        else:
+            mask = mask & (rows[:, None] >= columns[None, :])
+    if MASK == 2:
+        segment = tl.load(run + 5)
+        mask = mask & ((rows // segment)[:, None] == (columns // segment)[None, :])
+        mask = mask & ((rows - tl.load(run + 6)) % tl.load(run + 7) == 0)[:, None]
+    return mask
+
+
+@triton.jit
+def _pack(low, high):
+    """Two float32 in one int64, so that they are loaded as one."""
+    low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+
+
+@triton.jit
+def _unpack(pair):
+    low = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+    return low, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, IEEE: tl.constexpr):
+    if IEEE:
+        return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def _add_dot(a, b, acc, IEEE: tl.constexpr):
+    if IEEE:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+# These change from call to call and would compile a kernel again for little.
+_CALL_SCALARS = ["slots", "first_query"]
+
+
+@triton.jit(do_not_specialize=_CALL_SCALARS)
+def forward_kernel(
+    query, key, value, out, lse,
+    tiles, full_runs, masked_runs, head_class, starts, padding, seed,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
+    stride_pb,
+    scale, threshold, keep_scale, slots, first_query,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Write out and lse of one tile of queries of one head."""
+    if ALIKE:
+        stride_vn = stride_kn
+    program = tl.program_id(0)
+    slot, batch, head = program % slots, program // slots // HEADS, program // slots % HEADS
+    (
+        first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
+        tile,
+    ) = _load_tile(
+        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED
+    )  # fmt: skip
+    if count == 0:
+        return
+
+    offsets = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    rows = first + step * offsets
+    inside = offsets < count
+    local = origin + rows - first_query
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    q = _load_rows(query + batch * stride_qb + head * stride_qh, local, stride_qn, dims, inside, D)
+    if NEGATIVE:
+        q = -q
+    key += batch * stride_kb + head // GROUP * stride_kh + origin * stride_kn
+    value += batch * stride_vb + head // GROUP * stride_vh + origin * stride_vn
+    padding += batch * stride_pb + origin
+    if DROPOUT:
+        row_state = _query_state(_call_state(tl.load(seed), sequence), head, rows)
+        limit = threshold.to(tl.uint32)
+
+    high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for phase in tl.static_range(2 if MASK else 1):
+        if phase == 0:
+            run = full_runs
+            steps = full_columns // FULL_COLUMNS
+        else:
+            run = masked_runs
+            steps = masked_steps
+        columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
+        start, stride, left, weight = _load_run(run)
+        for _ in range(steps):
+            positions = start + stride * columns
+            # A run of step 0 is a zero key: it counts, but has no row.
+            present = (columns < left) & (stride > 0)
+            k = _load_columns(
+                key, start, stride, columns, stride_kn, dims, present, D, BLOCK_D, phase == 1, WIDE
+            )
+            s = _dot(q, tl.trans(k), IEEE)
+            if phase == 1 or PADDED:
+                s = s * scale + weight
+                if phase == 1:
+                    mask = _visible(run, rows, positions, columns < left, CAUSAL, False, MASK)
+                    s = tl.where(mask, s, float("-inf"))
+                if PADDED:
+                    ignored = tl.load(padding + positions, mask=present, other=0)
+                    s = tl.where((ignored != 0)[None, :], float("-inf"), s)
+                new_high = tl.maximum(high, tl.max(s, 1))
+                shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+                p = tl.exp2(s - shift[:, None])
+            else:
+                new_high = tl.maximum(high, tl.max(s, 1) * scale + weight)
+                shift = new_high
+                p = tl.exp2(s * scale - (new_high - weight)[:, None])
+            alpha = tl.exp2(high - shift)
+            total = total * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            if DROPOUT:
+                keep = _mix(row_state[:, None] ^ _key_state(positions)[None, :]) >= limit
+                p = tl.where(keep, p * keep_scale, 0.0)
+            v = _load_columns(
+                value, start, stride, columns, stride_vn, dims, present, D, BLOCK_D, phase == 1,
+                WIDE,
+            )  # fmt: skip
+            acc = _add_dot(p.to(v.dtype), v, acc, IEEE)
+            high = new_high
+            run, start, stride, left, weight = _next(
+                run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
+            )
+
+    none = total == 0.0
+    acc = acc / tl.where(none, 1.0, total)[:, None]
+    rows, inside = _reload_rows(tile, offsets)
+    local = origin + rows - first_query
+    out += batch * stride_ob + head * stride_oh
+    _store_rows(out, local, stride_on, dims, inside, acc, D)
+    result = tl.where(none, float("-inf"), (high + tl.log2(total)) * LN_2)
+    tl.store(lse + batch * stride_lb + head * stride_lh + local, result, mask=inside)
+
+
+@triton.jit(do_not_specialize=_CALL_SCALARS)
+def query_gradient_kernel(
+    query, key, value, out, lse, grad_out, grad_lse, grad_query, terms,
+    tiles, full_runs, masked_runs, head_class, starts, padding, seed,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh,
+    stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_tb, stride_tn, stride_th,
+    stride_pb,
+    scale, final_scale, threshold, keep_scale, slots, first_query,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
+    GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """grad_query of one tile of queries of one head, and the terms that keys need of a query.
+
+    The terms are two float32 in an int64: lse in units of log2, and grad_out . out - grad_lse.
+    grad_query has the strides of out, terms those of lse.
+    """
+    if ALIKE:
+        stride_vn = stride_kn
+    program = tl.program_id(0)
+    slot, batch, head = program % slots, program // slots // HEADS, program // slots % HEADS
+    (
+        first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
+        tile,
+    ) = _load_tile(
+        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED
+    )  # fmt: skip
+    if count == 0:
+        return
+
+    offsets = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    rows = first + step * offsets
+    inside = offsets < count
+    local = origin + rows - first_query
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    at_out = batch * stride_ob + head * stride_oh
+    at_lse = batch * stride_lb + head * stride_lh
+    do = _load_rows(
+        grad_out + batch * stride_gb + head * stride_gh, local, stride_gn, dims, inside, D
+    )
+    o = _load_rows(out + at_out, local, stride_on, dims, inside, D)
+    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if GRAD_LSE:
+        grad_lse += batch * stride_tb + head * stride_th
+        row_delta -= tl.load(grad_lse + local * stride_tn, mask=inside, other=0.0)
+    row_lse = tl.load(lse + at_lse + local, mask=inside, other=float("inf"))
+    # exp2(score - inf) = 0: a row that sees nothing gives and gets no gradient.
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    tl.store(terms + at_lse + local, _pack(row_lse, row_delta), mask=inside)
+    q = _load_rows(query + batch * stride_qb + head * stride_qh, local, stride_qn, dims, inside, D)
+    if NEGATIVE:
+        q = -q
+    key += batch * stride_kb + head // GROUP * stride_kh + origin * stride_kn
+    value += batch * stride_vb + head // GROUP * stride_vh + origin * stride_vn
+    padding += batch * stride_pb + origin
+    if DROPOUT:
+        row_state = _query_state(_call_state(tl.load(seed), sequence), head, rows)
+        limit = threshold.to(tl.uint32)
+
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for phase in tl.static_range(2 if MASK else 1):
+        if phase == 0:
+            run = full_runs
+            steps = full_columns // FULL_COLUMNS
+        else:
+            run = masked_runs
+            steps = masked_steps
+        columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
+        start, stride, left, weight = _load_run(run)
+        for _ in range(steps):
+            positions = start + stride * columns
+            present = (columns < left) & (stride > 0)
+            k = _load_columns(
+                key, start, stride, columns, stride_kn, dims, present, D, BLOCK_D, phase == 1, WIDE
+            )
+            v = _load_columns(
+                value, start, stride, columns, stride_vn, dims, present, D, BLOCK_D, phase == 1,
+                WIDE,
+            )  # fmt: skip
+            s = _dot(q, tl.trans(k), IEEE)
+            dp = _dot(do, tl.trans(v), IEEE)
+            p = tl.exp2(s * scale - (row_lse - weight)[:, None])
+            if phase == 1:
+                p = tl.where(_visible(run, rows, positions, present, CAUSAL, False, MASK), p, 0.0)
+            if PADDED:
+                ignored = tl.load(padding + positions, mask=present, other=0)
+                p = tl.where((ignored != 0)[None, :], 0.0, p)
+            if DROPOUT:
+                keep = _mix(row_state[:, None] ^ _key_state(positions)[None, :]) >= limit
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - row_delta[:, None])
+            acc = _add_dot(ds.to(k.dtype), k, acc, IEEE)
+            run, start, stride, left, weight = _next(
+                run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
+            )
+    rows, inside = _reload_rows(tile, offsets)
+    local = origin + rows - first_query
+    _store_rows(grad_query + at_out, local, stride_on, dims, inside, acc * final_scale, D)
+
+
+@triton.jit(do_not_specialize=_CALL_SCALARS)
+def key_gradient_kernel(
+    query, key, value, grad_out, grad_key, grad_value, terms,
+    tiles, full_runs, masked_runs, head_class, starts, padding, seed,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_cb, stride_cn, stride_ch,
+    stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_pb,
+    scale, final_scale, threshold, keep_scale, slots, first_query,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """grad_key and grad_value of one tile of keys of one of HEADS key heads.
+
+    Its runs are those of the GROUP query heads that read it. Scores are transposed: (keys,
+    queries).
+    """
+    if ALIKE:
+        stride_gn = stride_qn
+    program = tl.program_id(0)
+    slot, batch, head = program % slots, program // slots // HEADS, program // slots % HEADS
+    (
+        first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
+        tile,
+    ) = _load_tile(
+        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED
+    )  # fmt: skip
+    if count == 0:
+        return
+
+    offsets = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    rows = first + step * offsets
+    inside = offsets < count
+    local = origin + rows
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    k = _load_rows(key + batch * stride_kb + head * stride_kh, local, stride_kn, dims, inside, D)
+    if NEGATIVE:
+        k = -k
+    v = _load_rows(value + batch * stride_vb + head * stride_vh, local, stride_vn, dims, inside, D)
+    if PADDED:
+        ignored = tl.load(padding + batch * stride_pb + local, mask=inside, other=1) != 0
+    if DROPOUT:
+        call_state = _call_state(tl.load(seed), sequence)
+        row_state = _key_state(rows)
+        limit = threshold.to(tl.uint32)
+    origin -= first_query
+    query += batch * stride_qb + head * GROUP * stride_qh + origin * stride_qn
+    grad_out += batch * stride_gb + head * GROUP * stride_gh + origin * stride_gn
+    terms += batch * stride_lb + head * GROUP * stride_lh + origin
+
+    dk = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for phase in tl.static_range(2 if MASK else 1):
+        if phase == 0:
+            run = full_runs
+            steps = full_columns // FULL_COLUMNS
+        else:
+            run = masked_runs
+            steps = masked_steps
+        columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
+        start, stride, left, weight = _load_run(run)
+        for _ in range(steps):
+            member = tl.zeros((), tl.int64)
+            if GROUP > 1:
+                member = tl.load(run + 4).to(tl.int64)
+            positions = start + stride * columns
+            present = columns < left
+            q = _load_columns(
+                query + member * stride_qh, start, stride, columns, stride_qn, dims, present,
+                D, BLOCK_D, phase == 1, WIDE,
+            )  # fmt: skip
+            do = _load_columns(
+                grad_out + member * stride_gh, start, stride, columns, stride_gn, dims, present,
+                D, BLOCK_D, phase == 1, WIDE,
+            )  # fmt: skip
+            at = terms + member * stride_lh + positions
+            if phase == 1:
+                column_lse, column_delta = _unpack(tl.load(at, mask=present, other=0))
+            else:
+                column_lse, column_delta = _unpack(tl.load(at))
+            s = _dot(k, tl.trans(q), IEEE)
+            p = tl.exp2(s * scale - (column_lse - weight)[None, :])
+            if phase == 1:
+                p = tl.where(_visible(run, rows, positions, present, CAUSAL, True, MASK), p, 0.0)
+            if PADDED:
+                p = tl.where(ignored[:, None], 0.0, p)
+            dp = _dot(v, tl.trans(do), IEEE)
+            if DROPOUT:
+                state = _query_state(call_state, head * GROUP + member, positions)
+                keep = _mix(row_state[:, None] ^ state[None, :]) >= limit
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+                dv = _add_dot(tl.where(keep, p * keep_scale, 0.0).to(do.dtype), do, dv, IEEE)
+            else:
+                dv = _add_dot(p.to(do.dtype), do, dv, IEEE)
+            ds = p * (dp - column_delta[None, :])
+            dk = _add_dot(ds.to(q.dtype), q, dk, IEEE)
+            run, start, stride, left, weight = _next(
+                run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
+            )
+
+    rows, inside = _reload_rows(tile, offsets)
+    local = origin + first_query + rows
+    target = batch * stride_cb + head * stride_ch
+    _store_rows(grad_key + target, local, stride_cn, dims, inside, dk * final_scale, D)
+    _store_rows(grad_value + target, local, stride_cn, dims, inside, dv, D)

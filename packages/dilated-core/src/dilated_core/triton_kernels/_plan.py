@@ -1,0 +1,467 @@
+"""Plans: for every tile of rows, the runs of columns that a program walks.
+
+A plan is all that the kernels know about a pattern, so anything that can be said as tiles and
+runs can drive them. Rows and columns are numbered by position.
+
+- A tile is (first row, step, rows, full columns, masked steps, sequence, first full run, first
+  masked run).
+- A full run is (first column, step, columns, log2 weight, member): its columns are a multiple of
+  the kernel's column block, and every row of the tile sees all of them.
+- A masked run is (first column, step, columns, log2 weight, member, segment, row residue,
+  row step): a row sees a column if position // segment is the same for both, the row is congruent
+  to the residue modulo the row step and, when causal, the order is right. A masked run of step 0
+  is one zero key that has no row.
+- A member is a query head within those that one program serves.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_core._pattern import DilatedPattern
+from dilated_core.triton_kernels._strips import Slot, head_offsets, sorted_branches, strips
+
+# "before": rows see columns at or before them, as queries see keys; "after": the transpose.
+Causal = Literal["no", "before", "after"]
+
+TILE_FIELDS, FULL_FIELDS, MASKED_FIELDS = 8, 5, 8
+ANY_SEGMENT = 2**31 - 1
+_CACHED_PLANS = 24
+
+
+class Blocks(NamedTuple):
+    """Rows of a tile, columns of a step, and columns of a masked step, which divide those."""
+
+    rows: int
+    columns: int
+    masked: int
+
+
+class Request(NamedTuple):
+    """What a plan depends on; positions of rows and columns are half-open ranges."""
+
+    pattern: DilatedPattern
+    heads: int
+    kv_heads: int
+    by_key: bool
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    is_causal: bool
+    blocks: Blocks
+
+    @property
+    def causal(self) -> Causal:
+        """How rows and columns are ordered."""
+        return ("after" if self.by_key else "before") if self.is_causal else "no"
+
+    @property
+    def zero_keys(self) -> bool:
+        """Whether the runs of zero keys are wanted; they get no gradients."""
+        return self.pattern.count_padding and not self.is_causal and not self.by_key
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables on one device; see the module.
+
+    Attributes:
+        tiles: (classes, tiles, TILE_FIELDS) int32.
+        full: (runs, FULL_FIELDS) int32; weights are float32 bits. At least one spare run at the
+            end may be read and is not used.
+        masked: (runs, MASKED_FIELDS) int32, likewise.
+        head_class: (heads,) int32, the class of a query head, or of a key head by key.
+        largest_step: bounds the step between columns.
+        mask: 0 if there are no masked runs, 1 if only their length and causal order hide columns,
+            2 if segments or row steps may.
+        stream: the id of the stream that built it.
+    """
+
+    tiles: Tensor
+    full: Tensor
+    masked: Tensor
+    head_class: Tensor
+    largest_step: int
+    mask: int
+    stream: int = 0
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tables."""
+        return self.tiles, self.full, self.masked, self.head_class
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The tiles of one sequence of the largest length, before runs are filled in.
+
+    first, step, lowest and recipe are (classes, tiles): first row, row step, start of the tile's
+    block of positions (rising; padded with a huge value), and index into the recipes. recipes is
+    (recipes, slots, fields). density and excess bound the tiles of a sequence of length n:
+    density * n + excess.
+    """
+
+    first: Tensor
+    step: Tensor
+    rows: Tensor
+    lowest: Tensor
+    recipe: Tensor
+    recipes: Tensor
+    head_class: Tensor
+    density: float
+    excess: float
+    largest_step: int
+    mask: int = 2
+    stream: int = 0
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tables."""
+        return self.first, self.step, self.rows, self.lowest, self.recipe, self.recipes
+
+    def tiles(self) -> "_Tiles":
+        """The tiles of the one sequence that the template is for."""
+        return _Tiles(self.first, self.step, self.rows, self.recipe, torch.zeros_like(self.first))
+
+
+@dataclass
+class _Cache:
+    """The most recently used values, and those that a captured graph reads for ever."""
+
+    size: int
+    recent: OrderedDict[object, Plan | _Template] = field(default_factory=OrderedDict)
+    captured: dict[object, Plan | _Template] = field(default_factory=dict)
+
+    def get(self, key: object) -> "Plan | _Template | None":
+        found = self.recent.get(key) or self.captured.get(key)
+        if found is not None and key in self.recent:
+            self.recent.move_to_end(key)
+        return found
+
+    def put(self, key: object, value: "Plan | _Template") -> None:
+        self.recent[key] = value
+        while len(self.recent) > self.size:
+            self.recent.popitem(last=False)
+
+
+_cache = _Cache(_CACHED_PLANS)
+
+
+def plan(request: Request, device: torch.device) -> Plan:
+    """The plan of a batch of equal sequences; cached, and built without a host sync after that."""
+    key = (request, device)
+    found = _cache.get(key)
+    if not isinstance(found, Plan):
+        _forbid_capture(device)
+        template = _template(request, device)
+        found = _tables(request, template, template.tiles(), request.columns[1], exact=True)
+        _cache.put(key, found)
+    _share(key, found, device)
+    return found
+
+
+def packed_plan(request: Request, cu_seqlens: Tensor) -> Plan:
+    """The plan of packed sequences, built on the device from their lengths at every call.
+
+    `request` is that of one sequence as long as all of them together.
+    """
+    template = _cached_template(request, cu_seqlens.device)
+    ends = cu_seqlens.to(torch.int64)
+    lengths = ends[1:] - ends[:-1]
+    sequences, total = lengths.shape[0], request.rows[1]
+    classes = template.first.shape[0]
+    counts = torch.searchsorted(template.lowest, lengths.expand(classes, -1).contiguous())
+    bound = int(template.density * total + sequences * template.excess) + 1
+    cumulative = counts.cumsum(1)
+    slots = torch.arange(bound, device=ends.device).expand(classes, -1).contiguous()
+    sequence = torch.searchsorted(cumulative, slots, right=True)
+    real = sequence < sequences
+    sequence = sequence.clamp(max=sequences - 1)
+    before = (cumulative - counts).gather(1, sequence)
+    local = torch.where(real, slots - before, 0)
+    first, step, most = (x.gather(1, local) for x in (template.first, template.step, template.rows))
+    length = lengths[sequence]
+    rows = torch.minimum((length - first + step - 1) // step, most).clamp(min=0)
+    tiles = _Tiles(
+        first, step, torch.where(real, rows, 0), template.recipe.gather(1, local), sequence
+    )
+    return _tables(request, template, tiles, length, exact=False)
+
+
+class _Tiles(NamedTuple):
+    """Per tile, (classes, tiles) int64: first row, row step, rows, recipe, sequence."""
+
+    first: Tensor
+    step: Tensor
+    rows: Tensor
+    recipe: Tensor
+    sequence: Tensor
+
+
+def _forbid_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dilated attention must run once with these shapes before a CUDA graph captures it."
+        )
+
+
+def _share(key: object, found: Plan | _Template, device: torch.device) -> None:
+    """Keep tables alive for captured graphs and for other streams than their own."""
+    if device.type != "cuda":
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _cache.captured[key] = found
+    elif (stream := torch.cuda.current_stream(device)).stream_id != found.stream:
+        for table in found.tensors():
+            table.record_stream(stream)
+
+
+def _stream_id(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+
+
+def _cached_template(request: Request, device: torch.device) -> _Template:
+    key = ("packed", request, device)
+    found = _cache.get(key)
+    if not isinstance(found, _Template):
+        _forbid_capture(device)
+        found = _template(request, device)
+        # Shorter sequences cut runs shorter and need no other masks, but for their zero keys.
+        whole = _tables(request, found, found.tiles(), request.columns[1], exact=True)
+        found = replace(
+            found,
+            mask=2 if request.zero_keys else max(1, whole.mask),
+            stream=_stream_id(device),
+        )
+        _cache.put(key, found)
+    _share(key, found, device)
+    return found
+
+
+def _finish(device: torch.device) -> None:
+    """Other streams may read a cached table at once."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _classes(request: Request) -> tuple[list[tuple[tuple[int | None, ...], ...]], list[int]]:
+    """Distinct member tuples, and the class of each head (key head by key)."""
+    offsets = head_offsets(request.pattern, request.heads)
+    size = request.heads // request.kv_heads if request.by_key else 1
+    members = [offsets[h : h + size] for h in range(0, request.heads, size)]
+    distinct = list(dict.fromkeys(members))
+    return distinct, [distinct.index(m) for m in members]
+
+
+_HUGE = 2**40
+
+
+def _template(request: Request, device: torch.device) -> _Template:
+    branches, _ = sorted_branches(request.pattern)
+    distinct, head_class = _classes(request)
+    recipes: dict[tuple[Slot, ...], int] = {}
+    table: list[tuple[int, ...]] = []
+    for number, members in enumerate(distinct):
+        for strip in strips(
+            branches, members, range(*request.rows), range(*request.columns),
+            request.blocks.rows, request.blocks.columns, request.zero_keys,
+        ):  # fmt: skip
+            known = recipes.setdefault(strip.slots, len(recipes))
+            per_cut = -(-strip.cut // strip.block)
+            cuts = (strip.stop - 1) // strip.cut + 1 - strip.start // strip.cut
+            table.append((number, cuts * per_cut, per_cut, known, *strip[:6]))
+    columns = torch.tensor(table, dtype=torch.int64).to(device).unbind(1)
+    total = sum(row[1] for row in table)
+    index = torch.arange(len(table), device=device).repeat_interleave(columns[1], output_size=total)
+    tile = torch.arange(total, device=device) - (columns[1].cumsum(0) - columns[1])[index]
+    owner, _, tiles_per_cut, recipe, start, stop, residue, step, cut, block = (
+        c[index] for c in columns
+    )
+    segment = (start // cut + tile // tiles_per_cut) * cut
+    lowest = segment + tile % tiles_per_cut * block
+    highest = torch.minimum(torch.minimum(lowest + block, segment + cut), stop)
+    lowest = torch.maximum(lowest, start)
+    first = lowest + (residue - lowest) % step
+    rows = ((highest - first + step - 1) // step).clamp(min=0)
+    # A progression may miss a short block altogether.
+    lowest = torch.where(rows > 0, lowest, _HUGE)
+    keep = (rows > 0).nonzero().squeeze(1)
+    keep = keep[torch.argsort(owner[keep] * _HUGE + lowest[keep], stable=True)]
+    owner = owner[keep]
+    per_class = torch.bincount(owner, minlength=len(distinct))
+    most = int(per_class.max())
+    place = torch.arange(len(keep), device=device) - (per_class.cumsum(0) - per_class)[owner]
+
+    def spread(values: Tensor, fill: int) -> Tensor:
+        full = torch.full((len(distinct), most), fill, dtype=torch.int64, device=device)
+        full[owner, place] = values[keep]
+        return full
+
+    lowest = spread(lowest, _HUGE)
+    length = max(1, request.rows[1] - request.rows[0])
+    density = most / length
+    ordinal = torch.arange(1, most + 1, device=device) - density * (lowest - request.rows[0])
+    return _Template(
+        first=spread(first, 0),
+        step=spread(step, 1),
+        rows=spread(rows, 0),
+        lowest=lowest,
+        recipe=spread(recipe, 0),
+        recipes=_recipe_table(list(recipes), device),
+        head_class=torch.tensor(head_class, dtype=torch.int32).to(device),
+        density=density,
+        excess=max(1.0, float(ordinal.max())),
+        largest_step=max((s.step for slots in recipes for s in slots), default=1),
+    )
+
+
+def _recipe_table(recipes: Sequence[Sequence[Slot]], device: torch.device) -> Tensor:
+    """(recipes, slots, fields) int64; a slot of step 0 is none."""
+    width = max(1, *(len(slots) for slots in recipes))
+    nothing = Slot(1, 0, 0, 0, 0, 1, 0, 1, 0, False)
+    rows = [[*slots, *[nothing] * (width - len(slots))] for slots in recipes]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def _tables(
+    request: Request, template: _Template, tiles: _Tiles, length: Tensor | int, *, exact: bool
+) -> Plan:
+    """Fill in the runs of tiles; `length` is that of the columns, per tile or for all.
+
+    With `exact` the tables are cut to the widest tile, which needs to read its width back.
+    """
+    unit = request.blocks.columns
+    slots = template.recipes[tiles.recipe]
+    outer, inner, side, residue, step, weight, row_residue, row_step, member, zero = slots.unbind(
+        -1
+    )
+    first_row, last_row = _bounds(tiles)
+    if isinstance(length, Tensor):
+        length = length.unsqueeze(-1)
+    low = first_row // outer * outer
+    high = last_row // outer * outer + outer
+    segment = torch.where(low + outer < high, outer, ANY_SEGMENT)
+    inner_low = first_row // inner.clamp(min=1) * inner
+    low = torch.where(side > 0, inner_low + inner, low).clamp(min=request.columns[0])
+    high = torch.where(side < 0, inner_low, high)
+    high = torch.minimum(high, torch.as_tensor(length, device=high.device))
+    divisor = step.clamp(min=1)
+
+    if request.causal == "before":
+        high = torch.minimum(high, last_row + 1)
+    if request.causal == "after":
+        low = torch.maximum(low, first_row)
+    first = low + (residue - low) % divisor
+    usable = (step > 0) & (zero == 0) & (tiles.rows.unsqueeze(-1) > 0)
+    count = torch.where(usable, _count(low, high, residue, divisor), 0)
+
+    masked_only = (segment != ANY_SEGMENT) | (row_step > 1)
+    head = torch.zeros_like(count)
+    seen = count
+    if request.causal == "before":
+        seen = torch.minimum((first_row - first) // divisor + 1, count).clamp(min=0)
+    if request.causal == "after":
+        diagonal = ((last_row - first + divisor - 1) // divisor).clamp(min=0)
+        head = torch.minimum((diagonal + unit - 1) // unit * unit, count)
+    full = torch.where(masked_only, 0, (seen - head).clamp(min=0) // unit * unit)
+    head = torch.where(full == 0, 0, head)
+    tail = count - head - full
+
+    log_weight = weight.to(torch.float32).log2()
+    rows_seen = member, segment, row_residue, row_step
+    masked = [_records(first + (head + full) * step, step, tail, log_weight, *rows_seen)]
+    if request.causal == "after":
+        masked.append(_records(first, step, head, log_weight, *rows_seen))
+    if request.zero_keys:
+        start, missing = _zero_keys(tiles, outer, residue, divisor, length)
+        missing = torch.where(zero > 0, missing, 0)
+        # Past the last key all segments are alike.
+        rows_seen = (
+            member,
+            torch.where(start >= length, ANY_SEGMENT, segment),
+            row_residue,
+            row_step,
+        )
+        one, none = (missing > 0).to(torch.int64), torch.zeros_like(step)
+        masked.append(_records(start, none, one, missing.to(torch.float32).log2(), *rows_seen))
+    full_records = _records(first + head * step, step, full, log_weight, member)
+    masked_records = torch.cat(masked, dim=2)
+    narrow = request.blocks.masked
+    masked_steps = ((masked_records[..., 2] + narrow - 1) // narrow).sum(-1)
+    full_records, full_start = _compact(full_records, exact)
+    masked_records, masked_start = _compact(masked_records, exact)
+    tile_table = torch.stack(
+        [
+            tiles.first, tiles.step, tiles.rows, full.sum(-1), masked_steps, tiles.sequence,
+            full_start, masked_start,
+        ],
+        dim=-1,
+    )  # fmt: skip
+    device = tile_table.device
+    mask = template.mask
+    if exact:
+        hidden = [masked_steps.sum(), ((count > 0) & masked_only).sum(), zero.sum()]
+        some, general, zeros = (int(x) for x in torch.stack(hidden).tolist())
+        mask = 2 if general or (zeros and some) else min(some, 1)
+    built = Plan(
+        tiles=tile_table.to(torch.int32).contiguous(),
+        full=full_records,
+        masked=masked_records,
+        head_class=template.head_class,
+        largest_step=template.largest_step,
+        mask=mask,
+        stream=_stream_id(device),
+    )
+    if exact:
+        _finish(device)
+    return built
+
+
+def _zero_keys(
+    tiles: _Tiles, outer: Tensor, residue: Tensor, step: Tensor, length: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """The last segment of each tile, the only one short of keys, and how many it lacks."""
+    length = torch.as_tensor(length, device=outer.device)
+    start = _bounds(tiles)[1] // outer * outer
+    slots = (torch.minimum(outer, length) + step - 1) // step
+    return start, slots - _count(start, torch.minimum(start + outer, length), residue, step)
+
+
+def _bounds(tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    """First and last row of each tile, (classes, tiles, 1)."""
+    last = tiles.first + (tiles.rows - 1).clamp(min=0) * tiles.step
+    return tiles.first.unsqueeze(-1), last.unsqueeze(-1)
+
+
+def _count(low: Tensor, high: Tensor, residue: Tensor, step: Tensor) -> Tensor:
+    """How many positions in [low, high) are congruent to the residue modulo the step."""
+    first = low + (residue - low) % step
+    return ((high - first + step - 1) // step).clamp(min=0)
+
+
+def _records(
+    start: Tensor, step: Tensor, columns: Tensor, log_weight: Tensor, *rest: Tensor
+) -> Tensor:
+    bits = log_weight.to(torch.float32).view(torch.int32)
+    return torch.stack([x.to(torch.int32) for x in (start, step, columns)]
+                       + [bits] + [x.to(torch.int32) for x in rest], dim=-1)  # fmt: skip
+
+
+def _compact(records: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """The runs that have columns, tile after tile, and where each tile's begin.
+
+    Without `exact` no size is read back, so each tile keeps room for all its slots.
+    """
+    real = records[..., 2] > 0
+    counts = real.sum(-1)
+    if exact:
+        kept = records[real]
+        starts = counts.flatten().cumsum(0).view(counts.shape) - counts
+    else:
+        order = torch.argsort((~real).to(torch.int8), dim=-1, stable=True)
+        kept = records.gather(2, order.unsqueeze(-1).expand_as(records)).flatten(0, 2)
+        starts = torch.arange(counts.numel(), device=counts.device).view(counts.shape)
+        starts = starts * records.shape[2]
+    spare = torch.zeros((1, records.shape[-1]), dtype=torch.int32, device=records.device)
+    return torch.cat([kept, spare]), starts

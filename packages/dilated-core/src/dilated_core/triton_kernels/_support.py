@@ -1,0 +1,34 @@
+"""Which calls the `triton` backend can serve."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MIN_CAPABILITY = (8, 0)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def unsupported(query: Tensor, key: Tensor) -> str | None:
+    """Why the backend cannot serve these tensors (..., heads, head_dim); None if it can."""
+    if query.device.type != "cuda":
+        return f"it needs CUDA tensors, these are on {query.device.type}"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if query.dtype not in _DTYPES:
+        return f"it computes in float16, bfloat16 and float32, these are {query.dtype}"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"its head_dim is at most {MAX_HEAD_DIM}, this is {query.shape[-1]}"
+    if max(query.shape[-3], key.shape[-3]) >= 2**31 - 2**16:
+        return "its positions are 32-bit integers"
+    if torch.version.hip is None and _capability(query.device.index or 0) < _MIN_CAPABILITY:
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+# torch.compile calls this while it traces and keeps the answer.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,92 @@
+"""Run by test_triton_interpreter.py in a process of its own: errors of the interpreted kernels.
+
+Prints one JSON object: for each case, the largest relative error against the float64 oracle.
+"""
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from dilated_core import DilatedPattern
+from dilated_core._inputs import Options
+from dilated_core._reference import attend as reference
+from dilated_core.triton_kernels import _launch, attend
+from dilated_core.triton_kernels._launch import Config
+
+# Segments long enough that every key is visited once, with a weight.
+NESTED = DilatedPattern([64, 128, 256], [1, 2, 4])
+PLAIN = DilatedPattern([11, 37, 53], [1, 3, 4])
+PADDING = DilatedPattern([7, 13, 60], [1, 2, 6], count_padding=True)
+SPLIT = DilatedPattern([13, 29], [2, 3], head_groups="split", head_offsets="blocked")
+
+# name: (pattern, queries, keys, heads, key heads, head_dim, options)
+CASES = {
+    "nested": (NESTED, 131, 131, 1, 1, 16, {}),
+    "nested, causal": (NESTED, 131, 131, 1, 1, 16, {"is_causal": True}),
+    "cross lengths": (PLAIN, 41, 59, 2, 1, 16, {}),
+    "cross lengths, causal": (PLAIN, 41, 59, 2, 1, 16, {"is_causal": True}),
+    "head_dim 19": (PLAIN, 37, 37, 1, 1, 19, {}),
+    "padding mask": (PLAIN, 43, 43, 2, 2, 16, {"padding": 0.4}),
+    "all keys ignored": (PLAIN, 19, 19, 1, 1, 16, {"padding": 1.1}),
+    "count_padding": (PADDING, 47, 29, 2, 1, 16, {}),
+    "dropout": (PLAIN, 43, 43, 2, 2, 16, {"dropout_p": 0.3}),
+    "dropout, causal": (PLAIN, 43, 43, 2, 1, 16, {"dropout_p": 0.3, "is_causal": True}),
+    "split heads": (SPLIT, 31, 31, 5, 5, 16, {"scale": -0.3}),
+    "packed": (PLAIN, 61, 61, 2, 1, 16, {"cu_seqlens": [0, 17, 17, 61], "dropout_p": 0.2}),
+    "packed, count_padding": (PADDING, 61, 61, 2, 1, 16, {"cu_seqlens": [0, 23, 61]}),
+    "packed, causal": (
+        NESTED, 61, 61, 2, 2, 16, {"cu_seqlens": [0, 23, 61], "is_causal": True, "padding": 0.2}
+    ),
+    "half": (NESTED, 35, 35, 1, 1, 16, {"dtype": torch.float16}),
+}  # fmt: skip
+
+
+def largest_error(name: str) -> float:
+    """The largest relative error of out, lse and the gradients of a case."""
+    pattern, length, key_length, heads, kv_heads, head_dim, options = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    ends = options.get("cu_seqlens")
+    batch = 1 if ends else 2
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    dtype = options.get("dtype", torch.float32)
+    inputs = [draw(batch, n, h, head_dim).to(dtype) for n, h in
+              ((length, heads), (key_length, kv_heads), (key_length, kv_heads))]  # fmt: skip
+    upstream = draw(batch, length, heads, head_dim), draw(batch, heads, length)
+    padding = options.get("padding")
+    call = Options(
+        pattern,
+        options.get("is_causal", False),
+        options.get("scale", head_dim**-0.5),
+        torch.rand(batch, key_length, generator=generator) < padding if padding else None,
+        options.get("dropout_p", 0.0),
+        torch.tensor(2**40 + 12345) if options.get("dropout_p") else None,
+    )
+    packed = [torch.tensor(ends)] if ends else []
+    results = []
+    for function, kind in ((attend, dtype), (reference, torch.float64)):
+        tensors = [x.to(kind).requires_grad_() for x in inputs]
+        out, lse = function(call, *tensors, *packed)
+        seen = lse > -torch.inf
+        total = (out * upstream[0]).sum() + (lse.masked_fill(~seen, 0.0) * upstream[1]).sum()
+        grads = torch.autograd.grad(total, tensors)
+        results.append([out, lse.masked_fill(~seen, 999.0), *grads])
+    return max(
+        float(
+            torch.linalg.vector_norm(a.double() - b) / torch.linalg.vector_norm(b).clamp(min=1e-3)
+        )
+        for a, b in zip(*results, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    for which in ("forward", "query", "key"):
+        _launch.overrides[which] = Config(16, 16, 4, 1)
+    json.dump({name: largest_error(name) for name in CASES}, sys.stdout)

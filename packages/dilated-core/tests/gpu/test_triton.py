@@ -1,0 +1,293 @@
+"""The triton backend on a CUDA device: against the float64 oracle and torch's fused attention."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dilated_core import DilatedPattern
+from dilated_core._inputs import Options
+from dilated_core._reference import attend as reference
+from dilated_core.triton_kernels import attend, unsupported
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+NESTED = DilatedPattern([128, 256, 512, 1024], [1, 2, 4, 8])
+PLAIN = DilatedPattern([100, 333, 700], [1, 3, 5])
+PATTERNS = [
+    NESTED,
+    PLAIN,
+    DilatedPattern([64, 128, 256, 512, 1024], [1, 2, 4, 6, 12]),
+    DilatedPattern([32, 181, 1024, 5793], [1, 2, 4, 8], head_offsets="blocked"),
+    DilatedPattern([37, 64, 200], [2, 3, 6], head_offsets="blocked"),
+    DilatedPattern([50, 90, 400], [1, 2, 6], count_padding=True),
+    DilatedPattern([64, 128, 256], [1, 2, 4], head_groups="split"),
+    DilatedPattern([7, 3], [9, 2]),
+]
+HEADS = [(4, 4), (6, 2), (3, 1)]
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def differences(actual: Tensor, expected: Tensor) -> tuple[float, float, float]:
+    """Norms of the difference and of what is expected, and the root of the number of entries.
+
+    Only finite entries count; infinities must agree and NaN never passes.
+    """
+    assert torch.equal(actual.isinf(), expected.isinf())
+    assert not actual.isnan().any()
+    finite = expected.isfinite()
+    difference = torch.linalg.vector_norm((actual.double() - expected)[finite])
+    return float(difference), float(expected[finite].norm()), math.sqrt(int(finite.sum()))
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error."""
+    difference, norm, _ = differences(actual, expected)
+    return difference / norm
+
+
+def draw(batch: int, length: int, key_length: int, heads: int, kv_heads: int, head_dim: int,
+         dtype: torch.dtype) -> list[Tensor]:  # fmt: skip
+    shapes = (length, heads), (key_length, kv_heads), (key_length, kv_heads)
+    return [torch.randn(batch, n, h, head_dim, device=DEVICE).to(dtype) for n, h in shapes]
+
+
+def run(function: Any, options: Options, inputs: list[Tensor], upstream: tuple[Tensor, Tensor],
+        *packed: Tensor) -> dict[str, Tensor]:  # fmt: skip
+    tensors = [x.detach().requires_grad_() for x in inputs]
+    out, lse = function(options, *tensors, *packed)
+    grads = torch.autograd.grad(
+        (out, lse), tensors,
+        (upstream[0].to(out.dtype), upstream[1].masked_fill(lse == -math.inf, 0.0).to(lse.dtype)),
+    )  # fmt: skip
+    return dict(zip(NAMES, (out, lse, *grads), strict=True))
+
+
+@cache
+def fused_errors(head_dim: int, dtype: torch.dtype) -> dict[str, float]:
+    """Errors of torch's fused attention on dense scores of the same kind."""
+    torch.manual_seed(0)
+    pad = -head_dim % 8
+    inputs = [torch.randn(2, 4, 512, head_dim, device=DEVICE).to(dtype) for _ in "qkv"]
+    upstream = torch.randn(2, 4, 512, head_dim, device=DEVICE)
+    results = []
+    for kind in (dtype, torch.float64):
+        backend = SDPBackend.MATH if kind == torch.float64 else SDPBackend.EFFICIENT_ATTENTION
+        tensors = [x.to(kind).requires_grad_() for x in inputs]
+        padded = [F.pad(x, (0, pad)) for x in tensors]
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*padded, scale=head_dim**-0.5)[..., :head_dim]
+        results.append([out, *torch.autograd.grad(out, tensors, upstream.to(kind))])
+    errors = [error(a, b) for a, b in zip(*results, strict=True)]
+    # The fused operators round lse to float32 after float32 sums, as ours do.
+    return dict(zip(NAMES, (errors[0], 2e-7, *errors[1:]), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 19, 48, 64, 80, 96, 128, 256])
+# Shrinking would compile kernels at every step.
+@settings(
+    max_examples=10,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    lengths=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+    heads=st.sampled_from(HEADS),
+    is_causal=st.booleans(),
+    padding=st.sampled_from([0.0, 0.0, 0.3]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.2]),
+    sequences=st.sampled_from([0, 0, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_result_is_as_exact_as_fused_attention(
+    head_dim: int, dtype: torch.dtype, pattern: DilatedPattern, lengths: tuple[int, int],
+    heads: tuple[int, int], is_causal: bool, padding: float, dropout_p: float, sequences: int,
+    seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    length, key_length = sorted(lengths) if is_causal else lengths
+    batch, packed = 2, []
+    if sequences:
+        batch, length = 1, key_length
+        cuts = torch.randint(0, length + 1, (sequences - 1,)).sort().values.tolist()
+        packed = [torch.tensor([0, *cuts, length], device=DEVICE, dtype=torch.int32)]
+    inputs = draw(batch, length, key_length, *heads, head_dim, dtype)
+    upstream = (
+        torch.randn(inputs[0].shape, device=DEVICE).to(dtype),
+        torch.randn(batch, heads[0], length, device=DEVICE),
+    )
+    mask = torch.rand(batch, key_length, device=DEVICE) < padding if padding else None
+    drop = torch.randint(2**62, (), device=DEVICE) if dropout_p else None
+    options = Options(pattern, is_causal, head_dim**-0.5, mask, dropout_p, drop)
+    actual = run(attend, options, inputs, upstream, *packed)
+    expected = run(reference, options, [x.double() for x in inputs], upstream, *packed)
+    allowed = fused_errors(head_dim, dtype)
+    for name in NAMES:
+        difference, norm, root = differences(actual[name], expected[name])
+        # Gradients may cancel to nothing (a softmax over one key) and leave a few roundings.
+        assert difference <= 2 * allowed[name] * norm + 4e-7 * root, name
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_element_is_written(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dilated_core.triton_kernels import _launch
+
+    for name in ("empty_like", "empty_lse"):
+        make = getattr(_launch, name)
+        monkeypatch.setattr(_launch, name, lambda x, make=make: make(x).fill_(math.nan))
+    for pattern in PATTERNS:
+        inputs = draw(2, 517, 701, 6, 2, 48, torch.bfloat16)
+        options = Options(pattern, is_causal, 0.2)
+        total = _launch.forward(options, *inputs, None)
+        grad_out = torch.randn_like(total.out)
+        grads = _launch.backward(options, grad_out, None, *inputs, total, None)
+        assert not any(x.isnan().any() for x in (*total, *grads))
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    inputs = draw(2, 2000, 2000, 6, 2, 64, torch.bfloat16)
+    upstream = torch.randn_like(inputs[0]), torch.randn(2, 6, 2000, device=DEVICE)
+    options = Options(PLAIN, True, 0.125, None, 0.1, torch.tensor(7, device=DEVICE))
+    first, second = (run(attend, options, inputs, upstream) for _ in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_memory_above_results_is_small() -> None:
+    pattern = DilatedPattern([2048 * 2**k for k in range(5)], [2**k for k in range(5)])
+    inputs = draw(1, 65536, 65536, 12, 12, 64, torch.bfloat16)
+    size = sum(x.numel() * x.element_size() for x in inputs)
+    tensors = [x.requires_grad_() for x in inputs]
+    upstream = torch.randn_like(inputs[0])
+    options = Options(pattern, False, 0.125)
+
+    def step() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = attend(options, *tensors)
+        grads = torch.autograd.grad(out, tensors, upstream)
+        kept = sum(x.numel() * x.element_size() for x in (out, lse, *grads))
+        return torch.cuda.max_memory_allocated() - before - kept
+
+    step()
+    assert step() < 0.05 * size
+
+
+def test_a_captured_graph_replays() -> None:
+    inputs = draw(1, 1500, 1500, 4, 4, 64, torch.float16)
+    options = Options(NESTED, True, 0.125)
+    attend(options, *inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(options, *inputs)
+    for x in inputs:
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    expected = attend(options, *inputs)
+    assert torch.equal(out, expected.out)
+    assert torch.equal(lse, expected.lse)
+
+
+def test_capturing_an_unseen_shape_says_to_run_once_before() -> None:
+    inputs = draw(1, 1501, 1501, 4, 4, 64, torch.float16)
+    options = Options(DilatedPattern([31], [3]), False, 0.125)
+    with warnings.catch_warnings():
+        # torch warns that the captured graph is empty.
+        warnings.simplefilter("ignore")
+        with (
+            pytest.raises(RuntimeError, match="before a CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            attend(options, *inputs)
+
+
+def test_a_call_needs_no_host_sync() -> None:
+    inputs = draw(1, 1000, 1000, 4, 4, 64, torch.float16)
+    ends = torch.tensor([0, 300, 1000], device=DEVICE, dtype=torch.int32)
+    options = Options(PLAIN, True, 0.125)
+    expected = [attend(options, *inputs, *rest).out for rest in ((), (ends,))]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = [attend(options, *inputs, *rest).out for rest in ((), (ends,))]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_it_compiles_to_one_graph(is_causal: bool) -> None:
+    inputs = draw(1, 300, 300, 4, 2, 64, torch.float16)
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        assert unsupported(query, key) is None
+        out, lse = attend(Options(PLAIN, is_causal, 0.125), query, key, value)
+        return out * 2, lse
+
+    upstream = torch.randn_like(inputs[0])
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        tensors = [x.detach().requires_grad_() for x in inputs]
+        out, lse = call(*tensors)
+        results.append([out, lse, *torch.autograd.grad(out, tensors, upstream)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operators_pass_opcheck() -> None:
+    from dilated_core.triton_kernels import _operators
+
+    tensors = [x.requires_grad_() for x in draw(1, 100, 100, 4, 2, 16, torch.float32)]
+    arguments = (*tensors, None, None, None, PLAIN.code, True, 0.25, 0.0)
+    torch.library.opcheck(_operators.OPERATORS.forward, arguments, atol=1e-4, rtol=1e-4)
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    packed = torch.randn(2, 400, 3, 4, 64, device=DEVICE, dtype=torch.float16)
+    inputs = [x.detach() for x in packed.unbind(2)]
+    options = Options(PLAIN, False, 0.125)
+    expected = attend(options, *(x.contiguous() for x in inputs))
+    assert torch.equal(attend(options, *inputs).out, expected.out)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert torch.equal(attend(options, *turned).out, expected.out)
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements_are_addressed() -> None:
+    pattern = DilatedPattern([2048, 1 << 21], [1, 1024])
+    inputs = draw(1, 1_500_000, 1_500_000, 12, 12, 128, torch.bfloat16)
+    assert inputs[0].numel() > 2**31
+    options = Options(pattern, False, 128**-0.5)
+    last = [x[:, :, 11:].clone() for x in inputs]
+    whole = attend(options, *inputs)
+    # Head 11 of 12 has offset 11; alone it would have offset 0, so compare head 0's rows too.
+    rows = torch.arange(11, 1_500_000, 1024, device=DEVICE)[-64:]
+    query, key, value = (x[0, :, 0].float() for x in last)
+    kept = torch.arange(11, 1_500_000, 1024, device=DEVICE)
+    for row in rows[::21].tolist():
+        low = row // 2048 * 2048
+        keys = torch.cat([torch.arange(low, min(low + 2048, 1_500_000), device=DEVICE), kept])
+        weights = torch.softmax(key[keys] @ query[row] * 128**-0.5, 0)
+        torch.testing.assert_close(
+            whole.out[0, row, 11].float(), weights @ value[keys], rtol=2e-2, atol=2e-3
+        )
+
+
+def test_unsupported_says_why() -> None:
+    inputs = draw(1, 10, 10, 1, 1, 64, torch.float16)
+    assert unsupported(*inputs[:2]) is None
+    assert "float64" in str(unsupported(*(x.double() for x in inputs[:2])))
+    assert "cpu" in str(unsupported(*(x.cpu() for x in inputs[:2])))
+    wide = draw(1, 10, 10, 1, 1, 257, torch.float16)
+    assert "257" in str(unsupported(*wide[:2]))
