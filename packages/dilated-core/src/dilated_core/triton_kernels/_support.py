@@ -28,7 +28,7 @@ def unsupported(query: Tensor, key: Tensor) -> str | None:
     return None
 
 
-# torch.compile calls this while it traces and keeps the answer.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    # torch.compile takes these properties as constants.
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
