@@ -80,8 +80,9 @@ class CudaMemory:
 class PinnedMemory:
     """Page-locked host memory, which a device copies from and to without the host waiting.
 
-    Ordinary memory is registered with CUDA, since torch's own pinned allocator rounds sizes up to
-    powers of two. Up to one page per block, lost to alignment, is neither pinned nor counted.
+    Ordinary pages are registered with CUDA, since torch's own pinned allocator rounds sizes up to
+    powers of two. They are mapped, not allocated: `Tensor.is_pinned` asks about the first byte of
+    the storage, so that has to be the first byte of the pages.
     """
 
     name = "cpu, pinned"
@@ -93,9 +94,7 @@ class PinnedMemory:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return a new pinned uint8 tensor of shape (nbytes,) that starts on a page."""
-        raw = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
-        start = -raw.data_ptr() % mmap.PAGESIZE
-        block = raw[start : start + nbytes].detach()
+        block = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
         address = block.data_ptr()
         _register(address, nbytes)
         # Registered pages must not outlive the memory; at exit the process takes both along.
