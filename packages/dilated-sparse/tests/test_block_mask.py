@@ -3,11 +3,11 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from sparse_problems import any_layouts
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dilated_sparse import BlockLayout, block_sparse_attention, layouts
 from dilated_testing import relative_error
+from sparse_problems import any_layouts
 
 
 @given(any_layouts(heads=2, max_length=31).filter(lambda x: x.length and x.key_length))

@@ -4,13 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from sparse_problems import NAMES, Problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dilated_core import DilatedPattern, MultiheadDilatedAttention
 from dilated_sparse import BlockSparseAttention, block_sparse_attention, layouts
 from dilated_sparse._operators import backward_op, forward_op
 from dilated_testing import relative_error
+from sparse_problems import NAMES, Problem
 
 LAYOUT = layouts.bigbird(23, block_size=4, window_blocks=1, global_blocks=1, random_blocks=1)
 

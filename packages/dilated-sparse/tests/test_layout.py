@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_problems import any_layouts, dense_masks
 
 from dilated_sparse import BlockLayout, layouts
+from sparse_problems import any_layouts, dense_masks
 
 SIZES = st.integers(1, 50)
 

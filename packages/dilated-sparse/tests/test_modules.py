@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from hypothesis import given
-from sparse_problems import problems
 
 from dilated_core import DilatedPattern, MultiheadDilatedAttention
 from dilated_sparse import (
@@ -16,6 +15,7 @@ from dilated_sparse import (
     layouts,
 )
 from dilated_testing import relative_error
+from sparse_problems import problems
 
 PATTERN = DilatedPattern([7, 14], [1, 2])
 LAYOUT = layouts.sliding_window(23, 4, block_size=4)

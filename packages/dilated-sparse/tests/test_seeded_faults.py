@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from sparse_problems import NAMES, Problem
 
 from dilated_sparse import BlockLayout, _masks, _schedule, _torch_backend, layouts
 from dilated_testing import relative_error
+from sparse_problems import NAMES, Problem
 
 MIXED = layouts.longformer(53, 9, 3, block_size=8) | layouts.random_blocks(
     53, 1, heads=3, block_size=8

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_problems import NAMES, Problem, problems
 
 from dilated_sparse import BlockLayout, _schedule, block_sparse_attention, layouts
 from dilated_testing import relative_error
+from sparse_problems import NAMES, Problem, problems
 
 
 def check(problem, tensors, **options):
