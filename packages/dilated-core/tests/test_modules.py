@@ -82,6 +82,12 @@ def test_need_weights_are_the_effective_weights():
             ValueError,
             "dropout must be 0 when attention is given",
         ),
+        ({"pattern": None}, TypeError, "pattern must be a DilatedPattern. Got NoneType"),
+        (
+            {"pattern": [5], "attention": DilatedAttention(PATTERN)},
+            TypeError,
+            "pattern must be a DilatedPattern or None. Got list",
+        ),
         (
             {"pattern": DilatedPattern([1] * 7, [1] * 7, head_groups="split")},
             ValueError,
@@ -139,7 +145,7 @@ def test_an_injected_attention_is_used():
             assert key_padding_mask is None
             return 2 * query
 
-    layer = MultiheadDilatedAttention(48, 6, PATTERN, layer_norm=False, attention=Doubling())
+    layer = MultiheadDilatedAttention(48, 6, None, layer_norm=False, attention=Doubling())
     x = torch.randn(2, 13, 48)
     torch.testing.assert_close(layer(x, is_causal=True)[0], layer.out_proj(2 * layer.q_proj(x)))
     with pytest.raises(ValueError, match="need_weights must be False with an injected"):

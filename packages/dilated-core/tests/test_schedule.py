@@ -40,7 +40,13 @@ def test_tasks_are_the_definition(pattern, length, key_length, is_causal):
         length, key_length = sorted((length, key_length))
     start = key_length - length if is_causal else 0
     tasks = schedule(
-        pattern, range(start, start + length), range(key_length), heads, heads, is_causal
+        pattern,
+        range(start, start + length),
+        range(key_length),
+        heads,
+        heads,
+        is_causal,
+        key_length,
     )
     count, zero_keys = shown(tasks, length, key_length, heads)
     options = {"is_causal": is_causal, "key_length": key_length}
@@ -81,21 +87,23 @@ def test_which_pairs_nest(pattern, heads, expected):
 def test_key_heads_follow_their_query_heads():
     """Every task pairs query head h with key head h // group."""
     pattern = DilatedPattern([7, 11], [2, 3])
-    for task in schedule(pattern, range(23), range(23), 12, 4, False):
+    for task in schedule(pattern, range(23), range(23), 12, 4, False, 23):
         for i in range(task.heads.count):
             head = task.heads.start + i * task.heads.step
             assert task.heads.kv_start + i * task.heads.kv_step == head // 3
 
 
 def test_a_long_sequence_needs_few_tasks():
-    tasks = schedule(DilatedPattern.longnet(2**20), range(2**20), range(2**20), 12, 12, True)
+    tasks = schedule(DilatedPattern.longnet(2**20), range(2**20), range(2**20), 12, 12, True, 2**20)
     assert len(tasks) < 1000
 
 
 @given(patterns(max_segment=13), st.integers(0, 29), st.integers(1, 2), st.booleans())
 def test_a_first_task_finds_its_rows_untouched(pattern, length, group, is_causal):
     heads = 2 * max(3, len(pattern.segment_lengths))
-    tasks = schedule(pattern, range(length), range(length), heads, heads // group, is_causal)
+    tasks = schedule(
+        pattern, range(length), range(length), heads, heads // group, is_causal, length
+    )
     queries, keys = set(), set()
     for task in tasks:
         for is_first, runs, start, step, touched in (
@@ -115,6 +123,6 @@ def test_a_first_task_finds_its_rows_untouched(pattern, length, group, is_causal
 def test_a_first_branch_of_rate_1_comes_first_everywhere():
     for pattern in (DilatedPattern([8, 16], [1, 2]), DilatedPattern([9, 16], [1, 3])):
         for is_causal in (False, True):
-            tasks = schedule(pattern, range(29), range(29), 4, 4, is_causal)
+            tasks = schedule(pattern, range(29), range(29), 4, 4, is_causal, 29)
             first = [t for t in tasks if t.first_queries]
             assert sum(t.queries.groups * t.queries.count * t.heads.count for t in first) == 29 * 4

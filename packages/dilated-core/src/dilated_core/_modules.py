@@ -105,7 +105,7 @@ class MultiheadDilatedAttention(nn.Module):
     Args:
         embed_dim: width of input and output, a multiple of num_heads.
         num_heads: query heads H.
-        pattern: which keys a query sees.
+        pattern: which keys a query sees; None with an injected `attention`, which knows.
         num_kv_heads: key and value heads, a divisor of num_heads; num_heads when None.
         bias: biases in the projections.
         dropout: probability of dropping an attention weight while training.
@@ -124,7 +124,7 @@ class MultiheadDilatedAttention(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        pattern: DilatedPattern,
+        pattern: DilatedPattern | None,
         *,
         num_kv_heads: int | None = None,
         bias: bool = True,
@@ -156,9 +156,14 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError(
                 f"dropout must be 0 when attention is given: set it there. Got {dropout}."
             )
-        if not isinstance(pattern, DilatedPattern):
-            raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
-        pattern.branch_heads(num_heads)
+        if attention is None:
+            attention = DilatedAttention(cast(DilatedPattern, pattern), dropout=dropout)
+        elif pattern is not None and not isinstance(pattern, DilatedPattern):
+            raise TypeError(
+                f"pattern must be a DilatedPattern or None. Got {type(pattern).__name__}."
+            )
+        if pattern is not None:
+            pattern.branch_heads(num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -180,9 +185,7 @@ class MultiheadDilatedAttention(nn.Module):
             nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory) if layer_norm else None
         )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
-        self.attention = (
-            DilatedAttention(pattern, dropout=dropout) if attention is None else attention
-        )
+        self.attention = attention
         self.position_embedding = position_embedding
         self.reset_parameters()
 

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_core import _checks
+
+if TYPE_CHECKING:
+    from dilated_core.interfaces import SpanAttention
 
 HeadOffsets = Literal["interleaved", "blocked"]
 HeadGroups = Literal["shared", "split"]
@@ -116,6 +119,13 @@ class DilatedPattern:
     def code(self) -> str:
         """The pattern as a string, the form in which custom operators take it."""
         return self._code
+
+    @property
+    def spans(self) -> "SpanAttention":
+        """Attention by this pattern span by span, as sequence-parallel attention takes it."""
+        from dilated_core._spans import DilatedSpans  # which computes with patterns
+
+        return DilatedSpans(self)
 
     @property
     def branches(self) -> tuple[Branch, ...]:

@@ -18,23 +18,31 @@ def schedule(
     heads: int,
     kv_heads: int,
     is_causal: bool,
+    length: int,
 ) -> tuple[Task, ...]:
     """The tasks whose merged partials are the attention of a span of queries to a span of keys.
 
-    Spans are global positions; row numbers in a task are local: they index the spans.
+    Spans are global positions of a sequence of `length` keys; row numbers in a task are local: they
+    index the spans. The zero keys of a query are all here, also those of keys outside of the span.
     """
-    is_self = queries == keys and not keys.start
+    is_self = queries == keys
     branches = pattern.branches
     tasks: list[Task] = []
     k = 0
     while k < len(branches):
         pair = branches[k : k + 2]
         new: Iterable[Task]
-        if is_self and not is_causal and len(pair) == 2 and nests(pattern, heads, *pair):
+        if (
+            is_self
+            and not is_causal
+            and len(pair) == 2
+            and nests(pattern, heads, *pair)
+            and keys.start % pair[1].segment_length == 0
+        ):
             new = visit_once(pattern, *pair, len(keys), heads, kv_heads)
         else:
             pair = pair[:1]
-            new = _branch_tasks(pattern, k, queries, keys, heads, kv_heads, is_causal)
+            new = _branch_tasks(pattern, k, queries, keys, heads, kv_heads, is_causal, length)
             new = (replace(task, first_queries=is_self, first_keys=is_self) for task in new)
         # Among the tasks of a branch, or of a pair, rows come first where they say so.
         first = not k and branches[0].dilation_rate == 1 and pattern.head_groups == "shared"
@@ -58,10 +66,11 @@ def _branch_tasks(
     heads: int,
     kv_heads: int,
     is_causal: bool,
+    length: int,
 ) -> Iterator[Task]:
     """The tasks of one branch."""
     w, r = pattern.branches[branch]
-    slots = -(-min(w, keys.stop) // r) if pattern.count_padding and not is_causal else 0
+    slots = -(-min(w, length) // r) if pattern.count_padding and not is_causal else 0
     for offset in range(min(r, w)):
         members = [
             h
@@ -70,9 +79,16 @@ def _branch_tasks(
         ]
         strides = list(head_strides(members, heads // kv_heads))
         for q, k, causal in _segments(w, r, offset, queries, keys, is_causal) if strides else ():
-            zero_keys = max(0, slots - k.count)
+            zero_keys = max(0, slots - _rows_in_segment(w, r, queries.start + q.start, length))
             if k.count or zero_keys:
                 yield from (Task(q, k, stride, causal, zero_keys) for stride in strides)
+
+
+def _rows_in_segment(w: int, r: int, row: int, length: int) -> int:
+    """How many rows below `length` a branch keeps in the segment of a row that it keeps."""
+    segment = range(row // w * w, row // w * w + w)
+    first = segment.start + (row - segment.start) % r
+    return clip(first, r, segment, range(length)).count
 
 
 def _segments(
@@ -92,8 +108,8 @@ def _segments(
         whole = range(first, first)
     for segment in chain(range(first, whole.start), range(whole.stop, last)):
         span = range(segment * w, segment * w + w)
-        q = _clip(span.start + offset, r, span, queries)
-        k = _clip(span.start + offset, r, span, keys)
+        q = clip(span.start + offset, r, span, queries)
+        k = clip(span.start + offset, r, span, keys)
         if q.count:
             earlier = (q.start - k.start) // r
             yield from _align(_local(q, queries), _local(k, keys), earlier, is_causal)
@@ -103,7 +119,7 @@ def _local(runs: Runs, span: range) -> Runs:
     return replace(runs, start=runs.start - span.start)
 
 
-def _clip(first: int, step: int, segment: range, span: range) -> Runs:
+def clip(first: int, step: int, segment: range, span: range) -> Runs:
     """The run first, first + step, ... cut to the rows of a segment that lie in a span."""
     lo, hi = max(segment.start, span.start), min(segment.stop, span.stop)
     start = first + max(0, -(-(lo - first) // step)) * step

@@ -31,6 +31,7 @@ def attend_rows(
     cu_seqlens: Tensor | None = None,
     *,
     start: int = 0,
+    whole_length: int | None = None,
 ) -> Partial:
     """Dilated attention outside of any operator, so without gradients; out stays wide.
 
@@ -41,18 +42,19 @@ def attend_rows(
         value: (B, M, H_kv, D).
         cu_seqlens: (S + 1,), where the rows are S sequences, one after the other.
         start: global position of the first key.
+        whole_length: keys in the whole sequence, where there are more than these.
     """
     out = torch.empty(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
     lse = _empty_lse(query)
-    query, key, value = map(_unit_stride, (query, key, value))
+    query, key, value = map(unit_stride, (query, key, value))
     for place, queries, keys in _places(
-        options, cu_seqlens, [query, out, _rows(lse)], [key, value]
+        options, cu_seqlens, [query, out, lse_rows(lse)], [key, value]
     ):
-        placed = replace(place, key_start=start)
+        placed = replace(place, key_start=start, whole_length=whole_length)
         if not placed.first_tasks_cover_queries():
             queries[1].zero_()
             queries[2].fill_(-math.inf)
-        _attend_into(placed, *queries, *keys)
+        attend_into(placed, *queries, *keys)
     return Partial(out, lse)
 
 
@@ -73,37 +75,56 @@ def _backward(
     total: Partial,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = rows_backward(options, grad_out, grad_lse, query, key, value, total, cu_seqlens)
+    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+
+
+def rows_backward(
+    options: Options,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    total: Partial,
+    cu_seqlens: Tensor | None = None,
+    *,
+    start: int = 0,
+    whole_length: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `attend_rows`, given the partial of all keys; gradients stay wide."""
     dtype = accumulate_dtype(query.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
-    grad_out, query, key, value = map(_unit_stride, (grad_out, query, key, value))
-    queries = [query, total.out, grad_out, dq, _rows(total.lse)]
+    grad_out, query, key, value = map(unit_stride, (grad_out, query, key, value))
+    queries = [query, total.out, grad_out, dq, lse_rows(total.lse)]
     if grad_lse is not None:
-        queries.append(_rows(grad_lse).contiguous())
+        queries.append(lse_rows(grad_lse).contiguous())
     for place, at_queries, at_keys in _places(options, cu_seqlens, queries, [key, value, dk, dv]):
+        place = replace(place, key_start=start, whole_length=whole_length)
         if not place.first_tasks_cover_queries():
             at_queries[3].zero_()
         if not place.first_tasks_cover_keys():
             at_keys[2].zero_()
             at_keys[3].zero_()
         _accumulate_gradients(place, at_queries, at_keys)
-    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+    return dq, dk, dv
 
 
-def _attend_into(
+def attend_into(
     place: "Place", query: Tensor, out: Tensor, lse: Tensor, key: Tensor, value: Tensor
 ) -> None:
     """Merge every task's partial into out and lse, which first tasks overwrite."""
     for task in place.tasks():
-        q, o, lse_rows = _query_views(task, query, out, lse)
+        q, o, row_lse = query_views(task, query, out, lse)
         if task.keys.count:
-            views = q, o, lse_rows, *_key_views(task, key, value)
+            views = q, o, row_lse, *key_views(task, key, value)
             for rows, (q_, o_, l_, k_, v_) in place.calls(task, *views):
                 part = _dense.attend(rows, q_, k_, v_)
                 if task.multiplicity > 1:
                     part = Partial(part.out, part.lse + math.log(task.multiplicity))
                 (put_ if task.first_queries else merge_)(Partial(o_, l_.squeeze(-1)), part)
         if task.zero_keys:
-            add_zero_keys_(Partial(o, lse_rows.squeeze(-1)), task.zero_keys)
+            add_zero_keys_(Partial(o, row_lse.squeeze(-1)), task.zero_keys)
 
 
 def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tensor]) -> None:
@@ -114,7 +135,7 @@ def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tens
     """
     for task in place.tasks():
         if task.keys.count:
-            views = _query_views(task, *queries) + _key_views(task, *keys)
+            views = query_views(task, *queries) + key_views(task, *keys)
             for rows, pieces in place.calls(task, *views):
                 q, o, do, dq, lse, *dl = pieces[: len(queries)]
                 k, v, dk, dv = pieces[len(queries) :]
@@ -132,7 +153,11 @@ def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tens
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One sequence, or a batch of equal ones, within a call: its options and sizes."""
+    """One sequence, or a batch of equal ones, within a call: its options and sizes.
+
+    The keys start at position `key_start` of a sequence of `whole_length` keys, which ends with
+    them where that is None.
+    """
 
     options: Options
     batch_start: int
@@ -141,6 +166,7 @@ class Place:
     heads: int
     kv_heads: int
     key_start: int = 0
+    whole_length: int | None = None
 
     @property
     def query_start(self) -> int:
@@ -152,9 +178,24 @@ class Place:
         """The schedule of this sequence."""
         queries = range(self.query_start, self.query_start + self.query_length)
         keys = range(self.key_start, self.key_start + self.key_length)
+        length = keys.stop if self.whole_length is None else self.whole_length
         return schedule(
-            self.options.pattern, queries, keys, self.heads, self.kv_heads, self.options.is_causal
+            self.options.pattern,
+            queries,
+            keys,
+            self.heads,
+            self.kv_heads,
+            self.options.is_causal,
+            length,
         )
+
+    def query_positions(self, task: Task) -> Runs:
+        """The global positions of a task's queries."""
+        return replace(task.queries, start=self.query_start + task.queries.start)
+
+    def key_positions(self, task: Task) -> Runs:
+        """The global positions of a task's keys."""
+        return replace(task.keys, start=self.key_start + task.keys.start)
 
     def first_tasks_cover_queries(self) -> bool:
         """Whether each query row of each head has a task that comes first."""
@@ -196,17 +237,17 @@ class _Keep:
 
     def __call__(self, rows: range) -> Tensor:
         task, device = self._task, self._batch.device
-        heads, keys = task.heads, task.keys
+        heads = task.heads
         head = heads.start + heads.step * torch.arange(heads.count, device=device)
         row = torch.arange(rows.start, rows.stop, device=device)
+        column = torch.arange(task.keys.count, device=device)
         return keep_mask(
             self._seed,
             self._dropout_p,
             self._batch[:, None, None, None],
             head[:, None, None],
-            self._place.query_start + self._positions(task.queries, row)[:, None, :, None],
-            self._place.key_start
-            + self._positions(keys, torch.arange(keys.count, device=device))[:, None, None, :],
+            self._positions(self._place.query_positions(task), row)[:, None, :, None],
+            self._positions(self._place.key_positions(task), column)[:, None, None, :],
         )
 
     def _positions(self, runs: Runs, row: Tensor) -> Tensor:
@@ -239,22 +280,24 @@ def _empty_lse(query: Tensor) -> Tensor:
     return torch.empty((batch, length, heads), dtype=dtype, device=query.device).transpose(1, 2)
 
 
-def _rows(lse: Tensor) -> Tensor:
+def lse_rows(lse: Tensor) -> Tensor:
     """(B, H, N) to (B, N, H, 1), so that it is cut and viewed like rows."""
     return lse.transpose(1, 2).unsqueeze(-1)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     """Fused attention reads rows of unit stride; anything else is copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _query_views(task: Task, *tensors: Tensor) -> list[Tensor]:
+def query_views(task: Task, *tensors: Tensor) -> list[Tensor]:
+    """The rows and heads of (B, N, H, ...) that a task's queries are."""
     runs, heads = task.queries, task.heads
     return [row_view(x, runs, heads.start, heads.step, heads.count) for x in tensors]
 
 
-def _key_views(task: Task, *tensors: Tensor) -> list[Tensor]:
+def key_views(task: Task, *tensors: Tensor) -> list[Tensor]:
+    """The rows and heads of (B, M, H_kv, ...) that a task's keys are."""
     runs, heads = task.keys, task.heads
     return [row_view(x, runs, heads.kv_start, heads.kv_step, heads.count) for x in tensors]
 

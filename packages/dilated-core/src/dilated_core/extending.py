@@ -8,6 +8,10 @@
 - `keep_mask`: the stateless dropout mask, keyed by seed, batch, head and the two positions.
 - `check_tensors`, `check_padding_mask`, `autocast`: what every attention function does first with
   query, key, value (..., length, heads, head_dim) and a padding mask (B, M).
+- `drive`, `drive_backward`: the GPU kernels, for any `Schedule`, which makes `Plan`s: tables of
+  tiles of rows and of the runs of columns that each walks. A `PlanCache` keeps them, and
+  `triton_unsupported` says which calls the kernels cannot serve. None of them imports triton but
+  the first two, when they are called.
 """
 
 from dilated_core._dense import Rows
@@ -17,10 +21,21 @@ from dilated_core._dropout import keep_mask
 from dilated_core._functional import _autocast as autocast
 from dilated_core._inputs import check_padding_mask, check_tensors
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge, merge_
+from dilated_core.triton_kernels import drive, drive_backward
+from dilated_core.triton_kernels import unsupported as triton_unsupported
+from dilated_core.triton_kernels._driving import Config, Pair, Schedule, Sizes
+from dilated_core.triton_kernels._plan import Blocks, Plan, PlanCache
 
 __all__ = [
+    "Blocks",
+    "Config",
+    "Pair",
     "Partial",
+    "Plan",
+    "PlanCache",
     "Rows",
+    "Schedule",
+    "Sizes",
     "accumulate_dtype",
     "add_zero_keys_",
     "attend_rows",
@@ -28,7 +43,10 @@ __all__ = [
     "autocast",
     "check_padding_mask",
     "check_tensors",
+    "drive",
+    "drive_backward",
     "keep_mask",
     "merge",
     "merge_",
+    "triton_unsupported",
 ]

@@ -1,11 +1,17 @@
 """Typed interfaces through which packages and modules combine; the caller wires them."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dilated_core._partial import Partial
 
 
 @runtime_checkable
@@ -63,4 +69,154 @@ class BufferSource(Protocol):
         self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
     ) -> BufferLease:
         """Lend an uninitialised tensor until it is released."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SpanCall:
+    """What attention of one span of a sequence is asked to compute.
+
+    Attributes:
+        queries: global positions of the span.
+        length: positions in the whole sequence.
+        is_causal: hide the keys after each query.
+        scale: factor on the scores.
+        dropout_p: probability of dropping an attention weight.
+        seed: of the dropout mask, the same for all spans; None without dropout.
+    """
+
+    queries: range
+    length: int
+    is_causal: bool
+    scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+
+class KeyRows(NamedTuple):
+    """Keys and values of a span, (B, n, H_kv, D), or packed, (B, R, D).
+
+    Attributes:
+        key: the keys.
+        value: the values.
+        padding: (B, n) or (B, R) bool, True = ignore, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    padding: Tensor | None = None
+
+
+class PackedRows(Protocol):
+    """Which rows of a span of keys another span of queries sees, one for each row and key head."""
+
+    @property
+    def count(self) -> int:
+        """How many packed rows there are."""
+        ...
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Sizes of consecutive parts of the packed rows; no part has a row twice."""
+        ...
+
+    def index(self) -> tuple[Tensor, Tensor]:
+        """The row in the span of keys, and the key head, of each packed row: int64 (count,)."""
+        ...
+
+
+class SpanAttention(Protocol):
+    """Attention of a pattern span by span; spans are ranges of global positions.
+
+    The attention of a span is the merge of `attend_span` (keys in the span) and `attend_packed_`
+    (the packed rows of other spans that it sees); no key belongs to both. The backward of each
+    takes the merged partial of all keys, and is exact for its part. Nothing here builds a graph.
+    """
+
+    def check(self, length: int, heads: int) -> None:
+        """Raise a ValueError unless the pattern serves a sequence of `length` and H heads."""
+        ...
+
+    def attend_whole(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The pattern's attention of a whole sequence, with gradients.
+
+        The options are is_causal, scale, key_padding_mask, dropout_p, enable_gqa and return_lse,
+        as in `dilated_attention`.
+        """
+        ...
+
+    def visible_keys(self, queries: range, length: int, *, is_causal: bool) -> tuple[range, ...]:
+        """The keys that some query of a span may see, as few spans, rising; more is no error."""
+        ...
+
+    def packed_rows(
+        self, queries: range, keys: range, heads: int, kv_heads: int, *, is_causal: bool
+    ) -> PackedRows:
+        """The rows of a span of keys that a span of queries, which it does not meet, sees."""
+        ...
+
+    def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:
+        """Attention of a span to itself: out (B, n, H, D), wide or in query's dtype, lse (B, H, n).
+
+        Keys that have no row, as `count_padding` adds them, are all counted here.
+        """
+        ...
+
+    def attend_span_backward(
+        self,
+        call: SpanCall,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        keys: KeyRows,
+        total: Partial,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The adjoint of `attend_span`: gradients to query, key and value, wide."""
+        ...
+
+    def attend_packed_(
+        self,
+        call: SpanCall,
+        total: Partial,
+        query: Tensor,
+        keys: KeyRows,
+        packed: Sequence[PackedRows],
+    ) -> None:
+        """Merge attention of a span to packed rows, those of each of `packed` in turn."""
+        ...
+
+    def attend_packed_backward(
+        self,
+        call: SpanCall,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        keys: KeyRows,
+        packed: Sequence[PackedRows],
+        total: Partial,
+        grad_keys: KeyRows,
+    ) -> Callable[[Tensor], None]:
+        """The adjoint of `attend_packed_`: write the wide gradients to the packed rows.
+
+        Returns:
+            A function that adds the gradient to the queries to a wide (B, n, H, D), later, so that
+            the gradients of the packed rows can travel first.
+        """
+        ...
+
+
+@runtime_checkable
+class AttentionPattern(Protocol):
+    """Which keys each query sees, in a form that can be computed span by span, as ranks do."""
+
+    @property
+    def code(self) -> str:
+        """Names the content of the pattern: equal exactly for equal patterns."""
+        ...
+
+    @property
+    def spans(self) -> SpanAttention:
+        """Its attention span by span."""
         ...

@@ -15,7 +15,8 @@ from torch import Tensor
 from dilated_core import DilatedPattern
 from dilated_core._inputs import Options
 from dilated_core._reference import attend as reference
-from dilated_core.triton_kernels import _launch, attend
+from dilated_core._torch_backend import attend_rows, rows_backward
+from dilated_core.triton_kernels import _launch, attend, attend_span, attend_span_backward
 from dilated_core.triton_kernels._launch import Config
 
 # Segments long enough that every key is visited once, with a weight.
@@ -31,6 +32,7 @@ CASES = {
     "cross lengths": (PLAIN, 41, 59, 2, 1, 16, {}),
     "cross lengths, causal": (PLAIN, 41, 59, 2, 1, 16, {"is_causal": True}),
     "head_dim 19": (PLAIN, 37, 37, 1, 1, 19, {}),
+    "head_dim 43": (PLAIN, 37, 37, 2, 1, 43, {"scale": -0.2}),
     "padding mask": (PLAIN, 43, 43, 2, 2, 16, {"padding": 0.4}),
     "all keys ignored": (PLAIN, 19, 19, 1, 1, 16, {"padding": 1.1}),
     "count_padding": (PADDING, 47, 29, 2, 1, 16, {}),
@@ -42,6 +44,8 @@ CASES = {
     "packed, causal": (
         NESTED, 61, 61, 2, 2, 16, {"cu_seqlens": [0, 23, 61], "is_causal": True, "padding": 0.2}
     ),
+    "span": (PLAIN, 41, 41, 2, 1, 16, {"first_key": 71, "padding": 0.2, "dropout_p": 0.2}),
+    "span, causal": (NESTED, 67, 67, 2, 2, 16, {"first_key": 53, "is_causal": True}),
     "half": (NESTED, 35, 35, 1, 1, 16, {"dtype": torch.float16}),
 }  # fmt: skip
 
@@ -71,6 +75,18 @@ def largest_error(name: str) -> float:
     )
     packed = [torch.tensor(ends)] if ends else []
     results = []
+    if "first_key" in options:
+        first = options["first_key"]
+        for kind, forward, backward, place in (
+            (dtype, attend_span, attend_span_backward, {"first_key": first}),
+            (torch.float64, attend_rows, rows_backward, {"start": first, "whole_length": 999}),
+        ):
+            rows = [x.to(kind) for x in inputs]
+            part = forward(call, *rows, **place)
+            seen = part.lse > -torch.inf
+            grads = backward(call, upstream[0].to(kind), upstream[1].to(kind), *rows, part, **place)
+            results.append([part.out, part.lse.masked_fill(~seen, 999.0), *grads])
+        return _largest(results)
     for function, kind in ((attend, dtype), (reference, torch.float64)):
         tensors = [x.to(kind).requires_grad_() for x in inputs]
         out, lse = function(call, *tensors, *packed)
@@ -78,6 +94,10 @@ def largest_error(name: str) -> float:
         total = (out * upstream[0]).sum() + (lse.masked_fill(~seen, 0.0) * upstream[1]).sum()
         grads = torch.autograd.grad(total, tensors)
         results.append([out, lse.masked_fill(~seen, 999.0), *grads])
+    return _largest(results)
+
+
+def _largest(results: list[list[Tensor]]) -> float:
     return max(
         float(
             torch.linalg.vector_norm(a.double() - b) / torch.linalg.vector_norm(b).clamp(min=1e-3)

@@ -6,7 +6,11 @@ NEGATIVE scale moves its sign into the rows, which are loaded once.
 
 With ALIKE both tensors that a kernel walks have the same row stride, so offsets are shared. Each
 kernel walks its full runs, then, unless MASK is 0, its masked runs: 1 says that only column
-counts and causal order can hide a key, 2 that segments and row residues can as well.
+counts and causal order can hide a key, 2 that segments and row residues can as well, 3 that bits
+can.
+
+A head_dim that is no power of two may be held as a block of BLOCK_D and a narrower one of TAIL
+dims (48 = 32 + 16), so that fewer are padded: the names *_tail, which exist only if TAIL is not 0.
 
 B batch, N queries, M keys, H query heads, D head_dim.
 """
@@ -87,13 +91,16 @@ def _next(run, start, step, left, BLOCK: tl.constexpr, PHASE: tl.constexpr):
 @triton.jit
 def _load_columns(
     base, start, step, offsets, stride, dims, present,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Load the rows start + step * offsets; those not present and padded dims are 0."""
+    """Load the rows start + step * offsets; those not present and padded dims are 0.
+
+    `dims` are below END.
+    """
     pointers = _row_pointers(base, start, step, offsets, stride, dims, WIDE)
     if MASKED:
         return tl.load(pointers, mask=present[:, None] & (dims < D)[None, :], other=0.0)
-    if BLOCK_D == D:
+    if END <= D:
         return tl.load(pointers)
     return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
 
@@ -150,9 +157,25 @@ def _reload_rows(tile, offsets):
 
 
 @triton.jit
-def _visible(run, rows, columns, present, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
-             MASK: tl.constexpr):  # fmt: skip
-    """(rows, columns) mask of a masked run."""
+def _bit_mask(bits, run, start, rows, lanes):
+    """(rows, columns) bits of a masked run of step 1, from its column `start` on."""
+    offset = start - tl.load(run)
+    words = bits + tl.load(run + 5) + offset // 32
+    words += (rows - tl.load(run + 6)) * tl.load(run + 7)
+    word = tl.load(words)[:, None]
+    # A step of 32 or 64 columns starts at a word.
+    tl.static_assert(lanes.shape[0] <= 64)
+    if lanes.shape[0] == 64:
+        word = tl.where((lanes < 32)[None, :], word, tl.load(words + 1)[:, None])
+    if lanes.shape[0] < 32:
+        lanes = offset % 32 + lanes
+    return ((word >> (lanes % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _visible(run, start, rows, columns, lanes, present, bits, CAUSAL: tl.constexpr,
+             BY_KEY: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """(rows, columns) mask of a masked run from its column `start` on."""
     mask = present[None, :]
     if CAUSAL:
         if BY_KEY:
@@ -163,6 +186,8 @@ def _visible(run, rows, columns, present, CAUSAL: tl.constexpr, BY_KEY: tl.const
         segment = tl.load(run + 5)
         mask = mask & ((rows // segment)[:, None] == (columns // segment)[None, :])
         mask = mask & ((rows - tl.load(run + 6)) % tl.load(run + 7) == 0)[:, None]
+    if MASK == 3:
+        mask = mask & _bit_mask(bits, run, start, rows, lanes)
     return mask
 
 
@@ -194,20 +219,20 @@ def _add_dot(a, b, acc, IEEE: tl.constexpr):
 
 
 # These change from call to call and would compile a kernel again for little.
-_CALL_SCALARS = ["slots", "first_query"]
+_CALL_SCALARS = ["slots", "first_query", "first_key"]
 
 
 @triton.jit(do_not_specialize=_CALL_SCALARS)
 def forward_kernel(
     query, key, value, out, lse,
-    tiles, full_runs, masked_runs, head_class, starts, padding, seed,
+    tiles, full_runs, masked_runs, head_class, bits, starts, padding, seed,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
     stride_pb,
-    scale, threshold, keep_scale, slots, first_query,
+    scale, threshold, keep_scale, slots, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
-    MASK: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
@@ -227,16 +252,24 @@ def forward_kernel(
 
     offsets = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_D)
+    if TAIL:
+        tail_dims = BLOCK_D + tl.arange(0, TAIL)
     rows = first + step * offsets
     inside = offsets < count
     local = origin + rows - first_query
     batch, head = batch.to(tl.int64), head.to(tl.int64)
-    q = _load_rows(query + batch * stride_qb + head * stride_qh, local, stride_qn, dims, inside, D)
+    query += batch * stride_qb + head * stride_qh
+    q = _load_rows(query, local, stride_qn, dims, inside, D)
     if NEGATIVE:
         q = -q
-    key += batch * stride_kb + head // GROUP * stride_kh + origin * stride_kn
-    value += batch * stride_vb + head // GROUP * stride_vh + origin * stride_vn
-    padding += batch * stride_pb + origin
+    if TAIL:
+        q_tail = _load_rows(query, local, stride_qn, tail_dims, inside, D)
+        if NEGATIVE:
+            q_tail = -q_tail
+    origin_key = origin - first_key
+    key += batch * stride_kb + head // GROUP * stride_kh + origin_key * stride_kn
+    value += batch * stride_vb + head // GROUP * stride_vh + origin_key * stride_vn
+    padding += batch * stride_pb + origin_key
     if DROPOUT:
         row_state = _query_state(_call_state(tl.load(seed), sequence), head, rows)
         limit = threshold.to(tl.uint32)
@@ -244,6 +277,8 @@ def forward_kernel(
     high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    if TAIL:
+        acc_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
     for phase in tl.static_range(2 if MASK else 1):
         if phase == 0:
             run = full_runs
@@ -261,10 +296,19 @@ def forward_kernel(
                 key, start, stride, columns, stride_kn, dims, present, D, BLOCK_D, phase == 1, WIDE
             )
             s = _dot(q, tl.trans(k), IEEE)
+            if TAIL:
+                k_tail = _load_columns(
+                    key, start, stride, columns, stride_kn, tail_dims, present, D, BLOCK_D + TAIL,
+                    phase == 1, WIDE,
+                )  # fmt: skip
+                s = _add_dot(q_tail, tl.trans(k_tail), s, IEEE)
             if phase == 1 or PADDED:
                 s = s * scale + weight
                 if phase == 1:
-                    mask = _visible(run, rows, positions, columns < left, CAUSAL, False, MASK)
+                    mask = _visible(
+                        run, start, rows, positions, columns, columns < left, bits, CAUSAL, False,
+                        MASK,
+                    )  # fmt: skip
                     s = tl.where(mask, s, float("-inf"))
                 if PADDED:
                     ignored = tl.load(padding + positions, mask=present, other=0)
@@ -279,6 +323,8 @@ def forward_kernel(
             alpha = tl.exp2(high - shift)
             total = total * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
+            if TAIL:
+                acc_tail = acc_tail * alpha[:, None]
             if DROPOUT:
                 keep = _mix(row_state[:, None] ^ _key_state(positions)[None, :]) >= limit
                 p = tl.where(keep, p * keep_scale, 0.0)
@@ -287,17 +333,25 @@ def forward_kernel(
                 WIDE,
             )  # fmt: skip
             acc = _add_dot(p.to(v.dtype), v, acc, IEEE)
+            if TAIL:
+                v_tail = _load_columns(
+                    value, start, stride, columns, stride_vn, tail_dims, present, D, BLOCK_D + TAIL,
+                    phase == 1, WIDE,
+                )  # fmt: skip
+                acc_tail = _add_dot(p.to(v.dtype), v_tail, acc_tail, IEEE)
             high = new_high
             run, start, stride, left, weight = _next(
                 run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
             )
 
     none = total == 0.0
-    acc = acc / tl.where(none, 1.0, total)[:, None]
+    divisor = tl.where(none, 1.0, total)[:, None]
     rows, inside = _reload_rows(tile, offsets)
     local = origin + rows - first_query
     out += batch * stride_ob + head * stride_oh
-    _store_rows(out, local, stride_on, dims, inside, acc, D)
+    _store_rows(out, local, stride_on, dims, inside, acc / divisor, D)
+    if TAIL:
+        _store_rows(out, local, stride_on, tail_dims, inside, acc_tail / divisor, D)
     result = tl.where(none, float("-inf"), (high + tl.log2(total)) * LN_2)
     tl.store(lse + batch * stride_lb + head * stride_lh + local, result, mask=inside)
 
@@ -305,15 +359,15 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_CALL_SCALARS)
 def query_gradient_kernel(
     query, key, value, out, lse, grad_out, grad_lse, grad_query, terms,
-    tiles, full_runs, masked_runs, head_class, starts, padding, seed,
+    tiles, full_runs, masked_runs, head_class, bits, starts, padding, seed,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh,
     stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_tb, stride_tn, stride_th,
     stride_pb,
-    scale, final_scale, threshold, keep_scale, slots, first_query,
+    scale, final_scale, threshold, keep_scale, slots, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
-    MASK: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
     GRAD_LSE: tl.constexpr,
@@ -338,17 +392,22 @@ def query_gradient_kernel(
 
     offsets = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_D)
+    if TAIL:
+        tail_dims = BLOCK_D + tl.arange(0, TAIL)
     rows = first + step * offsets
     inside = offsets < count
     local = origin + rows - first_query
     batch, head = batch.to(tl.int64), head.to(tl.int64)
     at_out = batch * stride_ob + head * stride_oh
     at_lse = batch * stride_lb + head * stride_lh
-    do = _load_rows(
-        grad_out + batch * stride_gb + head * stride_gh, local, stride_gn, dims, inside, D
-    )
+    grad_out += batch * stride_gb + head * stride_gh
+    do = _load_rows(grad_out, local, stride_gn, dims, inside, D)
     o = _load_rows(out + at_out, local, stride_on, dims, inside, D)
     row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if TAIL:
+        do_tail = _load_rows(grad_out, local, stride_gn, tail_dims, inside, D)
+        o_tail = _load_rows(out + at_out, local, stride_on, tail_dims, inside, D)
+        row_delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
     if GRAD_LSE:
         grad_lse += batch * stride_tb + head * stride_th
         row_delta -= tl.load(grad_lse + local * stride_tn, mask=inside, other=0.0)
@@ -356,17 +415,25 @@ def query_gradient_kernel(
     # exp2(score - inf) = 0: a row that sees nothing gives and gets no gradient.
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
     tl.store(terms + at_lse + local, _pack(row_lse, row_delta), mask=inside)
-    q = _load_rows(query + batch * stride_qb + head * stride_qh, local, stride_qn, dims, inside, D)
+    query += batch * stride_qb + head * stride_qh
+    q = _load_rows(query, local, stride_qn, dims, inside, D)
     if NEGATIVE:
         q = -q
-    key += batch * stride_kb + head // GROUP * stride_kh + origin * stride_kn
-    value += batch * stride_vb + head // GROUP * stride_vh + origin * stride_vn
-    padding += batch * stride_pb + origin
+    if TAIL:
+        q_tail = _load_rows(query, local, stride_qn, tail_dims, inside, D)
+        if NEGATIVE:
+            q_tail = -q_tail
+    origin_key = origin - first_key
+    key += batch * stride_kb + head // GROUP * stride_kh + origin_key * stride_kn
+    value += batch * stride_vb + head // GROUP * stride_vh + origin_key * stride_vn
+    padding += batch * stride_pb + origin_key
     if DROPOUT:
         row_state = _query_state(_call_state(tl.load(seed), sequence), head, rows)
         limit = threshold.to(tl.uint32)
 
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    if TAIL:
+        acc_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
     for phase in tl.static_range(2 if MASK else 1):
         if phase == 0:
             run = full_runs
@@ -388,9 +455,23 @@ def query_gradient_kernel(
             )  # fmt: skip
             s = _dot(q, tl.trans(k), IEEE)
             dp = _dot(do, tl.trans(v), IEEE)
+            if TAIL:
+                k_tail = _load_columns(
+                    key, start, stride, columns, stride_kn, tail_dims, present, D, BLOCK_D + TAIL,
+                    phase == 1, WIDE,
+                )  # fmt: skip
+                v_tail = _load_columns(
+                    value, start, stride, columns, stride_vn, tail_dims, present, D, BLOCK_D + TAIL,
+                    phase == 1, WIDE,
+                )  # fmt: skip
+                s = _add_dot(q_tail, tl.trans(k_tail), s, IEEE)
+                dp = _add_dot(do_tail, tl.trans(v_tail), dp, IEEE)
             p = tl.exp2(s * scale - (row_lse - weight)[:, None])
             if phase == 1:
-                p = tl.where(_visible(run, rows, positions, present, CAUSAL, False, MASK), p, 0.0)
+                mask = _visible(
+                    run, start, rows, positions, columns, present, bits, CAUSAL, False, MASK
+                )
+                p = tl.where(mask, p, 0.0)
             if PADDED:
                 ignored = tl.load(padding + positions, mask=present, other=0)
                 p = tl.where((ignored != 0)[None, :], 0.0, p)
@@ -399,25 +480,30 @@ def query_gradient_kernel(
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = p * (dp - row_delta[:, None])
             acc = _add_dot(ds.to(k.dtype), k, acc, IEEE)
+            if TAIL:
+                acc_tail = _add_dot(ds.to(k.dtype), k_tail, acc_tail, IEEE)
             run, start, stride, left, weight = _next(
                 run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
             )
     rows, inside = _reload_rows(tile, offsets)
     local = origin + rows - first_query
-    _store_rows(grad_query + at_out, local, stride_on, dims, inside, acc * final_scale, D)
+    grad_query += at_out
+    _store_rows(grad_query, local, stride_on, dims, inside, acc * final_scale, D)
+    if TAIL:
+        _store_rows(grad_query, local, stride_on, tail_dims, inside, acc_tail * final_scale, D)
 
 
 @triton.jit(do_not_specialize=_CALL_SCALARS)
 def key_gradient_kernel(
     query, key, value, grad_out, grad_key, grad_value, terms,
-    tiles, full_runs, masked_runs, head_class, starts, padding, seed,
+    tiles, full_runs, masked_runs, head_class, bits, starts, padding, seed,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_cb, stride_cn, stride_ch,
     stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_pb,
-    scale, final_scale, threshold, keep_scale, slots, first_query,
+    scale, final_scale, threshold, keep_scale, slots, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
-    MASK: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
@@ -441,27 +527,39 @@ def key_gradient_kernel(
 
     offsets = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_D)
+    if TAIL:
+        tail_dims = BLOCK_D + tl.arange(0, TAIL)
     rows = first + step * offsets
     inside = offsets < count
-    local = origin + rows
+    local = origin + rows - first_key
     batch, head = batch.to(tl.int64), head.to(tl.int64)
-    k = _load_rows(key + batch * stride_kb + head * stride_kh, local, stride_kn, dims, inside, D)
+    key += batch * stride_kb + head * stride_kh
+    value += batch * stride_vb + head * stride_vh
+    k = _load_rows(key, local, stride_kn, dims, inside, D)
     if NEGATIVE:
         k = -k
-    v = _load_rows(value + batch * stride_vb + head * stride_vh, local, stride_vn, dims, inside, D)
+    v = _load_rows(value, local, stride_vn, dims, inside, D)
+    if TAIL:
+        k_tail = _load_rows(key, local, stride_kn, tail_dims, inside, D)
+        if NEGATIVE:
+            k_tail = -k_tail
+        v_tail = _load_rows(value, local, stride_vn, tail_dims, inside, D)
     if PADDED:
         ignored = tl.load(padding + batch * stride_pb + local, mask=inside, other=1) != 0
     if DROPOUT:
         call_state = _call_state(tl.load(seed), sequence)
         row_state = _key_state(rows)
         limit = threshold.to(tl.uint32)
-    origin -= first_query
-    query += batch * stride_qb + head * GROUP * stride_qh + origin * stride_qn
-    grad_out += batch * stride_gb + head * GROUP * stride_gh + origin * stride_gn
-    terms += batch * stride_lb + head * GROUP * stride_lh + origin
+    origin_query = origin - first_query
+    query += batch * stride_qb + head * GROUP * stride_qh + origin_query * stride_qn
+    grad_out += batch * stride_gb + head * GROUP * stride_gh + origin_query * stride_gn
+    terms += batch * stride_lb + head * GROUP * stride_lh + origin_query
 
     dk = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    if TAIL:
+        dk_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
+        dv_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
     for phase in tl.static_range(2 if MASK else 1):
         if phase == 0:
             run = full_runs
@@ -491,27 +589,50 @@ def key_gradient_kernel(
             else:
                 column_lse, column_delta = _unpack(tl.load(at))
             s = _dot(k, tl.trans(q), IEEE)
+            if TAIL:
+                q_tail = _load_columns(
+                    query + member * stride_qh, start, stride, columns, stride_qn, tail_dims,
+                    present, D, BLOCK_D + TAIL, phase == 1, WIDE,
+                )  # fmt: skip
+                do_tail = _load_columns(
+                    grad_out + member * stride_gh, start, stride, columns, stride_gn, tail_dims,
+                    present, D, BLOCK_D + TAIL, phase == 1, WIDE,
+                )  # fmt: skip
+                s = _add_dot(k_tail, tl.trans(q_tail), s, IEEE)
             p = tl.exp2(s * scale - (column_lse - weight)[None, :])
             if phase == 1:
-                p = tl.where(_visible(run, rows, positions, present, CAUSAL, True, MASK), p, 0.0)
+                mask = _visible(
+                    run, start, rows, positions, columns, present, bits, CAUSAL, True, MASK
+                )
+                p = tl.where(mask, p, 0.0)
             if PADDED:
                 p = tl.where(ignored[:, None], 0.0, p)
             dp = _dot(v, tl.trans(do), IEEE)
+            if TAIL:
+                dp = _add_dot(v_tail, tl.trans(do_tail), dp, IEEE)
+            shown = p
             if DROPOUT:
                 state = _query_state(call_state, head * GROUP + member, positions)
                 keep = _mix(row_state[:, None] ^ state[None, :]) >= limit
                 dp = tl.where(keep, dp * keep_scale, 0.0)
-                dv = _add_dot(tl.where(keep, p * keep_scale, 0.0).to(do.dtype), do, dv, IEEE)
-            else:
-                dv = _add_dot(p.to(do.dtype), do, dv, IEEE)
+                shown = tl.where(keep, p * keep_scale, 0.0)
+            dv = _add_dot(shown.to(do.dtype), do, dv, IEEE)
+            if TAIL:
+                dv_tail = _add_dot(shown.to(do.dtype), do_tail, dv_tail, IEEE)
             ds = p * (dp - column_delta[None, :])
             dk = _add_dot(ds.to(q.dtype), q, dk, IEEE)
+            if TAIL:
+                dk_tail = _add_dot(ds.to(q.dtype), q_tail, dk_tail, IEEE)
             run, start, stride, left, weight = _next(
                 run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
             )
 
     rows, inside = _reload_rows(tile, offsets)
-    local = origin + first_query + rows
-    target = batch * stride_cb + head * stride_ch
-    _store_rows(grad_key + target, local, stride_cn, dims, inside, dk * final_scale, D)
-    _store_rows(grad_value + target, local, stride_cn, dims, inside, dv, D)
+    local = origin + rows - first_key
+    grad_key += batch * stride_cb + head * stride_ch
+    grad_value += batch * stride_cb + head * stride_ch
+    _store_rows(grad_key, local, stride_cn, dims, inside, dk * final_scale, D)
+    _store_rows(grad_value, local, stride_cn, dims, inside, dv, D)
+    if TAIL:
+        _store_rows(grad_key, local, stride_cn, tail_dims, inside, dk_tail * final_scale, D)
+        _store_rows(grad_value, local, stride_cn, tail_dims, inside, dv_tail, D)

@@ -4,9 +4,8 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
 import math
-from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,96 +15,75 @@ from dilated_core._inputs import Options
 from dilated_core._partial import Partial
 from dilated_core._pattern import DilatedPattern
 from dilated_core.triton_kernels import _kernels
+from dilated_core.triton_kernels._driving import Config, Pair, Pass, Schedule, Scores, Sizes
 from dilated_core.triton_kernels._plan import Blocks, Plan, Request, packed_plan, plan
 from dilated_core.triton_kernels._strips import work
-
-Pass = Literal["forward", "query", "key"]
-
-
-class Config(NamedTuple):
-    """Rows of a tile, columns of a step, warps of a program and stages of its pipeline.
-
-    Masked steps take fewer columns, `masked`, because masks need registers.
-    """
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    masked: int = 32
-
-    @property
-    def blocks(self) -> Blocks:
-        """What a plan needs of it."""
-        return Blocks(self.rows, self.columns, min(self.columns, self.masked))
-
-
-class Pair(NamedTuple):
-    """Tall tiles are faster; short ones waste less on diagonals and on short segments.
-
-    Short tiles are chosen when causal, and where they have less than `gain` of the work.
-    """
-
-    tall: Config
-    short: Config
-    gain: float = 1.0
-
 
 _FORWARD_64 = Pair(Config(128, 128, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92)
 _QUERY_64 = Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2))
 _KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
-# By pass and padded head_dim, for 16-bit inputs; measured on an H200, see benchmarks/NOTES.md.
+# By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
+# see benchmarks/NOTES.md.
 _HALF: dict[Pass, dict[int, Pair]] = {
     "forward": {
-        16: _FORWARD_64,
         32: _FORWARD_64,
+        48: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.99),
         64: _FORWARD_64,
+        80: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92),
+        96: Pair(Config(128, 64, 4, 3, 64), Config(128, 64, 4, 3, 64)),
         128: Pair(Config(128, 128, 8, 3, 64), Config(64, 64, 4, 3, 64), 0.99),
         256: Pair(Config(128, 64, 8, 2), Config(128, 32, 8, 3)),
     },
     "query": {
-        16: _QUERY_64,
         32: _QUERY_64,
+        48: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         64: _QUERY_64,
+        80: _QUERY_64,
+        96: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         128: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 2, 64), 0.93),
         256: Pair(Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
     },
     "key": {
-        16: _KEY_64,
         32: _KEY_64,
+        48: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         64: _KEY_64,
+        80: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        96: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
         128: Pair(Config(64, 32, 4, 3), Config(64, 32, 4, 3)),
         256: Pair(Config(64, 32, 8, 2, 16), Config(64, 32, 8, 2, 16)),
     },
 }
 # float32 products are exact, so they run on the ordinary units and want small tiles.
-_SINGLE: dict[int, Config] = {
-    16: Config(64, 32, 8, 1),
-    32: Config(64, 32, 8, 1),
-    64: Config(32, 32, 8, 1),
-    128: Config(32, 16, 8, 1),
-    256: Config(16, 16, 8, 1),
+_SINGLE: dict[int, Pair] = {
+    32: Pair(Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
+    64: Pair(Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    128: Pair(Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
+    256: Pair(Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # Block sizes to use instead, for tests and measurements.
 overrides: dict[Pass, Config] = {}
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two that blocks of this head_dim have."""
+def head_dim_blocks(head_dim: int) -> tuple[int, int]:
+    """The widths of one block, or two, that hold a head_dim with the least padding."""
+    padded = _power_of_two(head_dim)
+    width = padded // 2
+    tail = _power_of_two(head_dim - width)
+    return (width, tail) if width + tail < padded else (padded, 0)
+
+
+def _power_of_two(head_dim: int) -> int:
+    """The smallest width of a block that holds these dims."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def config(which: Pass, options: Options, query: Tensor) -> Config:
+def config(which: Pass, schedule: Schedule, sizes: Sizes, query: Tensor) -> Config:
     """The block sizes for these inputs; they do not depend on the length."""
     if which in overrides:
         return overrides[which]
-    size = padded_head_dim(query.shape[-1])
-    if query.dtype == torch.float32:
-        return _SINGLE[size]
-    pair = _HALF[which][size]
-    if options.is_causal:
-        return pair.short
-    return _by_work(pair, options.pattern, query.shape[2])
+    table = _SINGLE if query.dtype == torch.float32 else _HALF[which]
+    width = sum(head_dim_blocks(query.shape[-1]))
+    return schedule.choose(sizes, table[min(size for size in table if size >= width)])
 
 
 @lru_cache(maxsize=1024)
@@ -114,31 +92,55 @@ def _by_work(pair: Pair, pattern: DilatedPattern, heads: int) -> Config:
     return pair.short if short < pair.gain * tall else pair.tall
 
 
+class PatternSchedule(NamedTuple):
+    """The plans of a dilated pattern, for equal sequences or for packed ones."""
+
+    pattern: DilatedPattern
+    cu_seqlens: Tensor | None
+
+    def choose(self, sizes: Sizes, pair: Pair) -> Config:
+        """Short tiles where they are the quicker ones."""
+        return pair.short if sizes.is_causal else _by_work(pair, self.pattern, sizes.heads)
+
+    def plan(self, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:
+        """The plan over query tiles, or over key tiles."""
+        queries = (sizes.first_query, sizes.first_query + sizes.length)
+        keys = (sizes.first_key, sizes.first_key + sizes.key_length)
+        request = Request(
+            self.pattern, sizes.heads, sizes.kv_heads if by_key else sizes.heads, by_key,
+            keys if by_key else queries, queries if by_key else keys, sizes.is_causal, blocks,
+        )  # fmt: skip
+        if self.cu_seqlens is None:
+            return plan(_canonical(request), sizes.device)
+        return packed_plan(request, self.cu_seqlens)
+
+
 class Call:
     """What the passes of one call have in common."""
 
     def __init__(
-        self, options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
-    ) -> None:
-        self.options, self.cu_seqlens = options, cu_seqlens
-        self.query, self.key, self.value = query, key, value
-        self.batch, self.length, self.heads, self.head_dim = query.shape
-        self.key_length, self.kv_heads = key.shape[1], key.shape[2]
-        packed_or_plain = cu_seqlens is None and options.is_causal
-        self.first_query = self.key_length - self.length if packed_or_plain else 0
+        self, options: Scores, schedule: Schedule, query: Tensor, key: Tensor, value: Tensor,
+        cu_seqlens: Tensor | None = None, first_key: int = 0,
+    ) -> None:  # fmt: skip
+        self.options, self.schedule, self.cu_seqlens = options, schedule, cu_seqlens
+        self.padding = _flat(options.key_padding_mask)
+        self.query, self.key, self.value = map(_unit_stride, (query, key, value))
+        self.batch, length, self.heads, self.head_dim = query.shape
+        key_length, self.kv_heads = key.shape[1], key.shape[2]
+        last_rows = cu_seqlens is None and options.is_causal
+        self.sizes = Sizes(
+            length, key_length, self.heads, self.kv_heads,
+            first_key + (key_length - length if last_rows else 0), first_key, options.is_causal,
+            query.device,
+        )  # fmt: skip
+
+    def config(self, which: Pass) -> Config:
+        """The block sizes of a pass."""
+        return config(which, self.schedule, self.sizes, self.query)
 
     def plan(self, by_key: bool, chosen: Config) -> Plan:
         """The plan over query tiles, or over key tiles."""
-        queries = (self.first_query, self.first_query + self.length)
-        keys = (0, self.key_length)
-        request = Request(
-            self.options.pattern, self.heads, self.kv_heads if by_key else self.heads, by_key,
-            keys if by_key else queries, queries if by_key else keys, self.options.is_causal,
-            chosen.blocks,
-        )  # fmt: skip
-        if self.cu_seqlens is None:
-            return plan(_canonical(request), self.query.device)
-        return packed_plan(request, self.cu_seqlens)
+        return self.schedule.plan(self.sizes, by_key, chosen.blocks)
 
     def grid(self, tables: Plan, heads: int) -> tuple[int]:
         """One program for each tile, head and batch row."""
@@ -146,7 +148,7 @@ class Call:
 
     def tables(self, tables: Plan) -> list[Tensor]:
         """The arguments from `tiles` to `seed`; absent ones are any pointer."""
-        mask, options = self.options.key_padding_mask, self.options
+        mask, options = self.padding, self.options
         return [
             *tables.tensors(),
             tables.tiles if self.cu_seqlens is None else self.cu_seqlens,
@@ -155,13 +157,13 @@ class Call:
         ]
 
     def scalars(self, tables: Plan, *final: float) -> list[float]:
-        """The arguments from `scale` to `first_query`."""
+        """The arguments from `scale` to `first_key`."""
         options = self.options
         drop = min(_dropout.threshold(options.dropout_p), 2**32 - 1)
         return [
             abs(options.scale) * math.log2(math.e), *final, drop,
             1.0 / (1.0 - options.dropout_p), tables.tiles.shape[1],
-            self.first_query,
+            self.sizes.first_query, self.sizes.first_key,
         ]  # fmt: skip
 
     def constants(
@@ -169,13 +171,13 @@ class Call:
     ) -> dict[str, Any]:
         """Compile-time arguments and launch options; `first` and `second` hold the columns."""
         farthest = tables.largest_step * chosen.columns * max(first.stride(1), second.stride(1))
+        width, tail = head_dim_blocks(self.head_dim)
         return {
             "HEADS": heads, "GROUP": self.heads // self.kv_heads, "MASK": tables.mask,
-            "D": self.head_dim,
-            "BLOCK_D": padded_head_dim(self.head_dim),
+            "D": self.head_dim, "BLOCK_D": width, "TAIL": tail,
             "BLOCK_ROWS": chosen.rows, "FULL_COLUMNS": chosen.columns,
             "MASKED_COLUMNS": chosen.blocks.masked,
-            "CAUSAL": self.options.is_causal, "PADDED": self.options.key_padding_mask is not None,
+            "CAUSAL": self.options.is_causal, "PADDED": self.padding is not None,
             "DROPOUT": self.options.dropout_p > 0, "PACKED": self.cu_seqlens is not None,
             "NEGATIVE": self.options.scale < 0, "WIDE": farthest >= 2**31,
             "ALIKE": first.stride(1) == second.stride(1), "IEEE": self.query.dtype == torch.float32,
@@ -185,8 +187,7 @@ class Call:
     @property
     def mask_stride(self) -> int:
         """The stride of the padding mask's batch."""
-        mask = self.options.key_padding_mask
-        return 0 if mask is None else mask.stride(0)
+        return 0 if self.padding is None else self.padding.stride(0)
 
 
 def _canonical(request: Request) -> Request:
@@ -200,21 +201,8 @@ def _canonical(request: Request) -> Request:
 def forward(
     options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
 ) -> Partial:
-    """Compute out (B, N, H, D) in query's dtype and lse (B, H, N) in float32."""
-    out, lse = empty_like(query), empty_lse(query)
-    if not query.numel():
-        return Partial(out, lse)
-    query, key, value = map(_unit_stride, (query, key, value))
-    call = Call(_with_flat_mask(options), query, key, value, cu_seqlens)
-    chosen = config("forward", options, query)
-    tables = call.plan(False, chosen)
-    _kernels.forward_kernel[call.grid(tables, call.heads)](
-        query, key, value, out, lse, *call.tables(tables),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *lse.stride()[:2], call.mask_stride, *call.scalars(tables),
-        **call.constants(tables, chosen, call.heads, key, value),
-    )  # fmt: skip
-    return Partial(out, lse)
+    """Dilated attention: out (B, N, H, D) in query's dtype and lse (B, H, N) in float32."""
+    return run_forward(pattern_call(options, query, key, value, cu_seqlens))
 
 
 def backward(
@@ -227,14 +215,51 @@ def backward(
     total: Partial,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of dilated attention to query, key and value, in their dtype."""
+    call = pattern_call(options, query, key, value, cu_seqlens)
+    return run_backward(call, grad_out, grad_lse, total)
+
+
+def pattern_call(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | None = None,
+    first_key: int = 0,
+) -> Call:
+    """A call of dilated attention; the keys start at position `first_key` of their sequence."""
+    schedule = PatternSchedule(options.pattern, cu_seqlens)
+    return Call(options, schedule, query, key, value, cu_seqlens, first_key)
+
+
+def run_forward(call: Call) -> Partial:
+    """Compute out (B, N, H, D) in query's dtype and lse (B, H, N) in float32."""
+    query, key, value = call.query, call.key, call.value
+    out, lse = empty_like(query), empty_lse(query)
+    if not query.numel():
+        return Partial(out, lse)
+    chosen = call.config("forward")
+    tables = call.plan(False, chosen)
+    _kernels.forward_kernel[call.grid(tables, call.heads)](
+        query, key, value, out, lse, *call.tables(tables),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *lse.stride()[:2], call.mask_stride, *call.scalars(tables),
+        **call.constants(tables, chosen, call.heads, key, value),
+    )  # fmt: skip
+    return Partial(out, lse)
+
+
+def run_backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, total: Partial
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value, in their dtype."""
-    grads = empty_like(query), empty_like(key), empty_like(value)
-    if not query.numel() or not key.numel():
+    grads = empty_like(call.query), empty_like(call.key), empty_like(call.value)
+    if not call.query.numel() or not call.key.numel():
         for grad in grads:
             grad.zero_()
         return grads
-    query, key, value, grad_out = map(_unit_stride, (query, key, value, grad_out))
-    call = Call(_with_flat_mask(options), query, key, value, cu_seqlens)
+    grad_out = _unit_stride(grad_out)
     terms = torch.empty_like(total.lse, dtype=torch.int64)
     query_gradient(call, grad_out, grad_lse, total, terms, grads[0])
     key_gradients(call, grad_out, terms, grads[1], grads[2])
@@ -252,7 +277,7 @@ def query_gradient(
     """Fill grad_query, and terms (B, H, N) int64, which the gradients to keys need."""
     query, key, value = call.query, call.key, call.value
     out, lse = total
-    chosen = config("query", call.options, query)
+    chosen = call.config("query")
     tables = call.plan(False, chosen)
     seen = lse if grad_lse is None else grad_lse
     _kernels.query_gradient_kernel[call.grid(tables, call.heads)](
@@ -269,7 +294,7 @@ def key_gradients(
 ) -> None:
     """Fill grad_key and grad_value."""
     query, key, value = call.query, call.key, call.value
-    chosen = config("key", call.options, query)
+    chosen = call.config("key")
     tables = call.plan(True, chosen)
     _kernels.key_gradient_kernel[call.grid(tables, call.kv_heads)](
         query, key, value, grad_out, grad_key, grad_value, terms, *call.tables(tables),
@@ -296,8 +321,5 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _with_flat_mask(options: Options) -> Options:
-    mask = options.key_padding_mask
-    if mask is None or mask.stride(-1) == 1:
-        return options
-    return replace(options, key_padding_mask=mask.contiguous())
+def _flat(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()

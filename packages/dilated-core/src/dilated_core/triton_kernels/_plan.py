@@ -11,11 +11,14 @@ runs can drive them. Rows and columns are numbered by position.
   row step): a row sees a column if position // segment is the same for both, the row is congruent
   to the residue modulo the row step and, when causal, the order is right. A masked run of step 0
   is one zero key that has no row.
+- With mask 3 a masked run has step 1 and ends in (first word, first row, words per row) instead:
+  row r sees its j-th column if bit j % 32 of word first + (r - first row) * words per row + j // 32
+  is set and, when causal, the order is right. A step of 64 columns reads two words of each row.
 - A member is a query head within those that one program serves.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -74,9 +77,11 @@ class Plan:
             end may be read and is not used.
         masked: (runs, MASKED_FIELDS) int32, likewise.
         head_class: (heads,) int32, the class of a query head, or of a key head by key.
+        bits: (words,) int32 that masked runs point into if `mask` is 3, else any tensor. The words
+            of all rows of a tile may be read, of those that are not in it too.
         largest_step: bounds the step between columns.
         mask: 0 if there are no masked runs, 1 if only their length and causal order hide columns,
-            2 if segments or row steps may.
+            2 if segments or row steps may, 3 if bits may.
         stream: the id of the stream that built it.
     """
 
@@ -84,13 +89,14 @@ class Plan:
     full: Tensor
     masked: Tensor
     head_class: Tensor
+    bits: Tensor
     largest_step: int
     mask: int
     stream: int = 0
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tables."""
-        return self.tiles, self.full, self.masked, self.head_class
+        return self.tiles, self.full, self.masked, self.head_class, self.bits
 
 
 @dataclass(frozen=True)
@@ -126,39 +132,71 @@ class _Template:
 
 
 @dataclass
-class _Cache:
-    """The most recently used values, and those that a captured graph reads for ever."""
+class PlanCache:
+    """The most recently used plans, and those that a captured graph reads for ever.
 
-    size: int
+    Once a graph has captured one of its plans, a cache is never freed.
+    """
+
+    size: int = _CACHED_PLANS
     recent: OrderedDict[object, Plan | _Template] = field(default_factory=OrderedDict)
     captured: dict[object, Plan | _Template] = field(default_factory=dict)
 
-    def get(self, key: object) -> "Plan | _Template | None":
-        found = self.recent.get(key) or self.captured.get(key)
-        if found is not None and key in self.recent:
-            self.recent.move_to_end(key)
+    def plan(self, key: object, device: torch.device, build: Callable[[], Plan]) -> Plan:
+        """The plan of this key and device, built where it is missing; for any stream and in graphs.
+
+        Raises:
+            RuntimeError: it is missing, and a CUDA graph is being captured.
+        """
+
+        def complete() -> Plan:
+            return replace(build(), stream=_stream_id(device))
+
+        found = self.value((key, device), device, complete)
+        assert isinstance(found, Plan)
         return found
 
-    def put(self, key: object, value: "Plan | _Template") -> None:
-        self.recent[key] = value
-        while len(self.recent) > self.size:
-            self.recent.popitem(last=False)
+    def value(
+        self, key: object, device: torch.device, build: Callable[[], Plan | _Template]
+    ) -> Plan | _Template:
+        """The same for anything that has tables."""
+        found = self.recent.get(key) or self.captured.get(key)
+        if found is None:
+            _forbid_capture(device)
+            found = build()
+            _finish(device)
+            self.recent[key] = found
+            while len(self.recent) > self.size:
+                self.recent.popitem(last=False)
+        elif key in self.recent:
+            self.recent.move_to_end(key)
+        self._share(key, found, device)
+        return found
+
+    def _share(self, key: object, found: Plan | _Template, device: torch.device) -> None:
+        """Keep tables alive for captured graphs and for other streams than their own."""
+        if device.type != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            self.captured[key] = found
+            _pinned[id(self)] = self
+        elif (stream := torch.cuda.current_stream(device)).stream_id != found.stream:
+            for table in found.tensors():
+                table.record_stream(stream)
 
 
-_cache = _Cache(_CACHED_PLANS)
+_pinned: dict[int, PlanCache] = {}
+_cache = PlanCache()
 
 
 def plan(request: Request, device: torch.device) -> Plan:
     """The plan of a batch of equal sequences; cached, and built without a host sync after that."""
-    key = (request, device)
-    found = _cache.get(key)
-    if not isinstance(found, Plan):
-        _forbid_capture(device)
+
+    def build() -> Plan:
         template = _template(request, device)
-        found = _tables(request, template, template.tiles(), request.columns[1], exact=True)
-        _cache.put(key, found)
-    _share(key, found, device)
-    return found
+        return _tables(request, template, template.tiles(), request.columns[1], exact=True)
+
+    return _cache.plan(request, device, build)
 
 
 def packed_plan(request: Request, cu_seqlens: Tensor) -> Plan:
@@ -202,19 +240,9 @@ class _Tiles(NamedTuple):
 def _forbid_capture(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "dilated attention must run once with these shapes before a CUDA graph captures it."
+            "attention must run once with the same pattern or layout and shapes before a CUDA "
+            "graph captures it."
         )
-
-
-def _share(key: object, found: Plan | _Template, device: torch.device) -> None:
-    """Keep tables alive for captured graphs and for other streams than their own."""
-    if device.type != "cuda":
-        return
-    if torch.cuda.is_current_stream_capturing():
-        _cache.captured[key] = found
-    elif (stream := torch.cuda.current_stream(device)).stream_id != found.stream:
-        for table in found.tensors():
-            table.record_stream(stream)
 
 
 def _stream_id(device: torch.device) -> int:
@@ -222,20 +250,15 @@ def _stream_id(device: torch.device) -> int:
 
 
 def _cached_template(request: Request, device: torch.device) -> _Template:
-    key = ("packed", request, device)
-    found = _cache.get(key)
-    if not isinstance(found, _Template):
-        _forbid_capture(device)
+    def build() -> _Template:
         found = _template(request, device)
         # Shorter sequences cut runs shorter and need no other masks, but for their zero keys.
         whole = _tables(request, found, found.tiles(), request.columns[1], exact=True)
-        found = replace(
-            found,
-            mask=2 if request.zero_keys else max(1, whole.mask),
-            stream=_stream_id(device),
-        )
-        _cache.put(key, found)
-    _share(key, found, device)
+        mask = 2 if request.zero_keys else max(1, whole.mask)
+        return replace(found, mask=mask, stream=_stream_id(device))
+
+    found = _cache.value(("packed", request, device), device, build)
+    assert isinstance(found, _Template)
     return found
 
 
@@ -398,24 +421,20 @@ def _tables(
         ],
         dim=-1,
     )  # fmt: skip
-    device = tile_table.device
     mask = template.mask
     if exact:
         hidden = [masked_steps.sum(), ((count > 0) & masked_only).sum(), zero.sum()]
         some, general, zeros = (int(x) for x in torch.stack(hidden).tolist())
         mask = 2 if general or (zeros and some) else min(some, 1)
-    built = Plan(
+    return Plan(
         tiles=tile_table.to(torch.int32).contiguous(),
         full=full_records,
         masked=masked_records,
         head_class=template.head_class,
+        bits=masked_records,
         largest_step=template.largest_step,
         mask=mask,
-        stream=_stream_id(device),
     )
-    if exact:
-        _finish(device)
-    return built
 
 
 def _zero_keys(

@@ -1,0 +1,91 @@
+"""What drives the kernels: a schedule, which picks block sizes and makes the plans for them."""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dilated_core.triton_kernels._plan import Blocks, Plan
+
+Pass = Literal["forward", "query", "key"]
+
+
+class Config(NamedTuple):
+    """Rows of a tile, columns of a step, warps of a program and stages of its pipeline.
+
+    Masked steps take fewer columns, `masked`, because masks need registers.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    masked: int = 32
+
+    @property
+    def blocks(self) -> Blocks:
+        """What a plan needs of it."""
+        return Blocks(self.rows, self.columns, min(self.columns, self.masked))
+
+
+class Pair(NamedTuple):
+    """Tall tiles are faster; short ones waste less where a tile does not fit what it serves.
+
+    For a pattern short tiles are chosen when causal, and where they have less than `gain` of the
+    work.
+    """
+
+    tall: Config
+    short: Config
+    gain: float = 1.0
+
+
+class Sizes(NamedTuple):
+    """What a plan may depend on, beside its schedule and its block sizes.
+
+    `first_key` is the position of the first key, `first_query` that of the first query: when causal
+    the queries are the last positions, else both start together.
+    """
+
+    length: int
+    key_length: int
+    heads: int
+    kv_heads: int
+    first_query: int
+    first_key: int
+    is_causal: bool
+    device: torch.device
+
+
+class Scores(Protocol):
+    """What one call does with its scores. `seed` () int64 is there where `dropout_p` is not 0."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Hide the keys after each query."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+
+    @property
+    def key_padding_mask(self) -> Tensor | None:
+        """(B, M) bool, True = ignore."""
+
+    @property
+    def dropout_p(self) -> float:
+        """Probability of dropping a weight."""
+
+    @property
+    def seed(self) -> Tensor | None:
+        """Seed of the dropout mask."""
+
+
+class Schedule(Protocol):
+    """Which keys each query sees, as plans for the kernels."""
+
+    def choose(self, sizes: Sizes, pair: Pair) -> Config:
+        """The block sizes of a pass, from those that are fast for its head_dim and dtype."""
+
+    def plan(self, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:
+        """The plan over query tiles, or over key tiles; without a host sync once it is known."""
