@@ -20,7 +20,7 @@ from dilated_core.triton_kernels._plan import Blocks, Plan, Request, packed_plan
 from dilated_core.triton_kernels._strips import work
 
 _FORWARD_64 = Pair(Config(128, 128, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92)
-_QUERY_64 = Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2))
+_QUERY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3))
 _KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
 # By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
 # see benchmarks/NOTES.md.
@@ -31,25 +31,26 @@ _HALF: dict[Pass, dict[int, Pair]] = {
         64: _FORWARD_64,
         80: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92),
         96: Pair(Config(128, 64, 4, 3, 64), Config(128, 64, 4, 3, 64)),
-        128: Pair(Config(128, 128, 8, 3, 64), Config(64, 64, 4, 3, 64), 0.99),
+        128: Pair(Config(128, 64, 4, 2, 64), Config(64, 64, 4, 3, 64), 0.92),
+        192: Pair(Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
         256: Pair(Config(128, 64, 8, 2), Config(128, 32, 8, 3)),
     },
     "query": {
         32: _QUERY_64,
-        48: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         64: _QUERY_64,
-        80: _QUERY_64,
-        96: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        80: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        96: _QUERY_64,
         128: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 2, 64), 0.93),
+        192: Pair(Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
         256: Pair(Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
     },
     "key": {
         32: _KEY_64,
         48: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         64: _KEY_64,
-        80: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
         96: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
         128: Pair(Config(64, 32, 4, 3), Config(64, 32, 4, 3)),
+        192: Pair(Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
         256: Pair(Config(64, 32, 8, 2, 16), Config(64, 32, 8, 2, 16)),
     },
 }
@@ -64,12 +65,15 @@ _SINGLE: dict[int, Pair] = {
 overrides: dict[Pass, Config] = {}
 
 
-def head_dim_blocks(head_dim: int) -> tuple[int, int]:
-    """The widths of one block, or two, that hold a head_dim with the least padding."""
+def head_dim_blocks(head_dim: int, halve: bool = False) -> tuple[int, int]:
+    """The widths of one block, or two, that hold a head_dim with the least padding.
+
+    With `halve` a head_dim of 128 is in two as well, which the forward does faster.
+    """
     padded = _power_of_two(head_dim)
     width = padded // 2
     tail = _power_of_two(head_dim - width)
-    return (width, tail) if width + tail < padded else (padded, 0)
+    return (width, tail) if width + tail < padded or (halve and padded == 128) else (padded, 0)
 
 
 def _power_of_two(head_dim: int) -> int:
@@ -167,11 +171,12 @@ class Call:
         ]  # fmt: skip
 
     def constants(
-        self, tables: Plan, chosen: Config, heads: int, first: Tensor, second: Tensor
+        self, which: Pass, tables: Plan, chosen: Config, heads: int, first: Tensor, second: Tensor
     ) -> dict[str, Any]:
         """Compile-time arguments and launch options; `first` and `second` hold the columns."""
         farthest = tables.largest_step * chosen.columns * max(first.stride(1), second.stride(1))
-        width, tail = head_dim_blocks(self.head_dim)
+        halve = which == "forward" and self.query.dtype != torch.float32
+        width, tail = head_dim_blocks(self.head_dim, halve)
         return {
             "HEADS": heads, "GROUP": self.heads // self.kv_heads, "MASK": tables.mask,
             "D": self.head_dim, "BLOCK_D": width, "TAIL": tail,
@@ -245,7 +250,7 @@ def run_forward(call: Call) -> Partial:
         query, key, value, out, lse, *call.tables(tables),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         *lse.stride()[:2], call.mask_stride, *call.scalars(tables),
-        **call.constants(tables, chosen, call.heads, key, value),
+        **call.constants("forward", tables, chosen, call.heads, key, value),
     )  # fmt: skip
     return Partial(out, lse)
 
@@ -285,7 +290,8 @@ def query_gradient(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         *grad_out.stride()[:3], *lse.stride()[:2], seen.stride(0), seen.stride(2), seen.stride(1),
         call.mask_stride, *call.scalars(tables, call.options.scale),
-        **call.constants(tables, chosen, call.heads, key, value), GRAD_LSE=grad_lse is not None,
+        **call.constants("query", tables, chosen, call.heads, key, value),
+        GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
 
 
@@ -301,7 +307,7 @@ def key_gradients(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:3],
         *grad_out.stride()[:3], *terms.stride()[:2], call.mask_stride,
         *call.scalars(tables, call.options.scale),
-        **call.constants(tables, chosen, call.kv_heads, query, grad_out),
+        **call.constants("key", tables, chosen, call.kv_heads, query, grad_out),
     )  # fmt: skip
 
 
