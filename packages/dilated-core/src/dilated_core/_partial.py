@@ -76,14 +76,20 @@ def merge_(total: Partial, part: Partial) -> None:
     """Merge `part` into `total` in place, without a temporary as large as `out`.
 
     Args:
-        total: out (..., N, D) and lse (..., N) in float32 or wider; views are welcome.
+        total: out (..., N, D) and lse (..., N) in float32 or wider; views are welcome. A narrower
+            out is rounded at each merge.
         part: the same shapes, out in any floating dtype.
     """
     lse = torch.logaddexp(total.lse, part.lse)
     share = (part.lse - lse).exp_()
     # Where both are -inf the difference is NaN; the part then has nothing to add.
     share.masked_fill_(lse == -math.inf, 0.0)
-    total.out.lerp_(part.out.to(total.out.dtype), share.unsqueeze(-1))
+    wide = accumulate_dtype(total.out.dtype)
+    if total.out.dtype == wide:
+        total.out.lerp_(part.out.to(wide), share.unsqueeze(-1))
+    else:
+        merged = torch.lerp(total.out.to(wide), part.out.to(wide), share.unsqueeze(-1))
+        total.out.copy_(merged)
     total.lse.copy_(lse)
 
 

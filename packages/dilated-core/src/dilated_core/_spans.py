@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dilated_core import _dense
+from dilated_core import _dense, triton_kernels
 from dilated_core._functional import dilated_attention
 from dilated_core._inputs import Options
 from dilated_core._packed import DilatedRows, PackedTask, pack
@@ -62,7 +62,11 @@ class DilatedSpans:
         return pack(self.pattern, queries, keys, heads, kv_heads, is_causal)
 
     def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:
-        """Attention of a span to itself."""
+        """Attention of a span to itself; out is wide, or in query's dtype from a kernel."""
+        if self._has_kernel(query, keys):
+            return triton_kernels.attend_span(
+                self._options(call, keys), query, keys.key, keys.value, call.queries.start
+            )
         return attend_rows(
             self._options(call, keys), query, keys.key, keys.value,
             start=call.queries.start, whole_length=call.length,
@@ -78,6 +82,11 @@ class DilatedSpans:
         total: Partial,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The adjoint of `attend_span`."""
+        if self._has_kernel(query, keys):
+            return triton_kernels.attend_span_backward(
+                self._options(call, keys), grad_out, grad_lse, query, keys.key, keys.value, total,
+                call.queries.start,
+            )  # fmt: skip
         return rows_backward(
             self._options(call, keys), grad_out, grad_lse, query, keys.key, keys.value, total,
             start=call.queries.start, whole_length=call.length,
@@ -135,6 +144,12 @@ class DilatedSpans:
                 view += grad
 
         return add_to
+
+    def _has_kernel(self, query: Tensor, keys: KeyRows) -> bool:
+        """Whether a kernel attends the rows of a span, where most of the work is."""
+        if self.pattern.count_padding:
+            return False
+        return triton_kernels.unsupported(query, keys.key) is None
 
     def _options(self, call: SpanCall, keys: KeyRows) -> Options:
         return Options(

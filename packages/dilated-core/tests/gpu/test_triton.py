@@ -17,6 +17,7 @@ from torch import Tensor
 from dilated_core import DilatedPattern
 from dilated_core._inputs import Options
 from dilated_core._reference import attend as reference
+from dilated_core.interfaces import KeyRows, SpanCall
 from dilated_core.triton_kernels import attend, unsupported
 from mixed_precision import NAMES, rounded_attention
 
@@ -175,6 +176,50 @@ def test_every_result_is_as_exact_as_fused_attention(
         difference, norm = differences(actual[name], expected[name])
         same_scores, _ = differences(rounded[name], expected[name])
         assert difference <= 2 * max(same_scores, fused[name] * norm, least[name]), name
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_spans_of_a_sequence_make_the_whole(is_causal: bool) -> None:
+    length, heads, head_dim = 1100, 4, 64
+    spans = [range(first, min(length, first + 400)) for first in range(0, length, 400)]
+    inputs = draw(1, length, length, heads, heads, head_dim, torch.bfloat16)
+    upstream = torch.randn_like(inputs[0]), torch.randn(1, heads, length, device=DEVICE)
+    whole = {"out": torch.empty_like(inputs[0]), "lse": torch.empty_like(upstream[1])}
+    whole |= {name: torch.zeros(inputs[0].shape, device=DEVICE) for name in ("dq", "dk", "dv")}
+    for span in spans:
+        call = SpanCall(span, length, is_causal, head_dim**-0.5)
+        here = slice(span.start, span.stop)
+        query, key, value, grad_out = (x[:, here] for x in (*inputs, upstream[0]))
+        packed, places = [], []
+        for keys in spans:
+            if keys != span:
+                rows = NESTED.spans.packed_rows(span, keys, heads, heads, is_causal=is_causal)
+                row, head = rows.index()
+                packed.append(rows)
+                places.append((row.to(DEVICE) + keys.start, head.to(DEVICE)))
+        row, head = (torch.cat(column) for column in zip(*places, strict=True))
+        remote = KeyRows(inputs[1][:, row, head], inputs[2][:, row, head])
+        total = NESTED.spans.attend_span(call, query, KeyRows(key, value))
+        NESTED.spans.attend_packed_(call, total, query, remote, packed)
+        whole["out"][:, here], whole["lse"][:, :, here] = total.out, total.lse
+        grad_lse = upstream[1][:, :, here]
+        grads = NESTED.spans.attend_span_backward(
+            call, grad_out, grad_lse, query, KeyRows(key, value), total
+        )
+        for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+            whole[name][:, here] += grad
+        home = KeyRows(*(torch.empty(x.shape, device=DEVICE) for x in remote[:2]))
+        add_to = NESTED.spans.attend_packed_backward(
+            call, grad_out, grad_lse, query, remote, packed, total, home
+        )
+        add_to(whole["dq"][:, here])
+        for name, grad in (("dk", home.key), ("dv", home.value)):
+            whole[name].index_put_((torch.tensor([0], device=DEVICE), row, head), grad[0], True)
+    options = Options(NESTED, is_causal, head_dim**-0.5)
+    expected = run(reference, options, [x.double() for x in inputs], upstream)
+    rounded = rounded_attention(options, inputs, upstream)
+    for name in NAMES:
+        assert error(whole[name], expected[name]) <= 2 * error(rounded[name], expected[name]), name
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

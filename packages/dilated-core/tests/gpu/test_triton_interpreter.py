@@ -10,6 +10,8 @@ from triton_interpreter import case_names, interpret
 pytestmark = pytest.mark.xdist_group("triton_interpreter")
 SCRIPT = Path(__file__).with_name("interpreted.py")
 NAMES = case_names(SCRIPT)
+# Cases in float16.
+HALF = ("half", "head_dim 117, in halves")
 
 
 @pytest.fixture(scope="module")
