@@ -37,8 +37,8 @@ class DilatedSpans:
 
     pattern: DilatedPattern
 
-    def check(self, length: int, heads: int) -> None:
-        """Any length will do; the heads must be enough for the pattern."""
+    def check(self, length: int, shard: int, heads: int) -> None:
+        """Any lengths will do; the heads must be enough for the pattern."""
         self.pattern.branch_heads(heads)
 
     def attend_whole(

@@ -133,8 +133,8 @@ class SpanAttention(Protocol):
     takes the merged partial of all keys, and is exact for its part. Nothing here builds a graph.
     """
 
-    def check(self, length: int, heads: int) -> None:
-        """Raise a ValueError unless the pattern serves a sequence of `length` and H heads."""
+    def check(self, length: int, shard: int, heads: int) -> None:
+        """Raise a ValueError unless spans of `shard` of `length` positions, and H heads, will do."""
         ...
 
     def attend_whole(

@@ -1,5 +1,7 @@
 """The plans that drive the kernels show every key as often as the definition says."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,13 @@ from dilated_core.triton_kernels import _plan
 from dilated_core.triton_kernels._plan import Blocks, Plan, Request
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plans_are_made_in_pieces() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_plan, "_TILES_AT_ONCE", 7)
+        yield
 
 
 @st.composite

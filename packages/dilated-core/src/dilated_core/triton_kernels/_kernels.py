@@ -119,6 +119,18 @@ def _store_rows(base, rows, stride, dims, inside, values, D: tl.constexpr):
 
 
 @triton.jit
+def _place(slots, early, HEADS: tl.constexpr):
+    """What a program serves: slot, batch row, head. The `early` slots of all heads come first."""
+    program = tl.program_id(0)
+    heads = tl.num_programs(0) // slots
+    later = program - early * heads
+    others = tl.maximum(slots - early, 1)
+    slot = tl.where(later < 0, program // heads, early + later % others)
+    head = tl.where(later < 0, program % heads, later // others)
+    return slot, head // HEADS, head % HEADS
+
+
+@triton.jit
 def _load_tile(
     tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch,
     PACKED: tl.constexpr,
@@ -219,7 +231,7 @@ def _add_dot(a, b, acc, IEEE: tl.constexpr):
 
 
 # These change from call to call and would compile a kernel again for little.
-_CALL_SCALARS = ["slots", "first_query", "first_key"]
+_CALL_SCALARS = ["slots", "early", "first_query", "first_key"]
 
 
 @triton.jit(do_not_specialize=_CALL_SCALARS)
@@ -229,7 +241,7 @@ def forward_kernel(
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
     stride_pb,
-    scale, threshold, keep_scale, slots, first_query, first_key,
+    scale, threshold, keep_scale, slots, early, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
@@ -239,8 +251,7 @@ def forward_kernel(
     """Write out and lse of one tile of queries of one head."""
     if ALIKE:
         stride_vn = stride_kn
-    program = tl.program_id(0)
-    slot, batch, head = program % slots, program // slots // HEADS, program // slots % HEADS
+    slot, batch, head = _place(slots, early, HEADS)
     (
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,
@@ -364,7 +375,7 @@ def query_gradient_kernel(
     stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh,
     stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_tb, stride_tn, stride_th,
     stride_pb,
-    scale, final_scale, threshold, keep_scale, slots, first_query, first_key,
+    scale, final_scale, threshold, keep_scale, slots, early, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
@@ -379,8 +390,7 @@ def query_gradient_kernel(
     """
     if ALIKE:
         stride_vn = stride_kn
-    program = tl.program_id(0)
-    slot, batch, head = program % slots, program // slots // HEADS, program // slots % HEADS
+    slot, batch, head = _place(slots, early, HEADS)
     (
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,
@@ -500,7 +510,7 @@ def key_gradient_kernel(
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_cb, stride_cn, stride_ch,
     stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_pb,
-    scale, final_scale, threshold, keep_scale, slots, first_query, first_key,
+    scale, final_scale, threshold, keep_scale, slots, early, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
@@ -514,8 +524,7 @@ def key_gradient_kernel(
     """
     if ALIKE:
         stride_gn = stride_qn
-    program = tl.program_id(0)
-    slot, batch, head = program % slots, program // slots // HEADS, program // slots % HEADS
+    slot, batch, head = _place(slots, early, HEADS)
     (
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,

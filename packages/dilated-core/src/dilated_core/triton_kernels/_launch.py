@@ -166,7 +166,7 @@ class Call:
         drop = min(_dropout.threshold(options.dropout_p), 2**32 - 1)
         return [
             abs(options.scale) * math.log2(math.e), *final, drop,
-            1.0 / (1.0 - options.dropout_p), tables.tiles.shape[1],
+            1.0 / (1.0 - options.dropout_p), tables.tiles.shape[1], tables.early,
             self.sizes.first_query, self.sizes.first_key,
         ]  # fmt: skip
 

@@ -34,6 +34,7 @@ Causal = Literal["no", "before", "after"]
 TILE_FIELDS, FULL_FIELDS, MASKED_FIELDS = 8, 5, 8
 ANY_SEGMENT = 2**31 - 1
 _CACHED_PLANS = 24
+_TILES_AT_ONCE = 2**15
 
 
 class Blocks(NamedTuple):
@@ -82,6 +83,7 @@ class Plan:
         largest_step: bounds the step between columns.
         mask: 0 if there are no masked runs, 1 if only their length and causal order hide columns,
             2 if segments or row steps may, 3 if bits may.
+        early: how many tiles of each class have so much work that those of all heads start first.
         stream: the id of the stream that built it.
     """
 
@@ -92,6 +94,7 @@ class Plan:
     bits: Tensor
     largest_step: int
     mask: int
+    early: int = 0
     stream: int = 0
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -194,7 +197,7 @@ def plan(request: Request, device: torch.device) -> Plan:
 
     def build() -> Plan:
         template = _template(request, device)
-        return _tables(request, template, template.tiles(), request.columns[1], exact=True)
+        return _exact_tables(request, template)
 
     return _cache.plan(request, device, build)
 
@@ -253,7 +256,7 @@ def _cached_template(request: Request, device: torch.device) -> _Template:
     def build() -> _Template:
         found = _template(request, device)
         # Shorter sequences cut runs shorter and need no other masks, but for their zero keys.
-        whole = _tables(request, found, found.tiles(), request.columns[1], exact=True)
+        whole = _exact_tables(request, found)
         mask = 2 if request.zero_keys else max(1, whole.mask)
         return replace(found, mask=mask, stream=_stream_id(device))
 
@@ -347,6 +350,29 @@ def _recipe_table(recipes: Sequence[Sequence[Slot]], device: torch.device) -> Te
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
+def _exact_tables(request: Request, template: _Template) -> Plan:
+    """The tables of one sequence, made in pieces: what is made on the way is larger than they."""
+    tiles = template.tiles()
+    pieces = []
+    full = masked = 0
+    for start in range(0, max(1, tiles.first.shape[1]), _TILES_AT_ONCE):
+        some = _Tiles(*(x[:, start : start + _TILES_AT_ONCE] for x in tiles))
+        piece = _tables(request, template, some, request.columns[1], exact=True)
+        piece.tiles[..., 6] += full
+        piece.tiles[..., 7] += masked
+        full, masked = full + len(piece.full), masked + len(piece.masked)
+        pieces.append(piece)
+    joined = torch.cat([piece.masked for piece in pieces])
+    return replace(
+        pieces[0],
+        tiles=torch.cat([piece.tiles for piece in pieces], dim=1),
+        full=torch.cat([piece.full for piece in pieces]),
+        masked=joined,
+        bits=joined,
+        mask=max(piece.mask for piece in pieces),
+    )
+
+
 def _tables(
     request: Request, template: _Template, tiles: _Tiles, length: Tensor | int, *, exact: bool
 ) -> Plan:
@@ -377,6 +403,8 @@ def _tables(
         low = torch.maximum(low, first_row)
     first = low + (residue - low) % divisor
     usable = (step > 0) & (zero == 0) & (tiles.rows.unsqueeze(-1) > 0)
+    # Where few rows of a leaf are kept, most of its tiles have none.
+    usable &= first_row + (row_residue - first_row) % row_step <= last_row
     count = torch.where(usable, _count(low, high, residue, divisor), 0)
 
     masked_only = (segment != ANY_SEGMENT) | (row_step > 1)
