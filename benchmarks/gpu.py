@@ -215,6 +215,8 @@ def patterns(checkout: str | None) -> Iterator[Row]:
         ("doubling", DOUBLING, 262144, 12, 64, True),
         ("doubling", DOUBLING, 1 << 20, 12, 64, False),
         ("doubling", DOUBLING, 1 << 20, 12, 64, True),
+        ("doubling", DOUBLING, 262144, 8, 80, False),
+        ("doubling", DOUBLING, 262144, 8, 96, False),
         ("doubling", DOUBLING, 262144, 8, 128, False),
         ("doubling", DOUBLING, 1 << 20, 8, 128, False),
         ("doubling", DOUBLING, 1 << 20, 8, 128, True),
