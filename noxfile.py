@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,19 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 ROOT = Path(__file__).parent
 PACKAGES = ("dilated-core", "dilated-pool", "dilated-sparse", "dilated-ring", "dilated-factory")
+SUBSETS = (
+    ("core",),
+    ("core", "pool"),
+    ("core", "ring"),
+    ("core", "sparse"),
+    ("core", "ring", "pool"),
+    ("core", "sparse", "ring"),
+    ("core", "pool", "sparse", "ring", "factory"),
+)
+EACH_SUBSET = [
+    nox.param(tuple(f"dilated-{part}" for part in subset), id="+".join(subset))
+    for subset in SUBSETS
+]
 EACH_PACKAGE = [nox.param(package, id=package) for package in PACKAGES]
 
 TEST_TOOLS = (
@@ -40,7 +54,16 @@ MYPY = "mypy>=2.4.1,<2.5"
 
 nox.needs_version = ">=2026.2"
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["lint", "types", "imports", "tests", "integration", "alone"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "imports",
+    "tests",
+    "integration",
+    "isolated",
+    "lowest",
+    "alone",
+]
 
 # With bytecode forbidden, each process of a fresh environment would compile all of torch again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -60,7 +83,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of all packages with mypy, strictly."""
-    install(session, MYPY, "nox", *TEST_TOOLS, *editable(*PACKAGES))
+    group = "--group=packages/dilated-factory/pyproject.toml:test"
+    install(session, MYPY, "nox", *TEST_TOOLS, group, *editable(*PACKAGES))
     session.run("mypy", *session.posargs)
 
 
@@ -81,10 +105,44 @@ def tests(session: nox.Session, package: str) -> None:
 
 
 @nox.session
-def integration(session: nox.Session) -> None:
-    """Test all packages together, installed from their wheels."""
-    install(session, *TEST_TOOLS, *wheels(session, *PACKAGES))
+@nox.parametrize("packages", EACH_SUBSET)
+def integration(session: nox.Session, packages: tuple[str, ...]) -> None:
+    """Test some of the packages together, installed from their wheels."""
+    install(session, *TEST_TOOLS, *wheels(session, *packages))
     run_pytest(session, "tests-integration")
+
+
+@nox.session
+def isolated(session: nox.Session) -> None:
+    """Test that each test of the integration passes alone, in a process of its own."""
+    install(session, *TEST_TOOLS, *wheels(session, *PACKAGES))
+    paths = ["tests-integration", "packages/dilated-factory/tests/test_behaviours.py"]
+    # The examples of READMEs have processes of their own already.
+    paths.append("--ignore=tests-integration/test_readme_examples.py")
+    told = session.run("pytest", "--collect-only", "-q", "-p", "no:randomly", *paths, silent=True)
+    # Of a repeated test, the first is enough.
+    nodes = [x for x in str(told).splitlines() if "::" in x and not re.search(r"\[[1-9]\d*\]$", x)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = pool.map(functools.partial(run_alone, session), nodes)
+        failures = [said for said in results if said is not None]
+    if failures or not nodes:
+        session.error("\n".join(failures) or "no test was found")
+    session.log(f"{len(nodes)} tests pass alone")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Test all packages together with the lowest versions that they allow of what they require.
+
+    Torch is not among them where this machine has wheels of its own.
+    """
+    built = wheels(session, *PACKAGES)
+    install(session, "--resolution", "lowest-direct", *TEST_TOOLS, *built)
+    tests = ["test_configs.py", "test_registry.py", "test_cli_tools.py"]
+    tests = [f"packages/dilated-factory/tests/{name}" for name in tests]
+    # Older versions of typer use what today's click, which they allow, warns of.
+    old = "ignore:.* is deprecated and will be removed in Click 9:DeprecationWarning"
+    run_pytest(session, "tests-integration", *tests, "-W", old)
 
 
 @nox.session
@@ -215,8 +273,8 @@ def torch_version() -> str | None:
 
 
 def install_for_tests(session: nox.Session, package: str) -> None:
-    """Install a package and what it declares, siblings from this tree, and the test tools."""
-    sources = editable(package, *declared_siblings(package))
+    """Install a package, what it declares, its extras of this tree, and the test tools."""
+    sources = editable(package, *declared_siblings(package), *optional_siblings(package))
     group = f"--group=packages/{package}/pyproject.toml:test"
     install(session, *TEST_TOOLS, group, *sources)
 
@@ -236,6 +294,13 @@ def declared_siblings(package: str) -> list[str]:
     return list(found)
 
 
+def optional_siblings(package: str) -> list[str]:
+    """Return the packages of this tree that extras of a package require."""
+    extras = project_table(package).get("optional-dependencies", {}).values()
+    names = [Requirement(requirement).name for extra in extras for requirement in extra]
+    return [name for name in PACKAGES if name in names and name != package]
+
+
 def project_table(package: str) -> dict[str, Any]:
     """Return the [project] table of a package."""
     text = (ROOT / "packages" / package / "pyproject.toml").read_text(encoding="utf-8")
@@ -248,16 +313,22 @@ def import_name(package: str) -> str:
     return package.replace("-", "_")
 
 
+# The wheels that were built since nox started, by package: the sessions share them.
+BUILT: dict[str, Path] = {}
+
+
 def wheels(session: nox.Session, *packages: str) -> list[str]:
     """Build the wheels of packages and return their paths.
 
     Paths, not names: a name would let a registry's package of the same name come in.
     """
-    folder = Path(session.create_tmp()) / "wheels"
-    shutil.rmtree(folder, ignore_errors=True)
     for package in packages:
-        uv_build_wheel(session, ROOT / "packages" / package, folder)
-    return [str(path) for path in sorted(folder.glob("*.whl"))]
+        if package not in BUILT:
+            folder = (Path(session.create_tmp()) / "wheels" / package).resolve()
+            shutil.rmtree(folder, ignore_errors=True)
+            uv_build_wheel(session, ROOT / "packages" / package, folder)
+            (BUILT[package],) = folder.glob("*.whl")
+    return [str(BUILT[package]) for package in packages]
 
 
 def uv_build_wheel(session: nox.Session, source: Path, folder: Path) -> None:
@@ -270,7 +341,7 @@ def uv_build_wheel(session: nox.Session, source: Path, folder: Path) -> None:
 
 
 def run_pytest(
-    session: nox.Session, path: str, *, timeout: int = 300, env: dict[str, str] | None = None
+    session: nox.Session, *paths: str, timeout: int = 300, env: dict[str, str] | None = None
 ) -> None:
     """Run pytest on two workers, in random order, each test under a time limit in seconds."""
     arguments = ["-n", "2", "--dist", "loadgroup", "--timeout", str(timeout)]
@@ -278,7 +349,18 @@ def run_pytest(
         arguments.append("--randomly-seed=1")
     # One thread a worker: two workers with a thread for each core would fight over the cores.
     env = {"OMP_NUM_THREADS": "1", **(env or {})}
-    session.run("pytest", *arguments, path, *session.posargs, env=env)
+    session.run("pytest", *arguments, *paths, *session.posargs, env=env)
+
+
+def run_alone(session: nox.Session, node: str) -> str | None:
+    """Run one test in a process of its own; return what it said if it failed."""
+    python = Path(session.bin) / "python"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", node]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return None if done.returncode == 0 else f"{node} fails alone:\n{done.stdout}{done.stderr}"
 
 
 # Building and checking what was built

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +27,9 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:
-            # Kernels of GPUs need triton, which a torch for the CPU does not bring along.
-            if error.name != "triton":
+            # Kernels of GPUs need triton, which a torch for the CPU does not bring along; models of
+            # Hugging Face need the extra `transformers`.
+            if error.name not in ("triton", "transformers"):
                 raise
 print(*sorted({name.split(".")[0] for name in sys.modules if name.startswith("dilated_")}))
 """
@@ -85,3 +87,19 @@ def test_no_import_brings_in_a_sibling_that_it_may_not(name: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) - {name} <= MAY_IMPORT[name]
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(name: str) -> None:
+    installed = [path.as_posix() for path in distribution(name).files or []]
+    roots = {path.split("/")[0] for path in installed if not path.startswith("../")}
+    info = f"{name}-{version(name)}.dist-info"
+    assert roots == {name, info}
+    assert f"{name}/py.typed" in installed
+    assert [path for path in installed if "test" in path.split("/")[-1]] == []
+
+
+def test_the_public_names_are_those_of_the_snapshot(name: str) -> None:
+    """A name that comes or goes is a decision: change the snapshot with it."""
+    snapshot = Path(__file__).parent / "public_names" / f"{name}.txt"
+    listed = importlib.import_module(name).__all__
+    assert sorted(listed) == snapshot.read_text(encoding="utf-8").split()

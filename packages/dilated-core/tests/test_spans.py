@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilated_core import DilatedPattern, dilated_attention
-from dilated_core.interfaces import AttentionPattern, KeyRows, SpanCall
-from dilated_testing import Problem, problems, relative_error
+from dilated_core import DilatedPattern, Partial, dilated_attention
+from dilated_core.interfaces import AttentionPattern, Clique, KeyRows, SpanCall
+from dilated_testing import problems, relative_error
 
 
 def cut(length, shard):
@@ -15,96 +15,91 @@ def cut(length, shard):
     return [range(start, min(length, start + shard)) for start in range(0, length, shard)]
 
 
-def gather(call, pattern, spans, key, value, padding, kv_heads):
-    """What ranks would exchange: for one span of queries, packed rows of all the others."""
-    packed, parts = [], []
-    for keys in spans:
-        if keys == call.queries:
-            continue
-        rows = pattern.spans.packed_rows(
-            call.queries, keys, call.heads, kv_heads, is_causal=call.is_causal
+def rows_of(x, span):
+    """The rows of a span, of anything with rows in its second dimension."""
+    return None if x is None else x[:, span.start : span.stop]
+
+
+class Part:
+    """One span of a problem, and what ranks would send it: packed rows of all other spans."""
+
+    def __init__(self, problem, span, spans, seed, keys):
+        self.call = SpanCall(
+            span, problem.length, problem.is_causal, problem.head_dim**-0.5, problem.dropout_p, seed
         )
-        row, head = rows.index()
-        assert rows.count == sum(rows.parts) == len(row)
-        first = 0
-        for size in rows.parts:
-            part = torch.stack([row, head])[:, first : first + size]
-            assert part.unique(dim=1).shape[1] == size
-            first += size
-        packed.append(rows)
-        row = row + keys.start
-        mask = None if padding is None else padding[:, row]
-        parts.append((key[:, row, head], value[:, row, head], mask, row, head))
-    return packed, parts
+        self.spans = problem.pattern.spans
+        self.local = KeyRows(*(rows_of(x, span) for x in keys))
+        sizes = problem.heads, problem.kv_heads
+        others = [other for other in spans if other != span]
+        self.packed = [
+            self.spans.packed_rows(span, other, *sizes, is_causal=problem.is_causal)
+            for other in others
+        ]
+        rows, heads = [], []
+        for packed, other in zip(self.packed, others, strict=True):
+            row, head = packed.index()
+            assert packed.count == sum(packed.parts) == len(row)
+            for part in torch.stack([row, head]).split(packed.parts, 1):
+                assert part.unique(dim=1).shape[1] == part.shape[1]
+            rows.append(row + other.start)
+            heads.append(head)
+        none = [torch.empty(0, dtype=torch.int64)]
+        self.row, self.head = torch.cat(none + rows), torch.cat(none + heads)
+        key, value = (x[:, self.row, self.head] for x in keys[:2])
+        self.remote = KeyRows(
+            key, value, None if keys.padding is None else keys.padding[:, self.row]
+        )
+
+    def forward(self, query):
+        total = self.spans.attend_span(self.call, query, self.local)
+        self.spans.attend_packed_(self.call, total, query, self.remote, self.packed)
+        return total
+
+    def backward(self, grad_out, grad_lse, query, total):
+        """Gradients to the span's query, key and value, and to the packed rows."""
+        upstream = grad_out, grad_lse, query
+        packed = KeyRows(torch.empty_like(self.remote.key), torch.empty_like(self.remote.value))
+        add_to = self.spans.attend_packed_backward(
+            self.call, *upstream, self.remote, self.packed, total, packed
+        )
+        grads = self.spans.attend_span_backward(self.call, *upstream, self.local, total)
+        add_to(grads[0])
+        return grads, packed
 
 
 def run_by_spans(problem, shard):
     """As `Problem.run`, each span alone."""
-    query, key, value = (x.detach() for x in problem.tensors())
-    pattern, padding, batch = problem.pattern, problem.mask(), problem.batch
+    query, *keys = (x.detach() for x in problem.tensors())
+    keys = KeyRows(*keys, problem.mask())
     torch.manual_seed(problem.seed)
     seed = torch.randint(2**62, ()) if problem.dropout_p else None
     spans = cut(problem.length, shard)
-    calls = []
-    for span in spans:
-        call = SpanCall(
-            span, problem.length, problem.is_causal, problem.head_dim**-0.5, problem.dropout_p, seed
-        )
-        object.__setattr__(call, "heads", problem.heads)
-        calls.append(call)
-    out = torch.empty_like(query)
-    lse = query.new_empty(batch, problem.heads, problem.length)
-    totals, exchanged = [], []
-
-    def local(x, span):
-        return None if x is None else x[:, span.start : span.stop]
-
-    for call in calls:
-        span = call.queries
-        rows = KeyRows(*(local(x, span) for x in (key, value, padding)))
-        total = pattern.spans.attend_span(call, local(query, span), rows)
-        packed, parts = gather(call, pattern, spans, key, value, padding, problem.kv_heads)
-        exchanged.append((packed, parts))
-        if packed:
-            remote = KeyRows(
-                *(
-                    None if c[0] is None else torch.cat(c, 1)
-                    for c in list(zip(*parts, strict=True))[:3]
-                )
-            )
-            pattern.spans.attend_packed_(call, total, local(query, span), remote, packed)
-        totals.append(total)
-        out[:, span.start : span.stop], lse[:, :, span.start : span.stop] = total
+    parts = [Part(problem, span, spans, seed, keys) for span in spans]
+    totals = [part.forward(rows_of(query, part.call.queries)) for part in parts]
+    empty = Partial(query[:, :0], query.new_empty(problem.batch, problem.heads, 0))
+    out, lse = (
+        torch.cat(x, dim) for x, dim in zip(zip(empty, *totals, strict=True), (1, 2), strict=True)
+    )
     generator = torch.Generator().manual_seed(problem.seed + 2)
     grad_out, grad_lse = (
         torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in (out, lse)
     )
     grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0.0)
-    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
-    for call, total, (packed, parts) in zip(calls, totals, exchanged, strict=True):
-        span = call.queries
-        rows = KeyRows(*(local(x, span) for x in (key, value, padding)))
-        upstream = local(grad_out, span), grad_lse[:, :, span.start : span.stop], local(query, span)
-        grads = pattern.spans.attend_span_backward(call, *upstream, rows, total)
-        if packed:
-            remote = KeyRows(
-                *(
-                    None if c[0] is None else torch.cat(c, 1)
-                    for c in list(zip(*parts, strict=True))[:3]
-                )
-            )
-            grad_keys = KeyRows(torch.empty_like(remote.key), torch.empty_like(remote.value))
-            add = pattern.spans.attend_packed_backward(
-                call, *upstream, remote, packed, total, grad_keys
-            )
-            add(grads[0])
-            row, head = torch.cat([p[3] for p in parts]), torch.cat([p[4] for p in parts])
-            for b in range(batch):
-                dk[b].index_put_((row, head), grad_keys.key[b], accumulate=True)
-                dv[b].index_put_((row, head), grad_keys.value[b], accumulate=True)
-        for grad, part in zip((dq, dk, dv), grads, strict=True):
-            grad[:, span.start : span.stop] += part
-    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    grads = [torch.zeros_like(x) for x in (query, keys.key, keys.value)]
+    for part, total in zip(parts, totals, strict=True):
+        span = part.call.queries
+        local, packed = part.backward(
+            rows_of(grad_out, span),
+            grad_lse[:, :, span.start : span.stop],
+            rows_of(query, span),
+            total,
+        )
+        for grad, found in zip(grads, local, strict=True):
+            rows_of(grad, span).add_(found)
+        for grad, found in zip(grads[1:], packed, strict=False):
+            for b in range(problem.batch):
+                grad[b].index_put_((part.row, part.head), found[b], accumulate=True)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
 
 
 @given(problems(cross=False), st.integers(1, 47))
@@ -150,8 +145,18 @@ def test_heads_that_read_the_same_rows_share_them():
     pattern = DilatedPattern([24], [2])
     rows = pattern.spans.packed_rows(range(12, 24), range(12), 4, 1, is_causal=False)
     assert rows.count == 12
-    assert isinstance(problem_of(pattern), Problem)
 
 
-def problem_of(pattern):
-    return Problem(pattern, 1, 24, 24, 4, 1, 3, False, 0.0, 0.0, 1)
+def test_only_whole_wide_segments_are_cliques():
+    """Branches that fit in a span stay; of the others each head's rows see each other."""
+    pattern = DilatedPattern([4, 24, 100], [1, 2, 3])
+    local, cliques = pattern.spans.cliques(48, 12, 4, is_causal=False)
+    assert local.pattern == DilatedPattern([4], [1])
+    assert cliques == (Clique(24, 2, (0, 1, 0, 1)), Clique(48, 3, (0, 1, 2, 0)))
+    assert DilatedPattern([24], [2]).spans.cliques(48, 12, 4, is_causal=False)[0] is None
+    assert DilatedPattern([20], [2]).spans.cliques(48, 12, 4, is_causal=False) is None
+    counted = DilatedPattern([24], [2], count_padding=True).spans
+    assert counted.cliques(48, 12, 4, is_causal=False) is None
+    assert counted.cliques(48, 12, 4, is_causal=True) is not None
+    split = DilatedPattern([4, 24], [1, 2], head_groups="split")
+    assert split.spans.cliques(48, 12, 4, is_causal=True) is None

@@ -1,16 +1,107 @@
-"""Generation: deterministic, within its arguments."""
+"""Generation: the same with and without the cache, deterministic, within its arguments."""
+
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dilated_factory import LongNetConfig, LongNetLM
-from dilated_factory.generation import generate
+from dilated_core import DilatedAttention, DilatedKVCache
+from dilated_factory import LongNetConfig, LongNetLM, generation
+from dilated_factory.generation import generate, generate_tokens
 
 
 @pytest.fixture
 def model(tiny_model: LongNetConfig) -> LongNetLM:
     torch.manual_seed(0)
     return LongNetLM(tiny_model)
+
+
+@settings(max_examples=10)
+@given(
+    length=st.integers(1, 60),
+    positions=st.sampled_from(["rotary", "xpos", "none"]),
+    temperature=st.sampled_from([0.0, 1.3]),
+    chunk=st.sampled_from([7, 65536]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_the_cache_changes_no_token(
+    length: int, positions: str, temperature: float, chunk: int, seed: int
+) -> None:
+    torch.manual_seed(seed % 997)
+    config = LongNetConfig.model_validate(
+        {
+            "vocab_size": 23,
+            "embed_dim": 32,
+            "num_heads": 4,
+            "num_layers": 2,
+            "segment_lengths": (5, 12, 40),
+            "dilation_rates": (1, 2, 3),
+            "context": 37,
+            "positions": positions,
+        }
+    )
+    model = LongNetLM(config, dtype=torch.float64)
+    prompt = torch.randint(23, (3, length))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "PREFILL_CHUNK", chunk)
+        found = [
+            generate_tokens(
+                model,
+                prompt,
+                max_new_tokens=11,
+                temperature=temperature,
+                seed=seed,
+                use_cache=use_cache,
+            )
+            for use_cache in (True, False)
+        ]
+    assert found[0].shape == (3, 11)
+    assert torch.equal(*found)
+
+
+def test_the_states_with_a_cache_are_those_without(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model, dtype=torch.float64).eval()
+    tokens = torch.randint(256, (2, 71))
+    caches = model.new_caches()
+    with torch.no_grad():
+        parts = [model(part, caches=caches) for part in tokens.split((13, 1, 40, 17), dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-10, atol=1e-12)
+    assert {cache.length for cache in caches} == {71}
+
+
+def test_a_token_with_the_cache_costs_one_position(
+    model: LongNetLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    hidden_states = LongNetLM.hidden_states
+
+    def counting(self: LongNetLM, tokens: torch.Tensor, **options: object) -> torch.Tensor:
+        lengths.append(tokens.shape[1])
+        return hidden_states(self, tokens, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LongNetLM, "hidden_states", counting)
+    generate(model, bytes(range(41)), max_bytes=4)
+    assert lengths == [41, 1, 1, 1]
+
+
+def test_an_injected_attention_generates_without_a_cache(tiny_model: LongNetConfig) -> None:
+    def attention(*heads: Any, **options: Any) -> Any:
+        return dilated(*heads, **options)
+
+    dilated = DilatedAttention(tiny_model.pattern)
+    plain = LongNetLM(tiny_model)
+    other = LongNetLM(tiny_model, attention=lambda: attention)
+    other.load_state_dict(plain.state_dict())
+    prompt = torch.tensor([list(b"abc")])
+    with pytest.raises(ValueError, match="attention must be dilated attention for a cache"):
+        generate_tokens(other, prompt, max_new_tokens=5)
+    found = [
+        generate_tokens(model, prompt, max_new_tokens=5, temperature=0, use_cache=False)
+        for model in (plain, other)
+    ]
+    assert torch.equal(*found)
 
 
 def test_the_seed_decides_the_bytes_and_nothing_else_does(model: LongNetLM) -> None:
@@ -20,6 +111,7 @@ def test_the_seed_decides_the_bytes_and_nothing_else_does(model: LongNetLM) -> N
     assert generate(model, b"ab", max_bytes=60, seed=4) != first
     assert len(first) == 60
     assert generate(model, b"ab", max_bytes=20, seed=3) == first[:20]
+    assert generate(model, b"ab", max_bytes=0) == b""
     assert model.training
 
 
@@ -44,10 +136,16 @@ def test_top_k_keeps_to_the_likeliest(model: LongNetLM) -> None:
     assert drawn == likeliest
 
 
-def test_a_prompt_longer_than_the_context_is_seen_by_its_end(model: LongNetLM) -> None:
-    context = model.config.context
-    long = bytes(range(200))
-    assert generate(model, long, max_bytes=3) == generate(model, long[-context:], max_bytes=3)
+def test_the_whole_prompt_is_seen_past_the_context(model: LongNetLM) -> None:
+    context, longest = model.config.context, max(model.config.segment_lengths)
+    prompt = bytes(range(96 + 17))
+    assert context < len(prompt)
+    model.eval()
+    expected = int(model(torch.tensor([list(prompt)]))[0, -1].argmax())
+    assert generate(model, prompt, max_bytes=1, temperature=0)[0] == expected
+    # Segments have their borders at multiples of the longest: all before the last is out of sight.
+    assert 96 % longest == 0
+    assert generate(model, prompt[96:], max_bytes=1, temperature=0)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -58,6 +156,7 @@ def test_a_prompt_longer_than_the_context_is_seen_by_its_end(model: LongNetLM) -
         ({"temperature": -0.1}, "temperature must be finite and not negative. Got -0.1"),
         ({"temperature": float("nan")}, "temperature must be finite and not negative. Got nan"),
         ({"top_k": 0}, "top_k must be at least 1. Got 0"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\). Got -1"),
     ],
 )
 def test_arguments_out_of_range_are_named(
@@ -66,3 +165,41 @@ def test_arguments_out_of_range_are_named(
     arguments = {"prompt": b"a", "max_bytes": 1, **options}
     with pytest.raises(ValueError, match=says):
         generate(model, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "says"),
+    [
+        (torch.zeros(2, 0, dtype=torch.int64), {}, r"N >= 1. Got torch.int64 of \(2, 0\)"),
+        (torch.zeros(3, dtype=torch.int64), {}, r"shape \(B, N\) with N >= 1.*\(3,\)"),
+        (torch.zeros(2, 3), {}, r"tokens must be int64.*torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"max_new_tokens": -3}, "not be negative. Got -3"),
+    ],
+)
+def test_tokens_that_cannot_be_continued_are_named(
+    model: LongNetLM, tokens: torch.Tensor, options: dict[str, object], says: str
+) -> None:
+    arguments = {"max_new_tokens": 1, **options}
+    with pytest.raises(ValueError, match=says):
+        generate_tokens(model, tokens, **arguments)  # type: ignore[arg-type]
+
+
+def test_xpos_ends_where_its_factors_do(tiny_model: LongNetConfig) -> None:
+    config = tiny_model.model_copy(update={"positions": "xpos", "xpos_scale_base": 2})
+    tokens = torch.zeros(1, 100, dtype=torch.int64)
+    model = LongNetLM(config)
+    assert generate_tokens(model, tokens, max_new_tokens=24).shape == (1, 24)
+    with pytest.raises(ValueError, match=r"must be at most 124 together.*Got 125"):
+        generate_tokens(model, tokens, max_new_tokens=25)
+
+
+def test_bytes_need_a_model_of_bytes(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model.model_copy(update={"vocab_size": 257}))
+    with pytest.raises(ValueError, match=r"vocabulary of 256 bytes\. Got 257"):
+        generate(model, b"a", max_bytes=1)
+
+
+def test_caches_are_one_a_layer(model: LongNetLM) -> None:
+    caches = [DilatedKVCache(model.config.pattern)] * 3
+    with pytest.raises(ValueError, match=r"caches must be one a layer \(2\). Got 3"):
+        model(torch.zeros(1, 2, dtype=torch.int64), caches=caches)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_factory import LongNetConfig, LongNetLM, longnet
-from dilated_factory.layers import DecoderBlock, magneto_gain
+from dilated_factory.layers import TransformerDecoderLayer, magneto_gain
 
 
 def build(config: LongNetConfig, **options: object) -> LongNetLM:
@@ -18,8 +18,8 @@ def build(config: LongNetConfig, **options: object) -> LongNetLM:
     return LongNetLM(config, **options)  # type: ignore[arg-type]
 
 
-def blocks(model: LongNetLM) -> list[DecoderBlock]:
-    return [block for block in model.blocks if isinstance(block, DecoderBlock)]
+def blocks(model: LongNetLM) -> list[TransformerDecoderLayer]:
+    return [block for block in model.blocks if isinstance(block, TransformerDecoderLayer)]
 
 
 def tokens(length: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
@@ -125,6 +125,51 @@ def test_activation_checkpointing_changes_nothing(tiny_model: LongNetConfig) -> 
         loss = model.loss(tokens(40))
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_given_targets_and_positions_are_those_of_a_whole_sequence(
+    tiny_model: LongNetConfig,
+) -> None:
+    model, batch = build(tiny_model, dtype=torch.float64), tokens(42)
+    expected = model.loss(batch)
+    assert torch.equal(model.loss(batch[:, :-1], batch[:, 1:]), expected)
+    # Rotation is relative: a shift of all positions changes nothing, another order does.
+    for positions, same in ((torch.arange(41) + 1000, True), (torch.arange(41) * 2, False)):
+        found = model.loss(batch, positions=positions)
+        assert torch.allclose(found, expected, rtol=1e-9) == same
+    with pytest.raises(ValueError, match=r"targets must have tokens' shape \(2, 42\)"):
+        model.loss(batch, batch[:, 1:])
+
+
+def test_padding_and_ignored_targets_are_as_if_they_were_not_there(
+    tiny_model: LongNetConfig,
+) -> None:
+    model, batch = build(tiny_model, dtype=torch.float64), tokens(42)
+    mask = torch.arange(41).expand(2, -1) < torch.tensor([[0], [9]])
+    other = batch.clone()
+    other[1, :9] = 3
+    for given_tokens in (batch, other):
+        targets = given_tokens[:, 1:].masked_fill(mask, -100)
+        found = model.loss(given_tokens[:, :-1], targets, key_padding_mask=mask)
+        logits = model(given_tokens[:, :-1], key_padding_mask=mask)[~mask]
+        torch.testing.assert_close(found, F.cross_entropy(logits, batch[:, 1:][~mask]))
+    unmasked = model(other[:, :-1])[~mask]
+    assert not torch.allclose(unmasked, logits)
+    torch.testing.assert_close(model(batch[:, :-1], key_padding_mask=mask)[~mask], logits)
+
+
+def test_any_attention_can_be_injected(tiny_model: LongNetConfig) -> None:
+    class Doubling(torch.nn.Module):
+        def forward(self, query: torch.Tensor, *_: object, is_causal: bool, **__: object) -> object:
+            assert is_causal
+            return 2 * query
+
+    model = LongNetLM(tiny_model, attention=Doubling)
+    assert sum(isinstance(module, Doubling) for module in model.modules()) == 2
+    model.loss(tokens(40)).backward()
+    for block in blocks(model):
+        assert block.attention.q_proj.weight.grad is not None
+        assert block.attention.k_proj.weight.grad is None
 
 
 def test_dropout_is_off_in_eval(tiny_model: LongNetConfig) -> None:

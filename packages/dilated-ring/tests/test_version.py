@@ -7,7 +7,3 @@ import dilated_ring
 
 def test_the_version_is_a_release_of_the_0_1_line() -> None:
     assert re.fullmatch(r"0\.1\.\d+", dilated_ring.__version__)
-
-
-def test_nothing_else_is_promised_yet() -> None:
-    assert dilated_ring.__all__ == ["__version__"]

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dilated_core import DilatedPattern, MultiheadDilatedAttention
 from dilated_sparse import BlockSparseAttention, block_sparse_attention, layouts
-from dilated_sparse._operators import backward_op, forward_op
+from dilated_sparse._operators import TORCH
 from dilated_testing import relative_error
 from sparse_problems import NAMES, Problem
 
@@ -56,14 +56,14 @@ def test_operators_pass_opcheck():
     q, k, v = Problem(LAYOUT).tensors()
     rest = (
         torch.rand(2, 23) < 0.3, torch.tensor(5),
-        LAYOUT.row_offsets, LAYOUT.columns, LAYOUT.masks, LAYOUT.table,
-        LAYOUT.block_size, LAYOUT.heads, LAYOUT.digest, False, 0.3, 0.25,
+        LAYOUT.run_offsets, LAYOUT.run_columns, LAYOUT.run_counts, LAYOUT.run_masks, LAYOUT.table,
+        LAYOUT.block_size, LAYOUT.heads, False, 0.3, 0.25,
     )  # fmt: skip
-    torch.library.opcheck(forward_op, (q, k, v, *rest))
-    detached = [x.detach() for x in (q, k, v, *forward_op(q, k, v, *rest))]
+    torch.library.opcheck(TORCH.forward, (q, k, v, *rest))
+    detached = [x.detach() for x in (q, k, v, *TORCH.forward(q, k, v, *rest))]
     for grad_lse in (None, torch.randn_like(detached[4])):
         arguments = (torch.randn_like(detached[3]), grad_lse, *detached, *rest)
-        torch.library.opcheck(backward_op, arguments)
+        torch.library.opcheck(TORCH.backward, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

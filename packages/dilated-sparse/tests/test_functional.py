@@ -79,8 +79,11 @@ def test_scale_multiplies_the_scores():
 
 
 def test_the_choice_of_a_backend_says_why():
-    choice = select_backend()
+    choice = select_backend(X, X)
     assert choice.backend == "torch"
     assert choice.reason
-    assert [name for name, _ in choice.rejected] == ["reference"]
-    assert select_backend("reference").backend == "reference"
+    assert dict(choice.rejected).keys() == {"reference", "flex", "triton"}
+    assert "cpu" in dict(choice.rejected)["triton"]
+    assert select_backend(X, X, "reference").backend == "reference"
+    with pytest.raises(ValueError, match=r"backend must be able to serve the call\. Got 'triton'"):
+        select_backend(X, X, "triton")

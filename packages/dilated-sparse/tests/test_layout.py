@@ -147,7 +147,7 @@ MASK = torch.ones(5, 7, dtype=torch.bool)
         (
             lambda: BlockLayout.from_dense(MASK) | layouts.prefix(5, 2),
             ValueError,
-            "layouts must have equal lengths and block sizes",
+            "layouts must have equal lengths, block sizes and devices to combine",
         ),
         (
             lambda: layouts.prefix(5, 2).per_head(2) | layouts.prefix(5, 2).per_head(3),

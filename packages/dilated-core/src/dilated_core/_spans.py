@@ -28,7 +28,7 @@ from dilated_core._torch_backend import (
     rows_backward,
     unit_stride,
 )
-from dilated_core.interfaces import KeyRows, PackedRows, SpanCall
+from dilated_core.interfaces import Clique, KeyRows, PackedRows, SpanCall
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,28 @@ class DilatedSpans:
     ) -> DilatedRows:
         """The rows of a span of keys that a span of queries, which it does not meet, sees."""
         return pack(self.pattern, queries, keys, heads, kv_heads, is_causal)
+
+    def cliques(
+        self, length: int, shard: int, heads: int, *, is_causal: bool
+    ) -> "tuple[DilatedSpans | None, tuple[Clique, ...]] | None":
+        """The branches that fit in a span as a pattern, and the wider ones as cliques."""
+        pattern = self.pattern
+        zero_keys = pattern.count_padding and not is_causal
+        if not shard or pattern.head_groups == "split" or zero_keys:
+            return None
+        local = [branch for branch in pattern.branches if shard % branch.segment_length == 0]
+        wide = []
+        for w, r in pattern.branches:
+            if shard % w:
+                segment = min(w, length)
+                if segment % shard or length % segment:
+                    return None
+                offsets = (pattern.head_offset(head, heads, r) for head in range(heads))
+                wide.append(Clique(segment, r, tuple(s if s < w else None for s in offsets)))
+        if not local:
+            return None, tuple(wide)
+        inside = DilatedPattern(*zip(*local, strict=True), head_offsets=pattern.head_offsets)
+        return DilatedSpans(inside), tuple(wide)
 
     def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:
         """Attention of a span to itself; out is wide, or in query's dtype from a kernel."""

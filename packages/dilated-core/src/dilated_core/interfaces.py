@@ -125,6 +125,20 @@ class PackedRows(Protocol):
         ...
 
 
+class Clique(NamedTuple):
+    """Rows of a segment that all see each other (the earlier ones only, if causal), head by head.
+
+    Attributes:
+        segment: positions of a segment, a multiple of the shard; segments begin at its multiples.
+        step: distance of neighbouring rows.
+        first: for each query head, its first row in a segment, or None if it has none.
+    """
+
+    segment: int
+    step: int
+    first: tuple[int | None, ...]
+
+
 class SpanAttention(Protocol):
     """Attention of a pattern span by span; spans are ranges of global positions.
 
@@ -134,7 +148,7 @@ class SpanAttention(Protocol):
     """
 
     def check(self, length: int, shard: int, heads: int) -> None:
-        """Raise a ValueError unless spans of `shard` of `length` positions, and H heads, will do."""
+        """Raise a ValueError unless spans of `shard` of `length` positions and H heads will do."""
         ...
 
     def attend_whole(
@@ -155,6 +169,15 @@ class SpanAttention(Protocol):
         self, queries: range, keys: range, heads: int, kv_heads: int, *, is_causal: bool
     ) -> PackedRows:
         """The rows of a span of keys that a span of queries, which it does not meet, sees."""
+        ...
+
+    def cliques(
+        self, length: int, shard: int, heads: int, *, is_causal: bool
+    ) -> tuple[SpanAttention | None, tuple[Clique, ...]] | None:
+        """The pattern as what spans of `shard` attend alone, if anything, and cliques.
+
+        None where it cannot be said so.
+        """
         ...
 
     def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:

@@ -1,37 +1,35 @@
 """Validated configuration of models and training: frozen data that round-trips through JSON."""
 
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from dilated_core import DilatedPattern
-from dilated_factory.errors import InputError
+from dilated_factory.configs.attention import HeadOffsets
+from dilated_factory.configs.base import FrozenConfig, describe_invalid, parse_config
 
-HeadOffsets = Literal["interleaved", "blocked"]
-Positions = Literal["rotary", "xpos"]
+__all__ = [
+    "FrozenConfig",
+    "LongNetConfig",
+    "LongNetEncoderConfig",
+    "TrainConfig",
+    "describe_invalid",
+    "parse_config",
+]
+
+Positions = Literal["rotary", "xpos", "none"]
 Dtype = Literal["float32", "bfloat16"]
-Config = TypeVar("Config", bound="FrozenConfig")
 
 # Past this, the factors of xPos leave the range of float32: (2/7) ** (100 / 2) is 6e-28.
 XPOS_MAX_SPAN = 100
 
 
-class FrozenConfig(BaseModel):
-    """Base of all configurations: immutable, unknown keys and infinite numbers are errors."""
+class StackConfig(FrozenConfig):
+    """Shape of a stack of LongNet layers; what language model and encoder have in common.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LongNetConfig(FrozenConfig):
-    """Shape of a LongNet language model.
-
-    Lengths are in tokens; with the default vocabulary of 256 a token is a byte.
-
-    Raises:
-        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    Lengths are in tokens.
     """
 
-    vocab_size: int = Field(default=256, ge=1)
     embed_dim: int = Field(default=128, ge=1)
     num_heads: int = Field(default=4, ge=1)
     num_layers: int = Field(default=3, ge=1)
@@ -41,13 +39,14 @@ class LongNetConfig(FrozenConfig):
     segment_lengths: tuple[int, ...] = (64, 96, 1024, 8192)
     dilation_rates: tuple[int, ...] = (1, 1, 4, 16)
     head_offsets: HeadOffsets = "interleaved"
+    count_padding: bool = Field(default=False, description="torchscale's habit, not causal only")
     context: int = Field(default=8192, ge=1, description="length that the model is trained at")
     positions: Positions = "rotary"
     rotary_base: float = Field(default=10000.0, gt=1)
     xpos_scale_base: int = Field(default=512, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    tie_embeddings: bool = True
     layer_norm_eps: float = Field(default=1e-5, gt=0)
+    float32_gelu: bool = Field(default=False, description="torchscale's habit, even in float64")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -73,7 +72,10 @@ class LongNetConfig(FrozenConfig):
     def pattern(self) -> DilatedPattern:
         """The dilated-attention pattern of every layer."""
         return DilatedPattern(
-            self.segment_lengths, self.dilation_rates, head_offsets=self.head_offsets
+            self.segment_lengths,
+            self.dilation_rates,
+            head_offsets=self.head_offsets,
+            count_padding=self.count_padding,
         )
 
     @property
@@ -87,6 +89,40 @@ class LongNetConfig(FrozenConfig):
         return 4 * self.embed_dim if self.ffn_dim is None else self.ffn_dim
 
 
+class LongNetConfig(StackConfig):
+    """Shape of a LongNet language model; with the default vocabulary of 256 a token is a byte.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    """
+
+    kind: Literal["longnet"] = "longnet"
+    vocab_size: int = Field(default=256, ge=1)
+    scale_embedding: bool = Field(default=True, description="times sqrt(embed_dim)")
+    tie_embeddings: bool = True
+
+
+class LongNetEncoderConfig(StackConfig):
+    """Shape of a LongNet encoder, which sees both directions.
+
+    Without a ``vocab_size`` it takes embeddings instead of tokens.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    """
+
+    kind: Literal["longnet_encoder"] = "longnet_encoder"
+    vocab_size: int | None = Field(default=None, ge=1)
+    scale_embedding: bool = Field(default=True, description="times sqrt(embed_dim)")
+    head: bool = Field(default=False, description="logits over the vocabulary, not states")
+
+    @model_validator(mode="after")
+    def _head_has_a_vocabulary(self) -> Self:
+        if self.head and self.vocab_size is None:
+            raise ValueError("vocab_size must be given with head=True. Got None.")
+        return self
+
+
 class TrainConfig(FrozenConfig):
     """Everything that decides a loss curve: model, corpus, batches, optimizer, duration, seed.
 
@@ -98,6 +134,7 @@ class TrainConfig(FrozenConfig):
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
     """
 
+    kind: Literal["train"] = "train"
     model: LongNetConfig = LongNetConfig()
     paths: tuple[str, ...] = Field(
         default=(), description="files and folders; none means the standard library of Python"
@@ -121,21 +158,3 @@ class TrainConfig(FrozenConfig):
                 f"Got steps={self.steps}, minutes={self.minutes}."
             )
         return self
-
-
-def describe_invalid(error: ValidationError) -> str:
-    """One line for a failed validation: every field, what it requires and what came."""
-    problems = []
-    for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{field}: {message}. Got {problem['input']!r}." if field else message)
-    return " ".join(problems)
-
-
-def parse_config(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a configuration, with a one-line :class:`InputError` where pydantic writes many."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise InputError(describe_invalid(error)) from None

@@ -11,3 +11,16 @@ class CorpusError(InputError):
 
 class RunError(InputError):
     """A run folder is missing, in the way, damaged, or from another configuration."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """Something needs a package that is not installed; the message says how to install it."""
+
+
+def missing_package(what: str, *packages: str) -> MissingPackageError:
+    """The error for `what`, which needs packages that are not installed."""
+    names = " and ".join(packages)
+    verb = "is" if len(packages) == 1 else "are"
+    return MissingPackageError(
+        f"{what} needs {names}, which {verb} not installed: pip install {' '.join(packages)}"
+    )

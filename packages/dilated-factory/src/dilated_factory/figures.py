@@ -1,5 +1,6 @@
-"""Pictures: the loss curve of a run, and bits per byte against context."""
+"""Pictures: the loss curve of a run, bits per byte against context, times of attention."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def save_context_curve(
     axes.minorticks_off()
     axes.set(xlabel="context, bytes", ylabel="held-out bits per byte")
     axes.legend()
+    _save(figure, path)
+
+
+def save_timings(path: Path, seconds: Mapping[str, Sequence[float]], title: str) -> None:
+    """Plot the least time of each contender as a bar, with a line up to its median."""
+    figure, axes = _new_figure()
+    names = list(seconds)
+    least = [1e3 * min(seconds[name]) for name in names]
+    spread = [
+        1e3 * statistics.median(seconds[name]) - low for name, low in zip(names, least, strict=True)
+    ]
+    axes.barh(names, least, xerr=[[0.0] * len(names), spread], color="C0", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds: least, and up to the median")
+    figure.suptitle(title, fontsize=7, wrap=True)
     _save(figure, path)
 
 

@@ -1,28 +1,39 @@
-"""Blocks of the decoder: feed-forward with sub-layer norm, and the pre-norm residual block."""
+"""Transformer layers around any attention: feed-forward with sub-layer norm, encoder, decoder."""
 
-# Shapes: B batch, N length, E embed_dim.
+# Shapes: B batch, N length, M memory length, E embed_dim, F ffn_dim.
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dilated_core import MultiheadDilatedAttention
-from dilated_factory.config import LongNetConfig
+from dilated_core import DilatedAttention, DilatedKVCache, MultiheadDilatedAttention
+from dilated_core.interfaces import AttentionModule, PositionEmbedding
+from dilated_factory.config import StackConfig
 from dilated_factory.positions import RotaryEmbedding, XPosEmbedding
+
+# Called once for each layer of a model, so that an attention with weights has its own in each.
+AttentionFactory: TypeAlias = Callable[[], AttentionModule]
 
 
 def magneto_gain(num_layers: int) -> float:
     """Xavier gain of value, output and feed-forward weights: sqrt(log(2 * num_layers)).
 
-    Source: MAGNETO (Wang et al., arXiv 2210.06423, table 2, decoder-only). With it the expected
-    update of the model stays bounded as layers are added; query and key weights keep gain 1.
+    Source: MAGNETO (Wang et al., arXiv 2210.06423, table 2, encoder-only and decoder-only). With it
+    the expected update of the model stays bounded as layers are added; query and key weights keep
+    gain 1.
     """
     return math.sqrt(math.log(2 * num_layers))
 
 
-def position_embedding(config: LongNetConfig) -> RotaryEmbedding:
+def position_embedding(config: StackConfig) -> RotaryEmbedding | None:
     """The position embedding that ``config.positions`` names."""
+    if config.positions == "none":
+        return None
     if config.positions == "rotary":
         return RotaryEmbedding(config.head_dim, base=config.rotary_base)
     return XPosEmbedding(
@@ -33,19 +44,81 @@ def position_embedding(config: LongNetConfig) -> RotaryEmbedding:
     )
 
 
-class FeedForward(nn.Module):
-    """fc2(norm(gelu(fc1(x)))): GELU feed-forward with MAGNETO's sub-layer norm before fc2."""
+def dilated_attention_factory(config: StackConfig) -> AttentionFactory:
+    """The attention of a model where none is injected: dilated, by the pattern of its config."""
+    return lambda: DilatedAttention(config.pattern, dropout=config.dropout)
 
-    def __init__(self, config: LongNetConfig) -> None:
+
+def layer_options(config: StackConfig) -> dict[str, Any]:
+    """The keyword arguments of a layer in a stack of ``config.num_layers``."""
+    return {
+        "ffn_dim": config.hidden_dim,
+        "dropout": config.dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+        "gain": magneto_gain(config.num_layers),
+        "position_embedding": position_embedding(config),
+        "float32_gelu": config.float32_gelu,
+    }
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, *, recompute: bool, **options: Any) -> Tensor:
+    """Call a layer; with ``recompute``, backward computes it again instead of keeping its parts."""
+    if recompute and torch.is_grad_enabled():
+        output: Tensor = checkpoint(layer, hidden, use_reentrant=False, **options)
+    else:
+        output = layer(hidden, **options)
+    return output
+
+
+def embed_tokens(embedding: nn.Embedding, tokens: Tensor, *, scaled: bool) -> Tensor:
+    """Embed int64 tokens (B, N) to (B, N, E), times sqrt(E) if ``scaled``.
+
+    Raises:
+        ValueError: ``tokens`` is not (B, N).
+        TypeError: ``tokens`` is not int64.
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must have shape (B, N). Got {tuple(tokens.shape)}.")
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"tokens must be int64. Got {tokens.dtype}.")
+    hidden: Tensor = embedding(tokens)
+    return hidden * math.sqrt(embedding.embedding_dim) if scaled else hidden
+
+
+class FeedForward(nn.Module):
+    """fc2(norm(gelu(fc1(x)))): GELU feed-forward with MAGNETO's sub-layer norm before fc2.
+
+    Args:
+        embed_dim: width E of input and output.
+        ffn_dim: width F inside.
+        layer_norm_eps: epsilon of the norm.
+        gain: Xavier gain of both weights.
+        float32_gelu: round the GELU of float64 to float32, as torchscale does.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        ffn_dim: int,
+        *,
+        layer_norm_eps: float = 1e-5,
+        gain: float = 1.0,
+        float32_gelu: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.embed_dim, config.hidden_dim)
-        self.inner_norm = nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
-        self.fc2 = nn.Linear(config.hidden_dim, config.embed_dim)
-        self.gain = magneto_gain(config.num_layers)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(embed_dim, ffn_dim, **factory)
+        self.inner_norm = nn.LayerNorm(ffn_dim, eps=layer_norm_eps, **factory)
+        self.fc2 = nn.Linear(ffn_dim, embed_dim, **factory)
+        self.gain = gain
+        self.float32_gelu = float32_gelu
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: Xavier normal with MAGNETO's gain, zero biases."""
+        """Draw the weights anew: Xavier normal with the gain, zero biases."""
         self.inner_norm.reset_parameters()
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_normal_(linear.weight, gain=self.gain)
@@ -53,39 +126,229 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
-        output: Tensor = self.fc2(self.inner_norm(F.gelu(self.fc1(hidden))))
+        inner = self.fc1(hidden)
+        if self.float32_gelu and inner.dtype == torch.float64:
+            inner = F.gelu(inner.float()).double()
+        else:
+            inner = F.gelu(inner)
+        output: Tensor = self.fc2(self.inner_norm(inner))
         return output
 
 
-class DecoderBlock(nn.Module):
-    """Causal pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config: LongNetConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.attention = MultiheadDilatedAttention(
-            config.embed_dim,
-            config.num_heads,
-            config.pattern,
-            dropout=config.dropout,
-            layer_norm_eps=config.layer_norm_eps,
-            gamma_init=magneto_gain(config.num_layers),
-            position_embedding=position_embedding(config),
+def check_attention(name: str, attention: object) -> None:
+    """Raise unless ``attention`` can be called as attention between heads."""
+    if not callable(attention) or isinstance(attention, type):
+        raise TypeError(
+            f"{name} must be a module that satisfies dilated_core.interfaces.AttentionModule. "
+            f"Got {attention!r}."
         )
-        self.feed_forward_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+
+
+class _TransformerLayer(nn.Module):
+    """Self-attention and feed-forward, each pre-norm with a residual connection."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        attention: AttentionModule,
+        *,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        dropout: float = 0.0,
+        layer_norm_eps: float = 1e-5,
+        gain: float = 1.0,
+        float32_gelu: bool = False,
+        position_embedding: PositionEmbedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_attention("attention", attention)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attention_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+        self.attention = MultiheadDilatedAttention(
+            embed_dim,
+            num_heads,
+            None,
+            num_kv_heads=num_kv_heads,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gain,
+            position_embedding=position_embedding,
+            attention=attention,
+            **factory,
+        )
+        self.feed_forward_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+        self.feed_forward = FeedForward(
+            embed_dim,
+            4 * embed_dim if ffn_dim is None else ffn_dim,
+            layer_norm_eps=layer_norm_eps,
+            gain=gain,
+            float32_gelu=float32_gelu,
+            **factory,
+        )
+        self.dropout = nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
-        """Draw all weights of the block anew."""
-        self.attention_norm.reset_parameters()
-        self.attention.reset_parameters()
-        self.feed_forward_norm.reset_parameters()
-        self.feed_forward.reset_parameters()
+        """Draw all weights of the layer anew."""
+        for part in self.children():
+            if isinstance(part, nn.LayerNorm | MultiheadDilatedAttention | FeedForward):
+                part.reset_parameters()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, N, E) to (B, N, E); position n sees only positions up to n."""
-        attended, _ = self.attention(self.attention_norm(hidden), is_causal=True)
-        hidden = hidden + self.dropout(attended)
+    def _attend(self, hidden: Tensor, **options: Any) -> Tensor:
+        attended, _ = self.attention(self.attention_norm(hidden), **options)
+        output: Tensor = hidden + self.dropout(attended)
+        return output
+
+    def _feed(self, hidden: Tensor) -> Tensor:
         output: Tensor = hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
         return output
+
+
+class TransformerEncoderLayer(_TransformerLayer):
+    """Pre-norm layer that sees both directions: x + attention(norm(x)), then x + ffn(norm(x)).
+
+    With MAGNETO's sub-layer norms (Wang et al., arXiv 2210.06423).
+
+    Args:
+        embed_dim: width E of input and output, a multiple of num_heads.
+        num_heads: query heads.
+        attention: attention between heads: dilated, block-sparse, ring or your own.
+        num_kv_heads: key and value heads; num_heads when None.
+        ffn_dim: width of the feed-forward part; 4 * embed_dim when None.
+        dropout: of what each part adds; the attention brings its own for the weights.
+        layer_norm_eps: epsilon of all norms.
+        gain: Xavier gain of value, output and feed-forward weights; see `magneto_gain`.
+        float32_gelu: round the GELU of float64 to float32, as torchscale does.
+        position_embedding: applied to queries and keys, e.g. `RotaryEmbedding`.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, E) to (B, N, E).
+
+        Args:
+            hidden: (B, N, E).
+            key_padding_mask: (B, N) bool, True = ignore.
+            positions: (N,) int64 for the position embedding; 0 to N - 1 when None.
+        """
+        return self._feed(
+            self._attend(hidden, key_padding_mask=key_padding_mask, positions=positions)
+        )
+
+
+class TransformerDecoderLayer(_TransformerLayer):
+    """Causal pre-norm layer; cross attention to a memory stands between its parts if one is given.
+
+    Args:
+        embed_dim: width E of input, memory and output, a multiple of num_heads.
+        num_heads: query heads.
+        attention: causal self-attention between heads: dilated, block-sparse, ring or your own.
+        cross_attention: attention to the memory; it has neither a causal mask nor positions.
+        num_kv_heads, ffn_dim, dropout, layer_norm_eps, gain, float32_gelu, position_embedding,
+        device, dtype: as in `TransformerEncoderLayer`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        attention: AttentionModule,
+        *,
+        cross_attention: AttentionModule | None = None,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        dropout: float = 0.0,
+        layer_norm_eps: float = 1e-5,
+        gain: float = 1.0,
+        float32_gelu: bool = False,
+        position_embedding: PositionEmbedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            embed_dim,
+            num_heads,
+            attention,
+            num_kv_heads=num_kv_heads,
+            ffn_dim=ffn_dim,
+            dropout=dropout,
+            layer_norm_eps=layer_norm_eps,
+            gain=gain,
+            float32_gelu=float32_gelu,
+            position_embedding=position_embedding,
+            **factory,
+        )
+        self.cross_attention_norm: nn.LayerNorm | None = None
+        self.cross_attention: MultiheadDilatedAttention | None = None
+        if cross_attention is not None:
+            check_attention("cross_attention", cross_attention)
+            self.cross_attention_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+            self.cross_attention = MultiheadDilatedAttention(
+                embed_dim,
+                num_heads,
+                None,
+                num_kv_heads=num_kv_heads,
+                layer_norm_eps=layer_norm_eps,
+                gamma_init=gain,
+                attention=cross_attention,
+                **factory,
+            )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        memory: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: DilatedKVCache | None = None,
+    ) -> Tensor:
+        """(B, N, E) to (B, N, E); position n sees only positions up to n, and the whole memory.
+
+        Args:
+            hidden: (B, N, E).
+            memory: (B, M, E), exactly if the layer has cross attention.
+            key_padding_mask: (B, N) bool, True = ignore.
+            memory_key_padding_mask: (B, M) bool, True = ignore.
+            positions: (N,) int64 for the position embedding; when None they count from 0, or from
+                the cache's length.
+            cache: decoding state that the rows of ``hidden`` follow.
+
+        Raises:
+            ValueError: a memory without cross attention, or the other way round.
+        """
+        if (memory is None) != (self.cross_attention is None):
+            raise ValueError(
+                "memory must be given exactly if the layer has cross attention. "
+                f"Got {'None with' if memory is None else 'a memory without'} cross attention."
+            )
+        if memory is None and memory_key_padding_mask is not None:
+            raise ValueError("memory_key_padding_mask must be None without a memory. Got a Tensor.")
+        hidden = self._attend(
+            hidden,
+            is_causal=True,
+            key_padding_mask=key_padding_mask,
+            positions=positions,
+            cache=cache,
+        )
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            attended, _ = self.cross_attention(
+                self.cross_attention_norm(hidden), memory, key_padding_mask=memory_key_padding_mask
+            )
+            hidden = hidden + self.dropout(attended)
+        return self._feed(hidden)

@@ -3,6 +3,7 @@
 # Shapes: B batch, N length, E embed_dim, V vocab_size.
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -10,21 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dilated_core import DilatedAttention, DilatedKVCache
 from dilated_factory.config import LongNetConfig
-from dilated_factory.layers import DecoderBlock
+from dilated_factory.layers import (
+    AttentionFactory,
+    TransformerDecoderLayer,
+    dilated_attention_factory,
+    embed_tokens,
+    layer_options,
+    run_layer,
+)
 
 # Logits of so many positions exist at once in `loss`; 64 MB in float32 for a vocabulary of 256.
 LOSS_CHUNK = 65536
+
+# A target that is left out, as in torch's cross_entropy.
+IGNORED = -100
 
 
 class LongNetLM(nn.Module):
     """Decoder of LongNet (Ding et al., arXiv 2307.02486) with MAGNETO's norms and initialisation.
 
-    Token embedding scaled by sqrt(E), pre-norm blocks of dilated attention and GELU feed-forward
+    Token embedding scaled by sqrt(E), pre-norm blocks of causal attention and GELU feed-forward
     with sub-layer norms, a last norm, and a head that shares the embedding's weight by default.
 
     Args:
         config: shape of the model.
+        attention: makes the attention of each layer, in place of dilated attention by the config's
+            pattern and dropout; called once a layer.
         activation_checkpointing: recompute each block in backward instead of keeping what it
             computed; memory then grows with N * E * num_layers only.
         device, dtype: as in torch.nn; with ``device="meta"`` nothing is allocated, and
@@ -35,6 +49,7 @@ class LongNetLM(nn.Module):
         self,
         config: LongNetConfig,
         *,
+        attention: AttentionFactory | None = None,
         activation_checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -42,10 +57,16 @@ class LongNetLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        attention = dilated_attention_factory(config) if attention is None else attention
         with nullcontext() if device is None else torch.device(device):
             self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
             self.dropout = nn.Dropout(config.dropout)
-            self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
+            self.blocks = nn.ModuleList(
+                TransformerDecoderLayer(
+                    config.embed_dim, config.num_heads, attention(), **layer_options(config)
+                )
+                for _ in range(config.num_layers)
+            )
             self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
             self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         if dtype is not None:
@@ -55,7 +76,7 @@ class LongNetLM(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew, from torch's global random state."""
         for block in self.blocks:
-            assert isinstance(block, DecoderBlock)
+            assert isinstance(block, TransformerDecoderLayer)
             block.reset_parameters()
         self.norm.reset_parameters()
         self._reset_ends()
@@ -70,53 +91,122 @@ class LongNetLM(nn.Module):
         else:
             nn.init.normal_(self.head.weight, std=std)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """States after the last norm (B, N, E) for int64 tokens (B, N).
+    def new_caches(self) -> list[DilatedKVCache]:
+        """Empty decoding state, one cache a layer, for `forward` under torch.no_grad().
 
         Raises:
-            ValueError: ``tokens`` is not (B, N).
+            ValueError: the attention was injected and is not dilated attention.
+        """
+        caches = []
+        for block in self.blocks:
+            assert isinstance(block, TransformerDecoderLayer)
+            attention = block.attention.attention
+            if not isinstance(attention, DilatedAttention):
+                raise ValueError(
+                    "attention must be dilated attention for a cache. "
+                    f"Got {type(attention).__name__}."
+                )
+            caches.append(DilatedKVCache(attention.pattern))
+        return caches
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: Sequence[DilatedKVCache] | None = None,
+    ) -> Tensor:
+        """States after the last norm (B, N, E) for int64 tokens (B, N).
+
+        Args:
+            tokens: (B, N) int64.
+            key_padding_mask: (B, N) bool, True = no position looks at this one.
+            positions: (N,) int64 for the position embedding, e.g. of a rank's share of a sequence;
+                when None they count from 0, or from the length of the caches.
+            caches: of `new_caches`; the tokens follow those in them, and are added.
+
+        Raises:
+            ValueError: ``tokens`` is not (B, N), or the caches are not one a layer.
             TypeError: ``tokens`` is not int64.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must have shape (B, N). Got {tuple(tokens.shape)}.")
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens must be int64. Got {tokens.dtype}.")
-        hidden = self.dropout(self.embedding(tokens) * math.sqrt(self.config.embed_dim))
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, use_reentrant=False)
-            else:
-                hidden = block(hidden)
+        if caches is not None and len(caches) != len(self.blocks):
+            raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
+        hidden = embed_tokens(self.embedding, tokens, scaled=self.config.scale_embedding)
+        hidden = self.dropout(hidden)
+        for index, block in enumerate(self.blocks):
+            hidden = run_layer(
+                block,
+                hidden,
+                recompute=self.activation_checkpointing,
+                key_padding_mask=key_padding_mask,
+                positions=positions,
+                cache=None if caches is None else caches[index],
+            )
         normed: Tensor = self.norm(hidden)
         return normed
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, N, V) of the next token, for int64 tokens (B, N)."""
-        logits: Tensor = self.head(self.hidden_states(tokens))
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: Sequence[DilatedKVCache] | None = None,
+    ) -> Tensor:
+        """Logits (B, N, V) of the next token; arguments as in `hidden_states`."""
+        hidden = self.hidden_states(
+            tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches
+        )
+        logits: Tensor = self.head(hidden)
         return logits
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from those before each.
 
-        Takes int64 tokens (B, N + 1). Logits are made chunk by chunk and recomputed in backward,
-        so a long sequence never holds all of them. Divide by log(2) for bits per byte.
+        Logits are made chunk by chunk and recomputed in backward, so a long sequence never holds
+        all of them. Divide by log(2) for bits per byte.
+
+        Args:
+            tokens: (B, N + 1) int64, or (B, N) with targets.
+            targets: (B, N) int64, what to predict at each token, e.g. in a rank's share of a
+                sequence, whose last target is the next rank's; -100 leaves a token out.
+            key_padding_mask: (B, N) bool, as in `hidden_states`.
+            positions: (N,) int64, as in `hidden_states`.
 
         Raises:
-            ValueError: ``tokens`` holds fewer than two positions.
+            ValueError: ``tokens`` holds fewer than two positions, or targets of another shape.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
+        if targets is None:
+            if tokens.ndim != 2 or tokens.shape[1] < 2:
+                raise ValueError(
+                    f"tokens must have shape (B, N + 1) with N >= 1. Got {tuple(tokens.shape)}."
+                )
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
+        if targets.shape != tokens.shape:
             raise ValueError(
-                f"tokens must have shape (B, N + 1) with N >= 1. Got {tuple(tokens.shape)}."
+                f"targets must have tokens' shape {tuple(tokens.shape)}. "
+                f"Got {tuple(targets.shape)}."
             )
-        hidden = self.hidden_states(tokens[:, :-1]).flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
+        hidden = self.hidden_states(
+            tokens, key_padding_mask=key_padding_mask, positions=positions
+        ).flatten(0, 1)
+        targets = targets.flatten()
+        count = (targets != IGNORED).sum()
         if len(hidden) <= LOSS_CHUNK:
-            return self._summed_loss(hidden, targets) / len(targets)
+            return self._summed_loss(hidden, targets) / count
         parts = zip(torch.split(hidden, LOSS_CHUNK), torch.split(targets, LOSS_CHUNK), strict=True)
         sums = [checkpoint(self._summed_loss, *part, use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum() / len(targets)
+        return torch.stack(sums).sum() / count
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, targets, reduction="sum")
+        return F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED)

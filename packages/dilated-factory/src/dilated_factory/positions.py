@@ -66,10 +66,15 @@ class XPosEmbedding(RotaryEmbedding):
         return f"{super().extra_repr()}, scale_base={self.scale_base}, centre={self.centre}"
 
     def _magnitudes(self, positions: Tensor, sign: int) -> Tensor:
-        pairs = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float64)
-        zeta = (pairs / self.head_dim + 0.4) / 1.4
+        zeta = xpos_bases(self.head_dim).to(positions.device)
         powers = (positions.to(torch.float64) - self.centre) * (sign / self.scale_base)
         return zeta ** powers.unsqueeze(-1)
+
+
+def xpos_bases(head_dim: int) -> Tensor:
+    """zeta_i = (2i / D + 0.4) / 1.4 of each pair of features, float64 (D / 2,)."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    return (pairs / head_dim + 0.4) / 1.4
 
 
 def _turn(features: Tensor, magnitudes: Tensor, angles: Tensor) -> Tensor:

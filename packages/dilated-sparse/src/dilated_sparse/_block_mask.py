@@ -8,11 +8,11 @@ from dilated_sparse._grid import EMPTY, FULL
 from dilated_sparse._layout import BlockLayout, _at_head, _call_mask_mod, from_head_rules, make_grid
 
 
-def from_layout(layout: BlockLayout, device: torch.device) -> BlockMask:
-    """A BlockMask of the same token pairs, batch 1."""
-    partial, full = (_padded(layout, kind, device) for kind in (False, True))
+def from_layout(layout: BlockLayout) -> BlockMask:
+    """A BlockMask of the same token pairs, batch 1, on the layout's device."""
+    partial, full = (_padded(layout, kind) for kind in (False, True))
     return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=layout.block_size, mask_mod=_MaskMod(layout, device),
+        *partial, *full, BLOCK_SIZE=layout.block_size, mask_mod=_MaskMod(layout),
         seq_lengths=(layout.length, layout.key_length),
     )  # fmt: skip
 
@@ -28,15 +28,14 @@ def to_layout(block_mask: BlockMask) -> BlockLayout:
         raise ValueError(
             f"block_mask must have batch size 1. Got {block_mask.kv_num_blocks.shape[0]}."
         )
-    grid = make_grid(*block_mask.seq_lengths, rows)
     device, mask_mod = block_mask.kv_indices.device, block_mask.mask_mod
+    grid = make_grid(*block_mask.seq_lengths, rows, device)
 
     def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = _call_mask_mod(mask_mod, head.to(device), query.to(device), key.to(device))
-        return seen.cpu()
+        return _call_mask_mod(mask_mod, head, query, key)
 
     partial = _candidates(block_mask.kv_num_blocks, block_mask.kv_indices)
-    rules = [(*pairs, _at_head(visible, head)) for head, pairs in enumerate(partial)]
+    rules = [(*pairs, _at_head(visible, head, device)) for head, pairs in enumerate(partial)]
     layout = from_head_rules(grid, rules)
     if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
         return layout
@@ -50,41 +49,43 @@ def to_layout(block_mask: BlockMask) -> BlockLayout:
 def _candidates(counts: Tensor, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(row, column) of the blocks that a BlockMask lists, for each head, sorted."""
     pairs = []
-    for count, index in zip(counts[0].cpu(), indices[0].cpu(), strict=True):
-        listed = torch.arange(index.shape[1]) < count[:, None]
-        chosen = torch.zeros(index.shape[0], index.shape[1] + 1, dtype=torch.bool)
+    for count, index in zip(counts[0], indices[0], strict=True):
+        listed = torch.arange(index.shape[1], device=index.device) < count[:, None]
+        shape = index.shape[0], index.shape[1] + 1
+        chosen = torch.zeros(shape, dtype=torch.bool, device=index.device)
         chosen.scatter_(1, index.masked_fill(~listed, index.shape[1]).to(torch.int64), True)
         row, column = chosen[:, :-1].nonzero().unbind(1)
         pairs.append((row, column))
     return pairs
 
 
-def _padded(layout: BlockLayout, full: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(layout: BlockLayout, full: bool) -> tuple[Tensor, Tensor]:
     """Counts (1, heads, R) and columns (1, heads, R, C) of the blocks of one kind."""
     grid, blocks = layout.grid, layout.blocks
     here = (blocks.mask == FULL) == full
     row, column = blocks.row[here], blocks.column[here]
     counts = torch.bincount(row, minlength=layout.heads * grid.rows)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    indices = torch.zeros(layout.heads * grid.rows, grid.columns, dtype=torch.int32)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    shape = layout.heads * grid.rows, grid.columns
+    indices = torch.zeros(shape, dtype=torch.int32, device=row.device)
     indices[row, place] = column.to(torch.int32)
-    shape = (1, layout.heads, grid.rows)
     return (
-        counts.to(torch.int32).reshape(shape).to(device),
-        indices.reshape(*shape, grid.columns).to(device),
+        counts.to(torch.int32).reshape(1, layout.heads, grid.rows),
+        indices.reshape(1, layout.heads, grid.rows, grid.columns),
     )
 
 
 class _MaskMod:
     """The token pairs of a layout as a FlexAttention mask_mod."""
 
-    def __init__(self, layout: BlockLayout, device: torch.device) -> None:
+    def __init__(self, layout: BlockLayout) -> None:
         grid, blocks = layout.grid, layout.blocks
-        kinds = torch.full((layout.heads * grid.rows, grid.columns), EMPTY, dtype=torch.int32)
+        shape = layout.heads * grid.rows, grid.columns
+        kinds = torch.full(shape, EMPTY, dtype=torch.int32, device=layout.device)
         kinds[blocks.row, blocks.column] = blocks.mask.to(torch.int32)
-        self._kinds = kinds.reshape(layout.heads, grid.rows, grid.columns).to(device)
+        self._kinds = kinds.reshape(layout.heads, grid.rows, grid.columns)
         # One row more, so that the lookup of a block without a mask stays inside.
-        self._table = torch.nn.functional.pad(layout.table, (0, 0, 0, 0, 0, 1)).to(device)
+        self._table = torch.nn.functional.pad(layout.table, (0, 0, 0, 0, 0, 1))
         self._block_size, self._heads = layout.block_size, layout.heads
 
     def __call__(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Set operations on blocks: union, intersection, and hiding the keys after each query."""
+"""Set operations on runs of blocks: union, intersection, hiding later keys, transposition.
+
+Blocks of a grid are numbered row by row, so a run is an interval of numbers, and what two sets
+make of each other is constant between the ends of their runs.
+"""
 
 from collections.abc import Callable
 
@@ -6,65 +10,149 @@ import torch
 from torch import Tensor
 
 from dilated_sparse import _masks
-from dilated_sparse._grid import EMPTY, FULL, Blocks, Grid, from_prototypes
+from dilated_sparse._grid import (
+    EMPTY,
+    FULL,
+    Grid,
+    Runs,
+    from_looks,
+    from_prototypes,
+    group,
+    split_cut,
+    spread,
+    where,
+)
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
-def combine(grid: Grid, a: Blocks, b: Blocks, operation: Operation) -> Blocks:
+def combine(grid: Grid, a: Runs, b: Runs, operation: Operation) -> Runs:
     """Blocks of two sets, token by token; `operation` works on bytes of bits."""
-    keys = torch.cat([x.row * grid.columns + x.column for x in (a, b)])
-    places, index = torch.unique(keys, return_inverse=True)
-    masks = []
-    for x, where in zip((a, b), index.split([len(a.row), len(b.row)]), strict=True):
-        mask = torch.full_like(places, EMPTY)
-        mask[where] = x.mask
-        masks.append(mask)
-    row = torch.div(places, max(1, grid.columns), rounding_mode="floor")
-    column = places - row * grid.columns
-    return _combine_masks(grid, row, column, masks, [a.table, b.table], operation)
-
-
-def hide_later_keys(grid: Grid, blocks: Blocks) -> Blocks:
-    """Blocks without the keys after each query; the queries are the last of the key positions."""
-    row = blocks.row % max(1, grid.rows)
-    ahead = grid.key_length - grid.length + (row - blocks.column) * grid.block_size
-    # The first query of a block may see the keys up to `ahead` in it.
-    kept = ahead > -grid.block_size
-    ahead = ahead[kept]
-    crossing = ahead < grid.block_size - 1
-    shifts, which = torch.unique(ahead[crossing], return_inverse=True)
-    inner = torch.arange(grid.block_size)
-    visible = inner <= inner[:, None] + shifts[:, None, None]
-    order = torch.full_like(ahead, FULL)
-    order[crossing] = which
+    sets = [_Intervals(x.row * grid.columns + x.column, x.count, x.mask) for x in (a, b)]
+    start, count = _pieces(sets[0], sets[1])
+    masks = [x.at(start) for x in sets]
+    some = (masks[0] != EMPTY) | (masks[1] != EMPTY)
+    start, count, *masks = where(some, start, count, *masks)
+    row = torch.div(start, max(1, grid.columns), rounding_mode="floor")
+    index, column, count = split_cut(grid, start - row * grid.columns, count)
     return _combine_masks(
-        grid, blocks.row[kept], blocks.column[kept], [blocks.mask[kept], order],
-        [blocks.table, _masks.pack(visible)], torch.bitwise_and,
+        grid, row[index], column, count, [mask[index] for mask in masks],
+        [a.table, b.table], operation,
     )  # fmt: skip
+
+
+def later_keys_hidden(grid: Grid, heads: int) -> Runs:
+    """All keys but those after each query; the queries are the last of the key positions."""
+    b, row = grid.block_size, grid.arange(grid.rows)
+    # The queries of a row of blocks are at `first` to `first + b - 1`.
+    first = grid.key_length - grid.length + row * b
+    whole = (torch.div(first + 1, b, rounding_mode="floor")).clamp(max=grid.columns)
+    stop = (torch.div(first + b - 1, b, rounding_mode="floor") + 1).clamp(max=grid.columns)
+    # At most two blocks in a row hold later keys and earlier ones, by how far the queries are in.
+    index, step = spread(1 + stop - whole)
+    is_whole = step == 0
+    column = torch.where(is_whole, 0, whole[index] + step - 1)
+    count = torch.where(is_whole, whole[index], 1)
+    row = index
+    row, column, count, is_whole = where(count > 0, row, column, count, is_whole)
+    shift = torch.where(is_whole, b, first[row] - column * b)
+    kinds, look, _ = group(shift + b)
+    inner = grid.arange(b)
+    visible = inner <= inner[:, None] + (kinds - b)[:, None, None]
+    one = from_looks(grid, row, column, count, look, _masks.pack(visible))
+    return repeat(grid, one, heads)
+
+
+def repeat(grid: Grid, runs: Runs, heads: int) -> Runs:
+    """The runs of one head for each of some heads."""
+    start = grid.arange(heads)[:, None] * grid.rows
+    column, count, mask = (x.repeat(heads) for x in (runs.column, runs.count, runs.mask))
+    return Runs((start + runs.row).flatten(), column, count, mask, runs.table)
+
+
+def transpose(grid: Grid, runs: Runs, heads: int) -> Runs:
+    """Rows and columns exchanged; O(runs of both) time."""
+    if not len(runs.row):
+        return runs
+    # With an empty row after each head, a block's neighbour in the next row is `columns` further.
+    columns, height = grid.columns, grid.rows + 1
+    head = torch.div(runs.row, grid.rows, rounding_mode="floor")
+    intervals = _Intervals((runs.row + head) * columns + runs.column, runs.count, runs.mask)
+    masks, ends = [], []
+    for step in (-columns, columns):
+        # A run of the transpose starts at, or ends in, a block whose neighbour has another mask.
+        start, count = _pieces(intervals, intervals.moved(-step))
+        mask = intervals.at(start)
+        differs = (mask != EMPTY) & (mask != intervals.at(start + step))
+        start, count, mask = where(differs, start, count, mask)
+        index, inner = spread(count)
+        place = start[index] + inner
+        row = torch.div(place, columns, rounding_mode="floor")
+        head = torch.div(row, height, rounding_mode="floor")
+        key = (head * columns + place - row * columns) * height + row - head * height
+        key, order = key.sort()
+        ends.append(key)
+        masks.append(mask[index[order]])
+    row = torch.div(ends[0], height, rounding_mode="floor")
+    table, index = _masks.unique(_masks.pack(_masks.unpack(runs.table).transpose(1, 2)))
+    index = torch.nn.functional.pad(index, (0, 1), value=FULL)
+    return Runs(row, ends[0] - row * height, ends[1] - ends[0] + 1, index[masks[0]], table)
+
+
+class _Intervals:
+    """Disjoint intervals of numbers, rising, each with a mask."""
+
+    def __init__(self, start: Tensor, count: Tensor, mask: Tensor) -> None:
+        self.start, self.stop, self._mask = start, start + count, mask
+
+    def moved(self, step: int) -> "_Intervals":
+        """Each interval that much further."""
+        return _Intervals(self.start + step, self.stop - self.start, self._mask)
+
+    def at(self, place: Tensor) -> Tensor:
+        """The mask at each place, EMPTY where no interval is."""
+        if not len(self.start):
+            return torch.full_like(place, EMPTY)
+        index = (torch.searchsorted(self.start, place, right=True) - 1).clamp(min=0)
+        inside = (self.start[index] <= place) & (place < self.stop[index])
+        return torch.where(inside, self._mask[index], EMPTY)
+
+
+def _pieces(a: _Intervals, b: _Intervals) -> tuple[Tensor, Tensor]:
+    """Start and count of the pieces between all ends of all intervals."""
+    one, two = (torch.stack([x.start, x.stop], 1).flatten() for x in (a, b))
+    # Merging two sorted lists by search is much faster than sorting them.
+    ends = torch.empty(len(one) + len(two), dtype=one.dtype, device=one.device)
+    ends[torch.arange(len(one), device=one.device) + torch.searchsorted(two, one)] = one
+    place = torch.searchsorted(one, two, right=True)
+    ends[torch.arange(len(two), device=two.device) + place] = two
+    ends = torch.unique_consecutive(ends)
+    return ends[:-1], ends.diff()
 
 
 def _combine_masks(
     grid: Grid,
     row: Tensor,
     column: Tensor,
+    count: Tensor,
     masks: list[Tensor],
     tables: list[Tensor],
     operation: Operation,
-) -> Blocks:
+) -> Runs:
     """Apply the operation once to each different (mask, mask, edge)."""
     width = len(tables[1]) + 2
     edge = grid.edge(row % max(1, grid.rows), column)
     code = ((masks[0] - EMPTY) * width + (masks[1] - EMPTY)) * 4 + edge
-    codes, index = torch.unique(code, return_inverse=True)
+    codes, index, _ = group(code)
     edges, pair = codes % 4, torch.div(codes, 4, rounding_mode="floor")
     first = torch.div(pair, width, rounding_mode="floor") + EMPTY
-    inside = _masks.pack(grid.inside(edges))
+    inside = _masks.pack(grid.inside(grid.arange(4)))[edges]
     one, other = (
         _bits(mask, table, inside)
         for mask, table in zip((first, pair % width + EMPTY), tables, strict=True)
     )
-    return from_prototypes(grid, row, column, index, operation(one, other) & inside, edges)
+    prototypes = operation(one, other) & inside
+    return from_prototypes(grid, row, column, count, index, prototypes, edges)
 
 
 def _bits(mask: Tensor, table: Tensor, inside: Tensor) -> Tensor:

@@ -6,15 +6,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Partial, autocast, check_padding_mask, check_tensors
-from dilated_sparse import _checks, _operators, _reference
+from dilated_core.extending import autocast, check_padding_mask, check_tensors
+from dilated_sparse import _checks, _flex_backend, _operators, _reference
 from dilated_sparse._layout import BlockLayout
 from dilated_sparse._options import Options
 from dilated_sparse._selection import Backend, select_backend
 
-_BACKENDS: dict[Backend, Callable[[Options, Tensor, Tensor, Tensor], Partial]] = {
+# Flex has no lse where `select_backend` refuses return_lse.
+_BACKENDS: dict[
+    Backend, Callable[[Options, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+] = {
     "reference": _reference.attend,
-    "torch": _operators.attend,
+    "torch": _operators.TORCH.attend,
+    "flex": _flex_backend.attend,
+    "triton": _operators.TRITON.attend,
 }
 
 
@@ -46,7 +51,7 @@ def block_sparse_attention(
         enable_gqa: allow H to be a multiple of H_kv; query head h reads key head
             h // (H / H_kv). A layout's heads are query heads.
         return_lse: also return the log-sum-exp.
-        backend: "torch" or "reference" to force one; None picks.
+        backend: "triton", "flex", "torch" or "reference" to force one; None picks.
 
     Returns:
         out (B, N, H, D) in query's dtype; with return_lse also lse (B, H, N), natural log,
@@ -66,9 +71,19 @@ def block_sparse_attention(
     # restores that generator, draws the same mask again.
     seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
     options = Options(layout, is_causal, scale, key_padding_mask, dropout_p, seed)
-    out, lse = _BACKENDS[select_backend(backend).backend](options, query, key, value)
+    choice = select_backend(
+        query, key, backend,
+        layout=layout, dropout_p=dropout_p, has_padding=key_padding_mask is not None,
+        return_lse=return_lse,
+        needs_gradients=torch.is_grad_enabled()
+        and any(x.requires_grad for x in (query, key, value)),
+    )  # fmt: skip
+    out, lse = _BACKENDS[choice.backend](options, query, key, value)
     out = out.to(query.dtype)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _check_layout(layout: BlockLayout, query: Tensor, key: Tensor, is_causal: bool) -> None:

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern
 from dilated_sparse import _checks
-from dilated_sparse._grid import Grid, from_prototypes, span_pairs
+from dilated_sparse._grid import Grid, from_prototypes, group, spread
 from dilated_sparse._layout import BlockLayout, make_grid
 
 
-def longnet_order(length: int, pattern: DilatedPattern) -> Tensor:
+def longnet_order(
+    length: int, pattern: DilatedPattern, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """The positions (length,) in the order of `longnet`: rows[order] gives the rows it is for.
 
     Inside each smallest segment, positions are sorted by their residue for the smallest rate, then
@@ -23,7 +25,7 @@ def longnet_order(length: int, pattern: DilatedPattern) -> Tensor:
     """
     _checks.integer("length", length, low=0)
     smallest, rates = _nesting(pattern)
-    position = torch.arange(length)
+    position = torch.arange(length, device=device)
     inner, key = position % smallest, torch.div(position, smallest, rounding_mode="floor")
     for r in rates:
         key = key * r + inner % r
@@ -37,6 +39,7 @@ def longnet(
     heads: int = 1,
     is_causal: bool = False,
     block_size: int = 128,
+    device: torch.device | str = "cpu",
 ) -> BlockLayout:
     """With p = longnet_order(length, pattern): a branch shows key p[j] to query p[i].
 
@@ -51,10 +54,10 @@ def longnet(
         raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
     if pattern.count_padding:
         raise ValueError("pattern must not have count_padding: a layout has no zero keys.")
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("heads", heads)
     _checks.boolean("is_causal", is_causal)
-    order = longnet_order(length, pattern)
+    order = longnet_order(length, pattern, device=device)
     members = pattern.branch_heads(heads)
     parts = []
     for head in range(heads):
@@ -89,9 +92,7 @@ class _HeadBlocks:
             return seen & (key <= query) if is_causal else seen
 
         alike = _alike(grid, self.row, self.column, [w for w, _, _ in branches], smallest)
-        _, self.index = torch.unique(alike, return_inverse=True)
-        example = torch.zeros(int(self.index.max()) + 1 if len(alike) else 0, dtype=torch.int64)
-        example[self.index] = torch.arange(len(alike))
+        _, self.index, example = group(alike)
         row, column = self.row[example], self.column[example]
         self.prototypes = grid.evaluate(visible, row, column)
         self.edge = grid.edge(row, column)
@@ -101,22 +102,24 @@ def _gather(grid: Grid, parts: list[_HeadBlocks]) -> BlockLayout:
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part.prototypes))
-    blocks = from_prototypes(
+    row = torch.cat([part.row + head * grid.rows for head, part in enumerate(parts)])
+    runs = from_prototypes(
         grid,
-        torch.cat([part.row + head * grid.rows for head, part in enumerate(parts)]),
+        row,
         torch.cat([part.column for part in parts]),
+        torch.ones_like(row),
         torch.cat([part.index + start for part, start in zip(parts, starts, strict=False)]),
         torch.cat([part.prototypes for part in parts]),
         torch.cat([part.edge for part in parts]),
     )
-    return BlockLayout.from_blocks(grid, blocks, len(parts))
+    return BlockLayout.from_runs(grid, runs, len(parts))
 
 
 def _candidates(
     grid: Grid, order: Tensor, branches: list[tuple[int, int, int]]
 ) -> tuple[Tensor, Tensor]:
     """All pairs of blocks in which a branch keeps positions of one segment."""
-    pairs = [torch.empty(0, dtype=torch.int64)]
+    pairs = [grid.arange(0)]
     for w, r, s in branches:
         kept = (order % w % r == s).nonzero().squeeze(1)
         segment = torch.div(order[kept], w, rounding_mode="floor")
@@ -124,8 +127,8 @@ def _candidates(
         block, segment = touched % max(1, grid.rows), touched // max(1, grid.rows)
         ends = torch.bincount(segment).cumsum(0) if len(segment) else segment
         starts = torch.nn.functional.pad(ends, (1, 0))
-        query, key = span_pairs(starts[segment], starts[segment + 1])
-        pairs.append(block[query] * grid.columns + block[key])
+        query, step = spread((ends - starts[:-1])[segment])
+        pairs.append(block[query] * grid.columns + block[starts[segment][query] + step])
     places = torch.unique(torch.cat(pairs))
     row = torch.div(places, max(1, grid.columns), rounding_mode="floor")
     return row, places - row * grid.columns
@@ -135,7 +138,7 @@ def _alike(grid: Grid, row: Tensor, column: Tensor, lengths: list[int], smallest
     """Equal where two pairs of blocks surely have the same mask."""
     per_segment, rest = divmod(smallest, grid.block_size)
     if rest:
-        return torch.arange(len(row))
+        return grid.arange(len(row))
     cut = grid.length // smallest * per_segment
     sub_row, sub_column = row // per_segment, column // per_segment
     code = (sub_row - sub_column).clamp(-1, 1) + 1

@@ -19,7 +19,7 @@ class BlockSparseAttention(nn.Module):
         layout: which keys a query sees; it fixes the lengths N and M.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training.
-        backend: "torch" or "reference" to force one; None picks.
+        backend: "triton", "flex", "torch" or "reference" to force one; None picks.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
         layout: the layout; it fixes the lengths N and M.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training, drawn for each part.
-        backend: "torch" or "reference" to force one in both parts; None picks.
+        backend: "triton", "torch" or "reference" to force one in both parts; None picks.
     """
 
     def __init__(

@@ -9,7 +9,11 @@ from dilated_sparse._layout import BlockLayout
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """Everything about a call but its tensors q, k, v."""
+    """Everything about a call but its tensors q, k, v.
+
+    The positions, (N,) and (M,) int64, key the dropout mask where the rows are not a sequence of
+    their own; only the torch backend reads them.
+    """
 
     layout: BlockLayout
     is_causal: bool
@@ -17,6 +21,8 @@ class Options:
     key_padding_mask: Tensor | None = None
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
 
     @property
     def query_start(self) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 from dilated_sparse._grid import EMPTY, FULL
 from dilated_sparse._layout import BlockLayout
 
-# Rows of one tile, and scores of one head in it: what keeps temporaries in cache.
-_MAX_ROWS = 512
+# Rows of one tile where blocks are smaller, and scores of one head in it. More rows would fill
+# products better, but neighbouring rows rarely see the same blocks.
+_MAX_ROWS = 128
 MAX_SCORES = 1 << 19
 # A tile may compute this much more than is visible, counted in whole blocks.
 _SLACK = 1.125
@@ -70,6 +71,7 @@ class Schedule(NamedTuple):
 @lru_cache(maxsize=64)
 def schedule(layout: BlockLayout, is_causal: bool) -> Schedule:
     """The tiles of each head of a layout; O(nnz)."""
+    layout = layout.to("cpu")
     if is_causal:
         layout = layout.causal()
     rows = _rows(layout)
@@ -120,7 +122,7 @@ def _tiles(layout: BlockLayout, start: int, group: list[Row]) -> Iterator[Tile]:
     b = layout.block_size
     queries = start * b, min(layout.length, (start + len(group)) * b)
     columns = sorted(set().union(*group))
-    size = max(1, MAX_SCORES // (2 * b * (queries[1] - queries[0])))
+    size = max(1, MAX_SCORES // (b * (queries[1] - queries[0])))
     for first in range(0, len(columns), size):
         part = columns[first : first + size]
         runs, holes = list[tuple[int, int]](), list[Hole]()

@@ -6,7 +6,8 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,12 @@ from dilated_core.extending import Partial, accumulate_dtype, keep_mask, merge_
 from dilated_sparse import _masks
 from dilated_sparse._grid import EMPTY
 from dilated_sparse._options import Options
-from dilated_sparse._schedule import MAX_SCORES, Tile, schedule
+from dilated_sparse._schedule import Tile, schedule
+
+# Scores of one product over several heads, for each thread: what its cache holds.
+_THREAD_SCORES = 3 << 18
+# Scores are in units of ln 2: exp2 is faster than exp.
+_LN_2 = math.log(2.0)
 
 
 class Heads(NamedTuple):
@@ -55,10 +61,12 @@ class Place(NamedTuple):
             yield slice(start, stop), run
             start = stop
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, space: "Workspace") -> Tensor:
         """(M, H_kv, D) to the rows (heads, m, D) of the tile's keys; a view if they are one run."""
         runs = [self.heads.of_keys(x, run) for run in self.tile.runs]
-        return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
+        if len(runs) == 1:
+            return runs[0]
+        return torch.cat(runs, 1, out=space(self.heads.size, self.tile.columns, x.shape[-1]))
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """Add (heads, m, D) to the rows of total (M, H_kv, D) that `pack` would take."""
@@ -87,13 +95,31 @@ class Place(NamedTuple):
         assert options.seed is not None
         device = scores.device
         head = torch.arange(heads.size, device=device) * heads.step + heads.start
-        query = torch.arange(*self.tile.queries, device=device) + options.query_start
-        key = torch.cat([torch.arange(*run, device=device) for run in self.tile.runs])
+        if options.query_positions is None or options.key_positions is None:
+            query = torch.arange(*self.tile.queries, device=device) + options.query_start
+            key = torch.cat([torch.arange(*run, device=device) for run in self.tile.runs])
+        else:
+            query = options.query_positions[slice(*self.tile.queries)]
+            key = torch.cat([options.key_positions[slice(*run)] for run in self.tile.runs])
         batch = torch.tensor(self.batch, device=device)
         keep = keep_mask(
             int(options.seed), options.dropout_p, batch, head[:, None, None], query[:, None], key
         )
         return keep.to(scores.dtype) / (1.0 - options.dropout_p)
+
+
+class Workspace:
+    """Memory of a call that every tile writes anew: fresh pages would cost as much as a product."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._memory = like.new_empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of that shape, in the place of the one before."""
+        size = math.prod(shape)
+        if size > len(self._memory):
+            self._memory = self._memory.new_empty(size)
+        return self._memory[:size].view(shape)
 
 
 class Covers:
@@ -122,9 +148,10 @@ def forward(options: Options, query: Tensor, key: Tensor, value: Tensor) -> Part
     query, key, value = _prepare(query, key, value)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = empty_lse(query).fill_(-math.inf)
+    spaces = [Workspace(query) for _ in range(2)]
     for place in _places(options, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
-        part = _attend(place, heads.of(query[i], rows), key[i], value[i])
+        part = _attend(place, heads.of(query[i], rows), key[i], value[i], spaces)
         total = Partial(heads.of(out[i], rows), heads.of(lse[i].transpose(0, 1), rows))
         if place.tile.alone:
             total.out.copy_(part.out)
@@ -147,64 +174,76 @@ def backward(
     dtype = query.dtype
     query, key, value, grad_out = _prepare(query, key, value, grad_out)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    # (B, N, H): what the gradient of a score subtracts, and the shift of the softmax, where
-    # exp(score - inf) = 0: a row that sees nothing gives and gets no gradient.
-    delta = (grad_out * total.out).sum(-1)
-    if grad_lse is not None:
-        delta -= grad_lse.transpose(1, 2)
-    shift = total.lse.masked_fill(total.lse == -math.inf, math.inf).transpose(1, 2)
+    rows_lse = total.lse.transpose(1, 2)
+    rows_grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
+    spaces = [Workspace(query) for _ in range(4)]
     for place in _places(options, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
-        q, do, dq_ = (heads.of(x[i], rows) for x in (query, grad_out, dq))
-        delta_, shift_ = (heads.of(x[i], rows).unsqueeze(-1) for x in (delta, shift))
-        _accumulate(place, q, do, delta_, shift_, key[i], value[i], (dq_, dk[i], dv[i]))
-    dq *= options.scale
+        q, do, out, dq_ = (heads.of(x[i], rows) for x in (query, grad_out, total.out, dq))
+        do_scaled = do * options.scale
+        delta = (do_scaled * out).sum(-1, keepdim=True)
+        if rows_grad_lse is not None:
+            delta -= heads.of(rows_grad_lse[i], rows).unsqueeze(-1) * options.scale
+        lse = heads.of(rows_lse[i], rows).unsqueeze(-1)
+        # exp(score - inf) = 0: a row that sees nothing gives and gets no gradient.
+        shift = lse.masked_fill(lse == -math.inf, math.inf).div_(_LN_2)
+        grads = dq_, dk[i], dv[i]
+        _accumulate(place, (q, do, do_scaled, delta, shift), key[i], value[i], grads, spaces)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _attend(place: Place, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+def _attend(
+    place: Place, query: Tensor, key: Tensor, value: Tensor, spaces: Sequence[Workspace]
+) -> Partial:
     """The partial of one tile: out (heads, n, D), lse (heads, n)."""
-    scores = torch.bmm(query * place.options.scale, place.pack(key).transpose(1, 2))
+    rows, packed = spaces
+    query = query * (place.options.scale / _LN_2)
+    scores = _product(query, place.pack(key, packed).transpose(1, 2), rows)
     place.hide(scores)
     shift = scores.amax(-1, keepdim=True)
     shift.masked_fill_(shift == -math.inf, 0.0)
-    weights = scores.sub_(shift).exp_()
+    weights = scores.sub_(shift).exp2_()
     total = weights.sum(-1, keepdim=True)
     if (factor := place.keep_factor(weights)) is not None:
         weights *= factor
-    out = torch.bmm(weights, place.pack(value))
+    out = torch.bmm(weights, place.pack(value, packed))
     # A row that sees nothing has total 0 and out 0.
     out /= total.masked_fill(total == 0, 1.0)
-    return Partial(out, (total.log_() + shift).squeeze(-1))
+    return Partial(out, (total.log2_() + shift).squeeze(-1) * _LN_2)
 
 
 def _accumulate(
     place: Place,
-    query: Tensor,
-    grad_out: Tensor,
-    delta: Tensor,
-    shift: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     key: Tensor,
     value: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
+    spaces: Sequence[Workspace],
 ) -> None:
-    """Add one tile's gradients, taken against the merged lse; that to query lacks the scale."""
+    """Add one tile's gradients, taken against the merged lse."""
+    query, grad_out, scaled_grad, delta, shift = rows
     dq, dk, dv = grads
-    scaled, grad_out = query * place.options.scale, grad_out.contiguous()
-    keys = place.pack(key)
-    # Products, then sums: a product that accumulates is run head by head on a CPU.
-    weights = torch.bmm(scaled, keys.transpose(1, 2))
+    square, grad_square, packed, products = spaces
+    grad_scores = _product(scaled_grad, place.pack(value, packed).transpose(1, 2), grad_square)
+    keys = place.pack(key, packed)
+    scaled_query = query * (place.options.scale / _LN_2)
+    weights = _product(scaled_query, keys.transpose(1, 2), square)
     place.hide(weights)
-    weights.sub_(shift).exp_()
-    grad_scores = torch.bmm(grad_out, place.pack(value).transpose(1, 2))
+    weights.sub_(shift).exp2_()
     kept = weights
     if (factor := place.keep_factor(weights)) is not None:
         kept = weights * factor
         grad_scores *= factor
+    # Products, then sums: a product that accumulates is run head by head on a CPU.
+    place.add(dv, _product(kept.transpose(1, 2), grad_out, products))
     grad_scores.sub_(delta).mul_(weights)
-    place.add(dv, torch.bmm(kept.transpose(1, 2), grad_out))
-    place.add(dk, torch.bmm(grad_scores.transpose(1, 2), scaled))
-    dq += torch.bmm(grad_scores, keys)
+    place.add(dk, _product(grad_scores.transpose(1, 2), query, products))
+    dq += _product(grad_scores, keys, products)
+
+
+def _product(a: Tensor, b: Tensor, space: Workspace) -> Tensor:
+    """The products a[i] @ b[i], in a workspace."""
+    return torch.bmm(a, b, out=space(a.shape[0], a.shape[1], b.shape[2]))
 
 
 def _places(options: Options, query: Tensor, kv_heads: int) -> Iterator[Place]:
@@ -214,16 +253,18 @@ def _places(options: Options, query: Tensor, kv_heads: int) -> Iterator[Place]:
     covers = Covers(tiled.table, query)
     for head, tiles in enumerate(tiled.tiles):
         for tile in tiles:
-            scores = (tile.queries[1] - tile.queries[0]) * tile.columns
-            size = max(1, MAX_SCORES // scores)
             if options.layout.heads > 1 or heads == 1:
                 groups = [Heads(head, 1, 1, head // repeat)]
             else:
                 # Query heads that read different key heads share a product.
+                scores = (tile.queries[1] - tile.queries[0]) * tile.columns
+                most = max(1, _THREAD_SCORES * torch.get_num_threads() // scores)
+                count = -(-kv_heads // most)
+                cuts = [i * kv_heads // count for i in range(count + 1)]
                 groups = [
-                    Heads(first * repeat + j, repeat, min(size, kv_heads - first), first)
+                    Heads(first * repeat + j, repeat, last - first, first)
                     for j in range(repeat)
-                    for first in range(0, kv_heads, size)
+                    for first, last in pairwise(cuts)
                 ]
             for i in range(batch):
                 for group in groups:

@@ -5,13 +5,25 @@ not causal unless its definition says so; `is_causal=True` in the call, or `layo
 the keys after each query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from dilated_sparse import _checks
-from dilated_sparse._grid import Grid, TokenRule, from_rule, full_blocks, span_pairs
+from dilated_sparse import _checks, _masks
+from dilated_sparse._grid import (
+    FULL,
+    Grid,
+    Runs,
+    TokenRule,
+    from_looks,
+    from_rule,
+    group,
+    interleave,
+    single_blocks,
+    where,
+)
 from dilated_sparse._layout import BlockLayout, make_grid
 from dilated_sparse._longnet import longnet, longnet_order
 
@@ -32,61 +44,69 @@ __all__ = [
 ]
 
 
-def sliding_window(length: int, window: int, *, block_size: int = 128) -> BlockLayout:
+Device = torch.device | str
+
+# Row, first column, count, and a number that is the same for what looks alike.
+Part = tuple[Tensor, Tensor, Tensor, Tensor]
+_MOST_PARTS = 8
+
+
+def sliding_window(
+    length: int, window: int, *, block_size: int = 128, device: Device = "cpu"
+) -> BlockLayout:
     """|i − j| <= window: the sliding window of Longformer (arXiv 2004.05150, section 3.1).
 
     Its window size w is 2 * window here.
     """
-    return dilated_window(length, window, 1, block_size=block_size)
+    return dilated_window(length, window, 1, block_size=block_size, device=device)
 
 
 def dilated_window(
-    length: int, window: int, dilation: int, *, block_size: int = 128
+    length: int, window: int, dilation: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
     """|i − j| <= window * dilation and i ≡ j (mod dilation).
 
     The dilated sliding window of Longformer (arXiv 2004.05150, section 3.1, figure 2c).
     """
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("window", window, low=0)
     _checks.integer("dilation", dilation)
     reach = window * dilation
-
-    def visible(i: Tensor, j: Tensor) -> Tensor:
-        return ((i - j).abs() <= reach) & ((i - j) % dilation == 0)
-
     most = max(0, min(grid.rows - 1, -(-reach // block_size)))
-    return _by_distance(grid, torch.arange(-most, most + 1), visible)
+
+    def visible(difference: Tensor) -> Tensor:
+        return (difference.abs() <= reach) & (difference % dilation == 0)
+
+    return _by_difference(grid, most, most, visible)
 
 
-def strided(length: int, stride: int, *, block_size: int = 128) -> BlockLayout:
+def strided(
+    length: int, stride: int, *, block_size: int = 128, device: Device = "cpu"
+) -> BlockLayout:
     """J <= i, and i − j <= stride or i ≡ j (mod stride).
 
     Both heads of the strided pattern of the Sparse Transformer in one softmax (arXiv 1904.10509,
     section 4.3: A1 = {max(0, i − l) .. i}, A2 = {j : (i − j) mod l = 0}).
     """
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("stride", stride)
 
-    def visible(i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & ((i - j <= stride) | ((i - j) % stride == 0))
+    def visible(difference: Tensor) -> Tensor:
+        near = (difference <= stride) | (difference % stride == 0)
+        return (difference >= 0) & near
 
-    distance = torch.arange(grid.rows)
-    # Blocks at this distance have i − j within block_size of distance * block_size.
-    remainder = (distance * block_size + block_size - 1) % stride
-    near = (distance - 1) * block_size < stride
-    return _by_distance(
-        grid, distance[near | (remainder <= 2 * block_size - 2)], visible, period=stride
-    )
+    return _by_difference(grid, max(0, grid.rows - 1), 0, visible)
 
 
-def fixed(length: int, stride: int, summary: int, *, block_size: int = 128) -> BlockLayout:
+def fixed(
+    length: int, stride: int, summary: int, *, block_size: int = 128, device: Device = "cpu"
+) -> BlockLayout:
     """J <= i, and i // stride = j // stride or j mod stride >= stride − summary.
 
     Both heads of the fixed pattern of the Sparse Transformer in one softmax (arXiv 1904.10509,
     section 4.3, with l = stride and c = summary).
     """
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("stride", stride)
     if _checks.integer("summary", summary) > stride:
         raise ValueError(f"summary must be at most stride={stride}. Got {summary}.")
@@ -94,55 +114,75 @@ def fixed(length: int, stride: int, summary: int, *, block_size: int = 128) -> B
     def visible(i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & ((i // stride == j // stride) | (j % stride >= stride - summary))
 
-    position = torch.arange(grid.rows) * block_size
-    # The first summary token at or after a block's first token, if the block reaches it.
-    wait = (stride - summary - position % stride).clamp(min=0)
-    summaries = (wait < block_size).nonzero().squeeze(1)
-    own = position // stride * stride // block_size
-    row, column = span_pairs(own, torch.arange(grid.rows) + 1)
-    earlier = torch.searchsorted(summaries, own)
-    far_row, index = span_pairs(torch.zeros_like(earlier), earlier)
-    far = (summaries[index] * block_size) % stride
-    phases = stride + 1
-    near = (row * block_size) % stride * grid.rows + row - column
-    rows, columns, alike = _sorted(
-        grid,
-        torch.cat([far_row, row]),
-        torch.cat([summaries[index], column]),
-        torch.cat([far, near + phases]),
-    )
-    return BlockLayout.from_blocks(grid, from_rule(grid, rows, columns, alike, visible))
+    row = grid.arange(grid.rows)
+    first = row * block_size
+    # The segment of a block's first query starts `inner` tokens into the block column `own`; the
+    # next segment starts `after` tokens into the block row, if it does.
+    start = first // stride * stride
+    own, inner = start // block_size, start % block_size
+    after = (start + stride - first).clamp(max=block_size)
+    keys = first[:, None] + grid.arange(block_size)
+    summaries, look = torch.unique(keys % stride >= stride - summary, dim=0, return_inverse=True)
+    begin, end = _alike_neighbours(look)
+    shown = summaries.any(1)[look[begin]]
+    begin_, end_, zero = begin[shown], end[shown], torch.zeros_like(own)
+    size, one = block_size + 1, torch.ones_like(own)
+    earlier = (own < row).to(torch.int64)
+
+    def parts() -> Iterator[Part]:
+        yield _coded(_between(begin_, end_, zero, own), lambda _, far: look[far])
+        yield row, own, earlier, _number(inner * size + after, look[own])
+        yield _coded(
+            _between(begin, end, own + 1, row), lambda i, near: _number(after[i], look[near])
+        )
+        yield row, row, one, _number(after, look)
+
+    return _from_parts(grid, parts(), visible)
 
 
-def global_tokens(length: int, count: int, *, block_size: int = 128) -> BlockLayout:
+def global_tokens(
+    length: int, count: int, *, block_size: int = 128, device: Device = "cpu"
+) -> BlockLayout:
     """I < count or j < count.
 
     The global attention of Longformer (arXiv 2004.05150, section 3.1) on the first tokens. In a
     causal call these are the attention sinks of StreamingLLM (arXiv 2309.17453).
     """
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("count", count, low=0)
 
     def visible(i: Tensor, j: Tensor) -> Tensor:
         return (i < count) | (j < count)
 
-    last = min(grid.rows, -(-count // block_size))
-    every = torch.arange(grid.rows)
-    stop = torch.where(every < last, grid.rows, last)
-    row, column = span_pairs(torch.zeros_like(stop), stop)
-    alike = row.clamp(max=last) * (last + 1) + column.clamp(max=last)
-    return BlockLayout.from_blocks(grid, from_rule(grid, row, column, alike, visible))
+    row = grid.arange(grid.rows)
+    # The block row and column that the last global token cuts, if it does.
+    cut, rest = divmod(min(count, length), block_size)
+    above = row < cut
+    split = ((row >= cut) & (rest > 0)).to(torch.int64)
+    parts = (
+        (row, torch.zeros_like(row), torch.where(above, grid.columns, cut), torch.zeros_like(row)),
+        (row, torch.full_like(row, cut), split, (row == cut).to(torch.int64)),
+        (row, torch.full_like(row, cut + 1), split * (row == cut) * (grid.columns - cut - 1),
+         torch.zeros_like(row)),
+    )  # fmt: skip
+    return _from_parts(grid, parts, visible)
 
 
 def random_blocks(
-    length: int, count: int, *, seed: int = 0, heads: int = 1, block_size: int = 128
+    length: int,
+    count: int,
+    *,
+    seed: int = 0,
+    heads: int = 1,
+    block_size: int = 128,
+    device: Device = "cpu",
 ) -> BlockLayout:
     """In each block row of each head, min(count, R) of the R key blocks, drawn without return.
 
     The random attention of BigBird (arXiv 2007.14062, section 2 and appendix D), which draws
     blocks. The same seed gives the same blocks everywhere.
     """
-    return _draw_blocks(make_grid(length, length, block_size), count, seed, heads)
+    return _draw_blocks(make_grid(length, length, block_size, device), count, seed, heads)
 
 
 def bigbird(
@@ -154,6 +194,7 @@ def bigbird(
     seed: int = 0,
     heads: int = 1,
     block_size: int = 64,
+    device: Device = "cpu",
 ) -> BlockLayout:
     """BigBird (arXiv 2007.14062, section 2 and appendix D), whose unit is the block.
 
@@ -167,25 +208,29 @@ def bigbird(
     if _checks.integer("window_blocks", window_blocks) % 2 == 0:
         raise ValueError(f"window_blocks must be odd. Got {window_blocks}.")
     _checks.integer("global_blocks", global_blocks, low=0)
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     most = window_blocks // 2
-    every = torch.arange(grid.rows)
-    row, column = span_pairs((every - most).clamp(min=0), (every + most + 1).clamp(max=grid.rows))
-    window = BlockLayout.from_blocks(grid, full_blocks(grid, row, column))
-    sinks = global_tokens(length, min(length, global_blocks * block_size), block_size=block_size)
+    row = grid.arange(grid.rows)
+    start, stop = (row - most).clamp(min=0), (row + most + 1).clamp(max=grid.rows)
+    full, no_masks = torch.full_like(row, FULL), _masks.empty(block_size, grid.device)
+    window = BlockLayout.from_runs(grid, Runs(row, start, stop - start, full, no_masks))
+    sinks = global_tokens(
+        length, min(length, global_blocks * block_size), block_size=block_size, device=device
+    )
     return window | sinks | _draw_blocks(grid, random_blocks, seed, heads)
 
 
 def longformer(
-    length: int, window: int, global_count: int, *, block_size: int = 128
+    length: int, window: int, global_count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
     """|i − j| <= window, or i < global_count, or j < global_count (arXiv 2004.05150, figure 2d)."""
-    return sliding_window(length, window, block_size=block_size) | global_tokens(
-        length, global_count, block_size=block_size
-    )
+    window_part = sliding_window(length, window, block_size=block_size, device=device)
+    return window_part | global_tokens(length, global_count, block_size=block_size, device=device)
 
 
-def document(lengths: Sequence[int], *, block_size: int = 128) -> BlockLayout:
+def document(
+    lengths: Sequence[int], *, block_size: int = 128, device: Device = "cpu"
+) -> BlockLayout:
     """I and j lie in the same document; the documents have these lengths, one after the other.
 
     The packing without cross-contamination of Krell et al. (arXiv 2107.02027).
@@ -193,58 +238,71 @@ def document(lengths: Sequence[int], *, block_size: int = 128) -> BlockLayout:
     if isinstance(lengths, str) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths must be a sequence of ints. Got {lengths!r}.")
     sizes = [_checks.integer(f"lengths[{i}]", x, low=0) for i, x in enumerate(lengths)]
-    ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
     length = sum(sizes)
-    grid = make_grid(length, length, block_size)
-
-    def which(position: Tensor) -> Tensor:
-        return torch.searchsorted(ends, position, right=True)
+    grid = make_grid(length, length, block_size, device)
+    ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0).to(grid.device)
+    owner = torch.searchsorted(ends, grid.arange(length), right=True)
 
     def visible(i: Tensor, j: Tensor) -> Tensor:
-        return which(i.contiguous()) == which(j.contiguous())
+        return owner[i] == owner[j]
 
     starts = torch.nn.functional.pad(ends, (1, 0))
-    first = torch.arange(grid.rows) * block_size
-    last = (first + block_size - 1).clamp(max=length - 1)
-    start, stop = starts[which(first)], starts[which(last) + 1]
-    row, column = span_pairs(start // block_size, -(-stop // block_size))
-    # Off the diagonal two blocks share one document: a rectangle at a corner or along a side.
-    head = (starts[which(last)] - first).clamp(min=0)
-    tail = (starts[which(first) + 1] - first).clamp(max=block_size)
+    row = grid.arange(grid.rows)
+    first = row * block_size
+    earliest, latest = owner[first], owner[(first + block_size - 1).clamp(max=length - 1)]
+    start, stop = starts[earliest], starts[latest + 1]
+    own, last = start // block_size, (stop - 1) // block_size
+    # Earlier columns are seen by the first `tail` queries, later ones by those from `head` on.
+    tail = (starts[earliest + 1] - first).clamp(max=block_size)
+    head = (starts[latest] - first).clamp(min=0)
+    whole = (head == 0) & (tail == block_size)
     size = block_size + 1
-    before = tail[row] * size + head[column]
-    after = head[row] * size + tail[column]
-    corner = torch.where(column < row, before, after + size * size)
-    whole = (head[row] == 0) & (tail[row] == block_size)
-    alike = torch.where(column == row, torch.where(whole, 0, row + 1) + 2 * size * size, corner)
-    return BlockLayout.from_blocks(grid, from_rule(grid, row, column, alike, visible))
+    parts = (
+        (row, own, (own < row).to(torch.int64), start % block_size * size + tail),
+        (row, own + 1, row - own - 1, tail),
+        (row, row, torch.ones_like(row), torch.where(whole, 0, row + 1)),
+        (row, row + 1, last - row - 1, head),
+        (row, last, (last > row).to(torch.int64), stop % block_size * size + head),
+    )
+    return _from_parts(grid, parts, visible)
 
 
-def prefix(length: int, count: int, *, block_size: int = 128) -> BlockLayout:
+def prefix(
+    length: int, count: int, *, block_size: int = 128, device: Device = "cpu"
+) -> BlockLayout:
     """J < count or j <= i: the prefix language model of T5 (arXiv 1910.10683, section 3.2.1)."""
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("count", count, low=0)
 
     def visible(i: Tensor, j: Tensor) -> Tensor:
         return (j < count) | (j <= i)
 
-    last = min(grid.rows, -(-count // block_size))
-    stop = (torch.arange(grid.rows) + 1).clamp(min=last)
-    row, column = span_pairs(torch.zeros_like(stop), stop)
-    side = (column - row).clamp(-1, 1) + 1
-    alike = side * 3 + (column - count // block_size).clamp(-1, 1) + 1
-    return BlockLayout.from_blocks(grid, from_rule(grid, row, column, alike, visible))
+    row = grid.arange(grid.rows)
+    # The block column that the end of the prefix cuts, if it does.
+    cut, rest = divmod(min(count, length), block_size)
+    ones = torch.ones_like(row)
+    parts = (
+        (row, torch.zeros_like(row), row.clamp(min=cut), ones),
+        (row, row.clamp(min=cut), torch.where(row < cut, min(rest, 1), 1), (row - cut).sign() + 1),
+    )
+    return _from_parts(grid, parts, visible)
 
 
 def hierarchical(
-    length: int, window: int, levels: int, *, growth: int = 2, block_size: int = 128
+    length: int,
+    window: int,
+    levels: int,
+    *,
+    growth: int = 2,
+    block_size: int = 128,
+    device: Device = "cpu",
 ) -> BlockLayout:
     """For a level k < levels and s = growth ** k: j ≡ 0 (mod s) and |i // s − j // s| <= window.
 
     A window at each of several scales, coarser further away, as in H-Transformer-1D (arXiv
     2107.11906, section 4), with one sampled key for each coarse cell where that averages the cell.
     """
-    grid = make_grid(length, length, block_size)
+    grid = make_grid(length, length, block_size, device)
     _checks.integer("window", window, low=0)
     _checks.integer("levels", levels)
     scales = [_checks.integer("growth", growth, low=2) ** level for level in range(levels)]
@@ -255,40 +313,157 @@ def hierarchical(
             seen |= (j % s == 0) & ((i // s - j // s).abs() <= window)
         return seen
 
-    most = max(0, min(grid.rows - 1, -(-(window + 1) * scales[-1] // block_size)))
-    distance = torch.arange(-most, most + 1)
-    return _by_distance(grid, distance, visible, row_period=scales[-1])
+    b, largest = block_size, scales[-1]
+    # A block's look depends on its row modulo `phases` and on column − row + `most`.
+    phases = largest // gcd(largest, b)
+    most = max(0, min(grid.rows - 1, -(-(window + 1) * largest // b)))
+    pitch = 2 * most + 1
+    row = grid.arange(min(phases, max(1, grid.rows)))[:, None]
+    far, near, reach = [row[:0, 0]], [row[:0, 0]], 0
+    for s in scales:
+        if s % b == 0:
+            # Of each cell, the first key of one block.
+            column = (row * b // s + grid.arange(-window, window + 1)) * (s // b)
+            far.append(_inside(row, column - row, most))
+        else:
+            reach = max(reach, min(most, (window + 1) * s // b + 1))
+            near.append(_inside(row, grid.arange(-reach, reach + 1), most))
+    position = torch.unique(torch.cat(far + near))
+    # Where scales divide the block size, the row does not matter; where blocks divide the scale,
+    # all that are seen show their first key.
+    regular = all(s % b == 0 or b % s == 0 for s in scales)
+    place = position % pitch if regular else position
+    kept_near = torch.isin(position, near[-1])
+    code = torch.where(kept_near, place + 1, 0) * 2 + torch.isin(position, torch.cat(far))
+    _, look, example = group(code)
+    row, place = position[example] // pitch, position[example] % pitch
+    # Anywhere far from the ends.
+    endless = Grid(b << 32, b << 32, b, grid.device)
+    row = row + -(-most // phases) * phases
+    prototypes = endless.evaluate(visible, row, row + place - most)
+    return _repeat(grid, prototypes, position, look, phases, most, pitch)
 
 
-def _by_distance(
-    grid: Grid,
-    distance: Tensor,
-    visible: TokenRule,
-    *,
-    period: int | None = None,
-    row_period: int = 1,
+def _inside(row: Tensor, place: Tensor, most: int) -> Tensor:
+    """Sorted numbers of (row, place), for |place| <= most."""
+    place, row = torch.broadcast_tensors(place, row)
+    kept = place.abs() <= most
+    return (row * (2 * most + 1) + place + most)[kept]
+
+
+def _by_difference(
+    grid: Grid, behind: int, ahead: int, visible: Callable[[Tensor], Tensor]
 ) -> BlockLayout:
-    """Blocks at some distances (row − column), rising.
+    """The layout of a rule of i − j, which reaches so many block columns behind and ahead."""
+    inner, b = grid.arange(grid.block_size), grid.block_size
+    place = grid.arange(-behind, ahead + 1)
+    diagonals = visible(grid.arange(1 - b, b) - place[:, None] * b)
+    looks, look = torch.unique(diagonals, dim=0, return_inverse=True)
+    prototypes = _masks.pack(looks[:, inner[:, None] - inner + b - 1])
+    return _repeat(grid, prototypes, place + behind, look, 1, behind, len(place))
+
+
+def _repeat(
+    grid: Grid,
+    prototypes: Tensor,
+    position: Tensor,
+    look: Tensor,
+    phases: int,
+    behind: int,
+    pitch: int,
+) -> BlockLayout:
+    """The layout whose row r shows, in column r − behind + p, what position (r % phases, p) says.
 
     Args:
         grid: a square grid.
-        distance: the candidates.
-        visible: a rule of i − j, and of i modulo `row_period`.
-        period: distances above it in tokens matter modulo it only.
-        row_period: see `visible`.
+        prototypes: (P, b, ceil(b / 8)) packed masks, one for each look.
+        position: (n,) rising, phase * pitch + p; what is left out is empty.
+        look: (n,) of each.
+        phases: see above.
+        behind: see above.
+        pitch: p is less.
     """
-    column = torch.arange(grid.rows)[:, None] - distance.flip(0)
-    row = torch.arange(grid.rows)[:, None].expand_as(column)
-    inside = (column >= 0) & (column < grid.columns)
-    row, column = row[inside], column[inside]
-    ahead = row - column + grid.rows
-    if period is not None:
-        near = (row - column - 2) * grid.block_size <= period
-        phase = ((row - column) * grid.block_size) % period
-        ahead = torch.where(near, ahead, phase + 2 * grid.rows)
-    row_phase = (row * grid.block_size) % row_period
-    alike = row_phase * (2 * grid.rows) + ahead
-    return BlockLayout.from_blocks(grid, from_rule(grid, row, column, alike, visible))
+    shown = (_masks.count(prototypes) > 0)[look]
+    position, look = position[shown], look[shown]
+    first, stop = _alike_neighbours(look, position, pitch)
+    begin, end = position[first], position[stop - 1] + 1
+    every = grid.arange(grid.rows)
+    phase = every % phases * pitch
+    low = phase + (behind - every).clamp(min=0)
+    high = phase + (grid.columns + behind - every).clamp(max=pitch)
+    row, index, column, count = _between(begin, end, low, high, every - phase - behind)
+    looks = look[first[index]]
+    return BlockLayout.from_runs(grid, from_looks(grid, row, column, count, looks, prototypes))
+
+
+def _alike_neighbours(
+    look: Tensor, position: Tensor | None = None, pitch: int = 1
+) -> tuple[Tensor, Tensor]:
+    """First and stop index of each run of equal looks at successive positions of one phase."""
+    differs = look[1:] != look[:-1]
+    if position is not None:
+        differs |= (position.diff() != 1) | (position[1:] % pitch == 0)
+    change = torch.nn.functional.pad(differs, (1, 1), value=True)
+    ends = change[: len(look) + 1].nonzero().squeeze(1)
+    return ends[:-1], ends[1:]
+
+
+def _between(
+    begin: Tensor, end: Tensor, low: Tensor, high: Tensor, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of intervals that lie in [low, high) of each row.
+
+    Args:
+        begin: (n,) rising.
+        end: (n,) rising, no more than the next begin.
+        low: (rows,).
+        high: (rows,).
+        shift: (rows,) to add to the results, 0 when None.
+
+    Returns:
+        row, interval, start and count of each part that is not empty, by row.
+    """
+    first = torch.searchsorted(end, low, right=True)
+    count = (torch.searchsorted(begin, high) - first).clamp(min=0)
+    row = torch.repeat_interleave(count)
+    after = count.cumsum(0)
+    interval = torch.repeat_interleave(first - after + count, count)
+    interval += torch.arange(len(interval), device=count.device)
+    start, stop = begin[interval], end[interval]
+    # Only the first interval and the last of a row may reach out.
+    some = count > 0
+    at, low = (after - count)[some], low[some]
+    start[at] = torch.maximum(start[at], low)
+    at, high = after[some] - 1, high[some]
+    stop[at] = torch.minimum(stop[at], high)
+    count_ = stop.sub_(start)
+    if shift is not None:
+        start += torch.repeat_interleave(shift, count)
+    row, interval, start, count_ = where(count_ > 0, row, interval, start, count_)
+    return row, interval, start, count_
+
+
+def _number(*codes: Tensor) -> Tensor:
+    """A number below the length for each different tuple of codes."""
+    total = codes[0]
+    for code in codes[1:]:
+        total = total * (code.max() + 1 if len(code) else 1) + code
+    return group(total)[1]
+
+
+def _coded(
+    found: tuple[Tensor, Tensor, Tensor, Tensor], alike: Callable[[Tensor, Tensor], Tensor]
+) -> Part:
+    """What `_between` found, with a number for its look from rows and columns."""
+    row, _, column, count = found
+    return row, column, count, alike(row, column)
+
+
+def _from_parts(grid: Grid, parts: Iterable[Part], rule: TokenRule) -> BlockLayout:
+    """The layout of parts (row, column, count, alike), from left to right in every row."""
+    coded = ((*part[:3], part[3] * _MOST_PARTS + i) for i, part in enumerate(parts))
+    row, column, count, alike = interleave(grid.rows, coded)
+    return BlockLayout.from_runs(grid, from_rule(grid, row, column, count, alike, rule))
 
 
 def _draw_blocks(grid: Grid, count: int, seed: int, heads: int) -> BlockLayout:
@@ -302,11 +477,6 @@ def _draw_blocks(grid: Grid, count: int, seed: int, heads: int) -> BlockLayout:
         drawn = torch.randint(top + 1, (len(chosen),), generator=generator)
         taken = (chosen[:, :i] == drawn[:, None]).any(1)
         chosen[:, i] = torch.where(taken, top, drawn)
-    column = chosen.sort(1).values.flatten()
-    row = torch.arange(len(chosen)).repeat_interleave(count)
-    return BlockLayout.from_blocks(grid, full_blocks(grid, row, column), heads)
-
-
-def _sorted(grid: Grid, row: Tensor, column: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    order = torch.argsort(row * grid.columns + column)
-    return tuple(x[order] for x in (row, column, *rest))
+    column = chosen.sort(1).values.flatten().to(grid.device)
+    row = grid.arange(len(chosen)).repeat_interleave(count)
+    return BlockLayout.from_runs(grid, single_blocks(grid, row, column), heads)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dilated_core.extending import accumulate_dtype, check_tensors
 from dilated_sparse import _checks
-from dilated_sparse._grid import Grid, full_blocks
+from dilated_sparse._grid import Grid, single_blocks
 from dilated_sparse._layout import BlockLayout, make_grid
 
 __all__ = ["Selection", "threshold_blocks", "top_k_blocks"]
@@ -166,8 +166,8 @@ class _Pooled:
                 f"query length must not exceed key length when is_causal=True. "
                 f"Got {query.shape[1]} and {key.shape[1]}."
             )
-        self.grid = make_grid(query.shape[1], key.shape[1], block_size)
         dtype, device = accumulate_dtype(query.dtype), query.device
+        self.grid = make_grid(query.shape[1], key.shape[1], block_size, device)
         self.query = query[0].to(dtype).transpose(0, 1)
         repeat = query.shape[2] // key.shape[2]
         self.key = key[0].to(dtype).transpose(0, 1).repeat_interleave(repeat, 0)
@@ -217,14 +217,14 @@ class _Pooled:
 
 def _places(pooled: _Pooled, rows: range, chosen: Tensor) -> Tensor:
     """Chosen blocks (H, rows, C) as numbers that sort by head, row and column."""
-    head, row, column = chosen.nonzero().cpu().unbind(1)
+    head, row, column = chosen.nonzero().unbind(1)
     grid: Grid = pooled.grid
     return (head * grid.rows + row + rows.start) * grid.columns + column
 
 
 def _layout(pooled: _Pooled, places: list[Tensor]) -> BlockLayout:
     grid = pooled.grid
-    every = torch.cat([*places, torch.empty(0, dtype=torch.int64)]).sort().values
+    every = torch.cat([*places, grid.arange(0)]).sort().values
     row = torch.div(every, max(1, grid.columns), rounding_mode="floor")
-    blocks = full_blocks(grid, row, every - row * grid.columns)
-    return BlockLayout.from_blocks(grid, blocks, pooled.query.shape[0])
+    runs = single_blocks(grid, row, every - row * grid.columns)
+    return BlockLayout.from_runs(grid, runs, pooled.query.shape[0])

@@ -119,15 +119,19 @@ def _store_rows(base, rows, stride, dims, inside, values, D: tl.constexpr):
 
 
 @triton.jit
-def _place(slots, early, HEADS: tl.constexpr):
+def _place(slots, early, HEADS: tl.constexpr, EARLY: tl.constexpr):
     """What a program serves: slot, batch row, head. The `early` slots of all heads come first."""
     program = tl.program_id(0)
-    heads = tl.num_programs(0) // slots
-    later = program - early * heads
-    others = tl.maximum(slots - early, 1)
-    slot = tl.where(later < 0, program // heads, early + later % others)
-    head = tl.where(later < 0, program % heads, later // others)
-    return slot, head // HEADS, head % HEADS
+    # Apart, since results of divisions alone are computed anew after the loops, not kept in
+    # registers through them.
+    if EARLY:
+        heads = tl.num_programs(0) // slots
+        later = program - early * heads
+        others = tl.maximum(slots - early, 1)
+        slot = tl.where(later < 0, program // heads, early + later % others)
+        head = tl.where(later < 0, program % heads, later // others)
+        return slot, head // HEADS, head % HEADS
+    return program % slots, program // slots // HEADS, program // slots % HEADS
 
 
 @triton.jit
@@ -243,7 +247,7 @@ def forward_kernel(
     stride_pb,
     scale, threshold, keep_scale, slots, early, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr, MASK: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
@@ -251,7 +255,7 @@ def forward_kernel(
     """Write out and lse of one tile of queries of one head."""
     if ALIKE:
         stride_vn = stride_kn
-    slot, batch, head = _place(slots, early, HEADS)
+    slot, batch, head = _place(slots, early, HEADS, EARLY)
     (
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,
@@ -377,7 +381,7 @@ def query_gradient_kernel(
     stride_pb,
     scale, final_scale, threshold, keep_scale, slots, early, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr, MASK: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
@@ -390,7 +394,7 @@ def query_gradient_kernel(
     """
     if ALIKE:
         stride_vn = stride_kn
-    slot, batch, head = _place(slots, early, HEADS)
+    slot, batch, head = _place(slots, early, HEADS, EARLY)
     (
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,
@@ -512,7 +516,7 @@ def key_gradient_kernel(
     stride_gb, stride_gn, stride_gh, stride_lb, stride_lh, stride_pb,
     scale, final_scale, threshold, keep_scale, slots, early, first_query, first_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr, MASK: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
@@ -524,7 +528,7 @@ def key_gradient_kernel(
     """
     if ALIKE:
         stride_gn = stride_qn
-    slot, batch, head = _place(slots, early, HEADS)
+    slot, batch, head = _place(slots, early, HEADS, EARLY)
     (
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,

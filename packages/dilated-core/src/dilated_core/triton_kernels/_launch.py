@@ -181,6 +181,7 @@ class Call:
         width, tail = head_dim_blocks(which, self.head_dim)
         return {
             "HEADS": heads, "GROUP": self.heads // self.kv_heads, "MASK": tables.mask,
+            "EARLY": tables.early > 0,
             "D": self.head_dim, "BLOCK_D": width, "TAIL": tail,
             "BLOCK_ROWS": chosen.rows, "FULL_COLUMNS": chosen.columns,
             "MASKED_COLUMNS": chosen.blocks.masked,

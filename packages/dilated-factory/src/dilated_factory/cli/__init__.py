@@ -1,16 +1,12 @@
 """The `dilated` command line.
 
-Exit codes: 0 done; 1 the demo missed its margin; 2 the input cannot be used; 130 and 143 stopped
-by Ctrl-C and SIGTERM, after saving.
+Exit codes: 0 done; 1 the answer is bad news (the demo missed its margin, something does not work);
+2 the input cannot be used; 130 and 143 stopped by Ctrl-C and SIGTERM, after saving.
 """
 
 import sys
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
-from dilated_factory.cli.app import app
-from dilated_factory.config import describe_invalid
 from dilated_factory.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -21,14 +17,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Mistakes of the user are one line on stderr."""
     import typer
 
+    from dilated_factory.cli.app import app
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:
         result = command.main(arguments or ["--help"], prog_name="dilated", standalone_mode=False)
     except InputError as error:
         return _complain(str(error))
-    except ValidationError as error:
-        return _complain(describe_invalid(error))
     except (KeyboardInterrupt, typer.Abort):
         print("dilated: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -36,10 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except Exception as error:
         # Usage errors: their class lives in click or inside typer, depending on typer's version.
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            return _complain(error.format_message())
+        invalid = _describe_validation(error)
+        if invalid is None:
             raise
-        return _complain(error.format_message())
+        return _complain(invalid)
     return result if isinstance(result, int) else 0
+
+
+def _describe_validation(error: Exception) -> str | None:
+    # Imported here: the help needs neither pydantic nor torch.
+    from pydantic import ValidationError
+
+    from dilated_factory.configs.base import describe_invalid
+
+    return describe_invalid(error) if isinstance(error, ValidationError) else None
 
 
 def _complain(message: str) -> int:

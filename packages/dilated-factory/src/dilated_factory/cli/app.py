@@ -1,17 +1,68 @@
-"""The typer application: one command per module."""
+"""The typer application: one command per module, imported only when it is called.
+
+So `dilated --help` and shell completion answer without loading torch.
+"""
+
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from dilated_factory.cli.demo import demo
-from dilated_factory.cli.evaluate import evaluate
-from dilated_factory.cli.generate import generate
-from dilated_factory.cli.train import train
+# The commands, each in the module of its name, and the first line of each one's help.
+COMMANDS = {
+    "train": "Train a LongNet language model on the bytes of files.",
+    "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
+    "generate": "Continue a prompt, byte by byte; print prompt and continuation.",
+    "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
+    "bench": "Time attention: the project's kinds and backends, and installed peers.",
+    "plan": "Say what N tokens on P devices take: memory, bytes, operations, time.",
+    "show": "Show a pattern: in the terminal, as a picture, or as a page to explore.",
+    "doctor": "Say what is installed, which backends work, and why the others do not.",
+    "config": "Print the schema of configurations, and check files.",
+}
+
+
+class LazyCommands(TyperGroup):
+    """A group that knows its commands by name and imports one to run it."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """What the help shows of a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        return TyperCommand(name=cmd_name, help=COMMANDS[cmd_name])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run, or to complete."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load_command(str(name)), rest
+
+
+def load_command(name: str) -> Any:
+    """Import the module of a command and make its parser."""
+    found = getattr(import_module(f"dilated_factory.cli.{name}"), name)
+    if not isinstance(found, typer.Typer):
+        single = typer.Typer(
+            rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False
+        )
+        single.command(name)(found)
+        found = single
+    return typer.main.get_command(found)
+
 
 app = typer.Typer(
-    name="dilated",
-    help="Train, evaluate and sample long-context LongNet language models over bytes.",
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
+    name="dilated", cls=LazyCommands, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
-for command in (train, evaluate, generate, demo):
-    app.command()(command)
+
+
+@app.callback()
+def dilated() -> None:
+    """Long-context attention and LongNet models: train, measure, plan, look.
+
+    Example:
+        dilated COMMAND --help
+    """

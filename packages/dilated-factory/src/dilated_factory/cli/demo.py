@@ -44,7 +44,7 @@ def demo(
     console.print(
         f"training for {minutes:g} minutes on the sources of Python's standard library",
     )
-    trainer = start_run(folder, config, console, device="cpu", checkpoint_every=100)
+    trainer = start_run(folder, config, console)
     code = run_training(trainer, console)
     if code:
         return code

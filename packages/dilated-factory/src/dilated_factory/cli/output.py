@@ -6,3 +6,8 @@ from rich.console import Console
 def plain_console() -> Console:
     """A console that neither reads markup nor colours what looks like a number."""
     return Console(markup=False, highlight=False)
+
+
+def silent_console() -> Console:
+    """A console that prints nothing: that of all processes but the first."""
+    return Console(quiet=True)

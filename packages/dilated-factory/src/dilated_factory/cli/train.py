@@ -1,5 +1,6 @@
 """`dilated train`: train a LongNet language model on the bytes of files."""
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,13 +9,14 @@ from rich.console import Console
 
 from dilated_factory.cli.display import training_display
 from dilated_factory.cli.options import Device, DtypeName, parse_lengths
-from dilated_factory.cli.output import plain_console
+from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
 from dilated_factory.config import FrozenConfig, TrainConfig, parse_config
 from dilated_factory.errors import RunError
 from dilated_factory.figures import save_loss_curve
 from dilated_factory.training.corpus import Corpus, load_corpus
-from dilated_factory.training.loop import Trainer, select_device
+from dilated_factory.training.loop import ALONE, Trainer, select_device
+from dilated_factory.training.parallel import Parallel, join, leave, was_restarted
 from dilated_factory.training.run_folder import RunFolder
 
 DEFAULT_MINUTES = 10.0
@@ -71,11 +73,20 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
     device: Device = "cpu",
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    sequence_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that share each sequence, under torchrun; the rest share the batch.",
+        ),
+    ] = 1,
 ) -> int:
     """Train a LongNet language model on the bytes of files.
 
     One file in twenty is held out for `dilated evaluate`. Ctrl-C or SIGTERM saves and exits with
-    code 130 or 143; `--resume` goes on as if nothing had happened.
+    code 130 or 143; `--resume` goes on as if nothing had happened. Under `torchrun` the processes
+    share the batch, or with `--sequence-parallel` its sequences; the losses are those of one
+    process.
 
     Examples:
         dilated train --minutes 5
@@ -84,6 +95,8 @@ def train(
         --dilation-rates 1,4,16
 
         dilated train --out runs/mine --resume
+
+        torchrun --nproc-per-node 4 -m dilated_factory train --sequence-parallel 4
     """
     model = {
         "context": context,
@@ -106,32 +119,39 @@ def train(
         "dtype": dtype,
         "seed": seed,
     }
-    console = plain_console()
-    chosen = select_device(device)
-    if resume:
+    parallel = join(select_device(device), sequence_parallel=sequence_parallel)
+    console = plain_console() if parallel.is_main else silent_console()
+    if resume or (was_restarted() and (out / "config.json").exists()):
         run = RunFolder.open(out)
         _require_same(run.config.model, _given(model))
         _require_same(run.config, _given(training))
-        trainer = Trainer(
-            run, _corpus(run.config, console), device=chosen, checkpoint_every=checkpoint_every
-        )
+        corpus = _corpus(run.config, console)
+        trainer = Trainer(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
         trainer.restore()
     else:
         if steps is None and minutes is None:
             training["minutes"] = DEFAULT_MINUTES
         config = parse_config(TrainConfig, {"model": _given(model), **_given(training)})
-        trainer = start_run(out, config, console, device=device, checkpoint_every=checkpoint_every)
-    return run_training(trainer, console)
+        trainer = start_run(
+            out, config, console, parallel=parallel, checkpoint_every=checkpoint_every
+        )
+    code = run_training(trainer, console)
+    leave()
+    return code
 
 
 def start_run(
-    out: Path, config: TrainConfig, console: Console, *, device: str, checkpoint_every: int
+    out: Path,
+    config: TrainConfig,
+    console: Console,
+    *,
+    parallel: Parallel = ALONE,
+    checkpoint_every: int = 100,
 ) -> Trainer:
     """Check everything, then make the run folder and a trainer at step 0."""
-    chosen = select_device(device)
     RunFolder.require_new(out)
     corpus = _corpus(config, console)
-    return Trainer.start(out, config, corpus, device=chosen, checkpoint_every=checkpoint_every)
+    return Trainer.start(out, config, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
 
 
 def run_training(trainer: Trainer, console: Console) -> int:
@@ -140,11 +160,11 @@ def run_training(trainer: Trainer, console: Console) -> int:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(
         f"{parameters:,} parameters, context {run.config.model.context:,} bytes, "
-        f"{trainer.device}, from step {trainer.step}",
+        f"{trainer.parallel.device}, from step {trainer.step}",
     )
     with StopRequest() as stop, training_display(console) as display:
         done = trainer.train(on_step=display.show, should_stop=lambda: stop.requested)
-        metrics = run.read_metrics()
+        metrics = run.read_metrics() if trainer.parallel.is_main else []
         if metrics:
             save_loss_curve(run.curves_path, metrics)
     if done:
@@ -153,7 +173,8 @@ def run_training(trainer: Trainer, console: Console) -> int:
         return 0
     console.print(f"stopped after step {trainer.step}, saved.", soft_wrap=True)
     console.print(f"to go on: dilated train --resume --out {run.path}", soft_wrap=True)
-    return stop.exit_code
+    # On several ranks the signal may have come to another one.
+    return stop.exit_code if stop.requested else 128 + signal.SIGTERM
 
 
 def _corpus(config: TrainConfig, console: Console) -> Corpus:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dilated_factory.config import TrainConfig
 from dilated_factory.errors import InputError, RunError
+from dilated_factory.layers import AttentionFactory
 from dilated_factory.longnet import LongNetLM
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
 from dilated_factory.training.corpus import Corpus
@@ -21,8 +22,10 @@ from dilated_factory.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
+from dilated_factory.training.parallel import Parallel
 from dilated_factory.training.run_folder import Checkpoint, RunFolder, RunState
 from dilated_factory.training.schedule import learning_rate_factor
+from dilated_factory.training.shards import save_shards
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+ALONE = Parallel(torch.device("cpu"))
+
+
 class Trainer:
     """One run in memory: model, optimizers and the step they stand at.
 
     Args:
         run: the folder that everything is written to; its ``config`` decides the loss curve.
         corpus: what to train on.
-        device: where to compute.
+        parallel: where to compute, and with which other processes; by default on the CPU, alone.
         checkpoint_every: steps between checkpoints, the most that a killed run loses.
     """
 
@@ -71,19 +77,22 @@ class Trainer:
         run: RunFolder,
         corpus: Corpus,
         *,
-        device: torch.device | str = "cpu",
+        parallel: Parallel = ALONE,
         checkpoint_every: int = 100,
     ) -> None:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1. Got {checkpoint_every}.")
         self.run = run
         self.corpus = corpus
-        self.device = torch.device(device)
+        self.parallel = parallel
         self.checkpoint_every = checkpoint_every
         self.step = 0
         self.elapsed_seconds = 0.0
-        self.model = initial_model(run.config).to(self.device)
+        parallel.require_fit(run.config)
+        parallel.require_same("corpus", corpus.digest)
+        self.model = initial_model(run.config, parallel.attention(run.config)).to(parallel.device)
         self.optimizers: list[Optimizer] = build_optimizers(self.model, run.config)
+        self._loss = parallel.loss_of(self.model)
 
     @classmethod
     def start(
@@ -92,13 +101,14 @@ class Trainer:
         config: TrainConfig,
         corpus: Corpus,
         *,
-        device: torch.device | str = "cpu",
+        parallel: Parallel = ALONE,
         checkpoint_every: int = 100,
     ) -> Self:
         """Make a run folder and a trainer at step 0; nothing is written if the input is unfit.
 
         Raises:
             RunError: something is already at ``path``.
+            InputError: the processes cannot share the batch and its sequences.
             CorpusError: the corpus is shorter than the context.
         """
         first_batch = batch_offsets(
@@ -109,8 +119,14 @@ class Trainer:
             step=0,
         )
         assert len(first_batch) == config.batch_size
-        run = RunFolder.create(path, config)
-        return cls(run, corpus, device=device, checkpoint_every=checkpoint_every)
+        parallel.require_fit(config)
+        RunFolder.require_new(path)
+        parallel.barrier()
+        if parallel.is_main:
+            RunFolder.create(path, config)
+        parallel.barrier()
+        run = RunFolder.open(path)
+        return cls(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run, or to the start if it has none.
@@ -127,7 +143,9 @@ class Trainer:
             load_optimizer_tensors(self.model, self.optimizers, checkpoint.optimizer)
             step, self.elapsed_seconds = checkpoint.state.step, checkpoint.state.elapsed_seconds
         self.step = step
-        self.run.truncate_metrics(step)
+        self.parallel.barrier()
+        if self.parallel.is_main:
+            self.run.truncate_metrics(step)
 
     def train(
         self,
@@ -137,14 +155,16 @@ class Trainer:
     ) -> bool:
         """Run to the end, or until ``should_stop``; save either way. Return whether it is done.
 
-        The global random state of torch is left as it was found.
+        It stops on all ranks once it should on any. The global random state of torch is left as it
+        was found.
         """
         self.model.train()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            while self.progress < 1 and not should_stop():
+        device = self.parallel.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            while not self._agree(should_stop()) and self.progress < 1:
                 metrics = self._take_step()
-                self.run.append_metrics(asdict(metrics))
+                if self.parallel.is_main:
+                    self.run.append_metrics(asdict(metrics))
                 on_step(metrics)
                 if self.step % self.checkpoint_every == 0:
                     self.save()
@@ -162,14 +182,31 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
-        self.run.sync_metrics()
         state = RunState(
             step=self.step,
             elapsed_seconds=self.elapsed_seconds,
             corpus_digest=self.corpus.digest,
         )
-        tensors = optimizer_tensors(self.model, self.optimizers)
-        return self.run.save(model_tensors(self.model), tensors, state)
+        model, optimizer = model_tensors(self.model), optimizer_tensors(self.model, self.optimizers)
+        if self.parallel.mesh is None:
+            self.run.sync_metrics()
+            return self.run.save(model, optimizer, state)
+        temporary = self.run.temporary_checkpoint(self.step)
+        if self.parallel.is_main:
+            self.run.sync_metrics()
+            self.run.begin_checkpoint(self.step)
+        self.parallel.barrier()
+        save_shards(temporary / "model", model)
+        save_shards(temporary / "optimizer", optimizer)
+        if self.parallel.is_main:
+            self.run.finish_checkpoint(temporary, state)
+        self.parallel.barrier()
+        return self.run.checkpoints()[-1]
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any rank stops; the clock is the mean of all, so that all see the same."""
+        stopping, self.elapsed_seconds = self.parallel.mean([float(stop), self.elapsed_seconds])
+        return stopping > 0
 
     def _draw_offsets(self) -> torch.Tensor:
         config = self.run.config
@@ -184,13 +221,13 @@ class Trainer:
     def _take_step(self) -> StepMetrics:
         started = time.perf_counter()
         config = self.run.config
-        torch.manual_seed(step_seed(config.seed, self.step, "dropout"))
+        torch.manual_seed(step_seed(config.seed, self.step, self.parallel.dropout_purpose))
         rate = config.learning_rate * learning_rate_factor(self.progress, config.warmup)
         set_learning_rate(self.optimizers, rate)
         windows = gather_windows(self.corpus.train, self._draw_offsets(), config.model.context + 1)
-        with autocast(self.device, config.dtype):
-            loss = self.model.loss(windows.to(self.device))
-        nats = loss.item()
+        with autocast(self.parallel.device, config.dtype):
+            loss = self._loss(*self.parallel.share(windows))
+        (nats,) = self.parallel.mean([loss.item()])
         if not math.isfinite(nats):
             raise RunError(
                 f"the loss became {nats} at step {self.step + 1}; the last checkpoint is kept. "
@@ -215,11 +252,11 @@ class Trainer:
         )
 
 
-def initial_model(config: TrainConfig) -> LongNetLM:
+def initial_model(config: TrainConfig, attention: AttentionFactory | None = None) -> LongNetLM:
     """The model at step 0, on the CPU: the seed alone decides its weights."""
     with torch.random.fork_rng([]):
         torch.manual_seed(step_seed(config.seed, 0, "weights"))
-        return LongNetLM(config.model)
+        return LongNetLM(config.model, attention=attention)
 
 
 def model_tensors(model: LongNetLM) -> dict[str, torch.Tensor]:

@@ -10,6 +10,10 @@ Layout::
         optimizer.safetensors
         state.json                   step, clock, digest of the corpus, checksums of the two above
 
+Of several processes each writes a part of the tensors, into files in ``model/`` and ``optimizer/``,
+through torch.distributed.checkpoint and its Hugging Face (safetensors) storage. Any number of
+processes can read either.
+
 A checkpoint is written under a temporary name and renamed last, so a folder named
 ``checkpoint-*`` is always complete.
 """
@@ -126,16 +130,30 @@ class RunFolder:
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: RunState) -> Path:
         """Write a checkpoint, durable and complete or not at all; return its folder."""
-        final = self.path / f"checkpoint-{state.step:08d}"
-        temporary = self.path / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-        temporary.mkdir()
-        checksums = {}
+        temporary = self.begin_checkpoint(state.step)
         for name, tensors in zip(_TENSOR_FILES, (model, optimizer), strict=True):
             file = temporary / name
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        return self.finish_checkpoint(temporary, state)
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """Make the folder, under a temporary name, to write tensors into."""
+        temporary = self.temporary_checkpoint(step)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+        temporary.mkdir()
+        return temporary
+
+    def temporary_checkpoint(self, step: int) -> Path:
+        """Where a checkpoint is while it is written."""
+        return self.path / f".checkpoint-{step:08d}.tmp"
+
+    def finish_checkpoint(self, temporary: Path, state: RunState) -> Path:
+        """Make durable what is in the temporary folder, give it its name, drop old checkpoints."""
+        final = self.path / f"checkpoint-{state.step:08d}"
+        checksums = {}
+        for file in sorted(temporary.rglob("*.safetensors")):
             sync(file)
-            checksums[name] = _checksum(file)
+            checksums[file.relative_to(temporary).as_posix()] = _checksum(file)
         full = state.model_copy(update={"checksums": checksums})
         write_text(temporary / "state.json", full.model_dump_json(indent=2) + "\n")
         sync(temporary)
@@ -189,10 +207,12 @@ def _read_checkpoint(folder: Path, *, has_older: bool) -> Checkpoint:
     advice = "; remove this folder to go on from the one before it" if has_older else ""
     try:
         state = RunState.model_validate_json((folder / "state.json").read_bytes())
-        for name in _TENSOR_FILES:
-            if _checksum(folder / name) != state.checksums.get(name):
+        model: dict[str, Tensor] = {}
+        optimizer: dict[str, Tensor] = {}
+        for name, checksum in state.checksums.items():
+            if _checksum(folder / name) != checksum:
                 raise RunError(f"checkpoint {str(folder)!r} is damaged: {name}{advice}.")
-        model, optimizer = (load_file(folder / name) for name in _TENSOR_FILES)
+            (model if name.startswith("model") else optimizer).update(load_file(folder / name))
     except (OSError, ValidationError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"checkpoint {str(folder)!r} is damaged: {reason}{advice}.") from None

@@ -1,0 +1,159 @@
+"""`dilated bench`: how long attention takes here."""
+
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.table import Table
+
+from dilated_core import DilatedPattern
+from dilated_factory.attention import default_registry
+from dilated_factory.benchmark import Timing, Workload, contenders, run
+from dilated_factory.cli.options import Device
+from dilated_factory.cli.output import plain_console
+from dilated_factory.cli.patterns import (
+    Causal,
+    DilationRates,
+    Json,
+    Offsets,
+    SegmentLengths,
+    read_pattern,
+)
+from dilated_factory.configs.files import read_values
+from dilated_factory.figures import save_timings
+from dilated_factory.training.loop import select_device
+
+
+def bench(
+    segment_lengths: SegmentLengths = None,
+    dilation_rates: DilationRates = None,
+    length: Annotated[int, typer.Option(min=1, help="Positions.")] = 8192,
+    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    head_offsets: Offsets = "interleaved",
+    causal: Causal = False,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32", "float64"], typer.Option(help="Of all tensors.")
+    ] = "float32",
+    device: Device = "cpu",
+    forward_only: Annotated[
+        bool, typer.Option("--forward-only", help="Leave the backward out.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls that are timed.")] = 5,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Attention to time as well: a JSON or TOML file.", show_default=False),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the times into this file.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Time attention: the project's kinds and backends, and installed peers.
+
+    The default pattern is LongNet's for the length, from segments of 1024 positions. Dense
+    attention computes another function; it is there to compare with.
+
+    Examples:
+        dilated bench --length 16384 --causal --png bench.png
+
+        dilated bench --device cuda --dtype bfloat16 --length 262144 --json
+
+        dilated bench --config attention.toml --forward-only
+    """
+    pattern = read_pattern(
+        segment_lengths,
+        dilation_rates,
+        DilatedPattern.longnet(length, segment_length=min(1024, length)),
+        head_offsets=head_offsets,
+        heads=heads,
+    )
+    workload = Workload(
+        pattern,
+        length,
+        heads,
+        head_dim,
+        batch,
+        causal,
+        getattr(torch, dtype),
+        str(select_device(device)),
+        forward_only,
+    )
+    registry = default_registry()
+    extra = None if config is None else registry.parse(read_values(config))
+    timings = run(workload, contenders(workload, registry, extra), rounds=rounds)
+    if png is not None:
+        save_timings(png, {t.name: t.seconds for t in timings if t.seconds}, describe(workload))
+    if as_json:
+        print(json.dumps(record(workload, timings, png)))
+        return 0
+    console = plain_console()
+    console.print(describe(workload), soft_wrap=True)
+    console.print(table(workload, timings))
+    for timing in timings:
+        if timing.obstacle is not None:
+            console.print(f"not timed: {timing.name}: {timing.obstacle}", soft_wrap=True)
+    if png is not None:
+        console.print(f"written: {png}", soft_wrap=True)
+    return 0
+
+
+def describe(workload: Workload) -> str:
+    """What the numbers depend on, in one line."""
+    cuda = workload.device.startswith("cuda")
+    where = (
+        torch.cuda.get_device_name(workload.device)
+        if cuda
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return (
+        f"{workload.pattern!r}, {workload.batch} x {workload.length} positions, "
+        f"{workload.heads} heads of {workload.head_dim}, {str(workload.dtype).split('.')[-1]}"
+        f"{', causal' if workload.is_causal else ''}, "
+        f"{'forward' if workload.forward_only else 'forward and backward'}; "
+        f"{where}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def table(workload: Workload, timings: list[Timing]) -> Table:
+    """A row for each contender that ran."""
+    result = Table()
+    result.add_column("attention")
+    for column in ("least, ms", "median, ms", "GFLOP/s by the definition"):
+        result.add_column(column, justify="right")
+    for timing in timings:
+        if timing.obstacle is None:
+            times = (f"{1e3 * seconds:.2f}" for seconds in (timing.least, timing.median))
+            # The others compute another function.
+            counted = f"{rate(workload, timing):.0f}" if timing.name.startswith("dilated") else "-"
+            result.add_row(timing.name, *times, counted)
+    return result
+
+
+def rate(workload: Workload, timing: Timing) -> float:
+    """10^9 operations of the definition per second; a backward counts as 2.5 forwards."""
+    passes = 1.0 if workload.forward_only else 3.5
+    return passes * workload.flops() / timing.least / 1e9
+
+
+def record(workload: Workload, timings: list[Timing], png: Path | None) -> dict[str, Any]:
+    """The measurement for machines."""
+    return {
+        "description": describe(workload),
+        "pattern": workload.pattern.to_dict(),
+        "forward_flops": workload.flops(),
+        "timings": [
+            {
+                "name": timing.name,
+                "least_seconds": None if math.isnan(timing.least) else timing.least,
+                "median_seconds": None if math.isnan(timing.median) else timing.median,
+                "rounds": list(timing.seconds),
+                "obstacle": timing.obstacle,
+            }
+            for timing in timings
+        ],
+        "png": None if png is None else str(png),
+    }

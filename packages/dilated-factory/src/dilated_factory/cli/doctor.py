@@ -1,0 +1,188 @@
+"""`dilated doctor`: what is installed, what works, and why the rest does not."""
+
+import importlib.util
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from dilated_core import DilatedPattern, dilated_attention
+from dilated_factory.attention import default_registry
+from dilated_factory.cli.output import plain_console
+from dilated_factory.configs.attention import DilatedBackend, SparseBackend
+
+EXIT_BROKEN = 1
+_PACKAGES = (
+    *("dilated-core", "dilated-pool", "dilated-sparse", "dilated-ring", "dilated-factory"),
+    *("torch", "triton", "numpy", "pydantic", "safetensors", "matplotlib", "typer", "rich"),
+    "transformers",
+)
+_PATTERN = DilatedPattern([16, 64], [1, 4])
+_SHAPE = (1, 64, 4, 16)
+
+
+class Check(NamedTuple):
+    """Whether something works; `broken` where it ought to and does not."""
+
+    what: str
+    works: bool
+    why: str
+    broken: bool = False
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> int:
+    """Say what is installed, which backends work, and why the others do not.
+
+    Each backend computes a small attention, forward and backward, and is compared with the
+    reference. Exits with code 1 if one that should work does not.
+
+    Examples:
+        dilated doctor
+
+        dilated doctor --json
+    """
+    versions = installed_versions()
+    checks = [*attention_checks(), *group_checks()]
+    registry = default_registry()
+    kinds = dict.fromkeys(registry, "") | {
+        kind: f"pip install {' '.join(packages)}" for kind, packages in registry.missing().items()
+    }
+    if as_json:
+        record = {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "devices": devices(),
+            "versions": versions,
+            "checks": [check._asdict() for check in checks],
+            "kinds": {kind: {"works": not need, "needs": need} for kind, need in kinds.items()},
+        }
+        print(json.dumps(record))
+    else:
+        _print_tables(versions, checks, kinds)
+    return EXIT_BROKEN if any(check.broken for check in checks) else 0
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The version of each package that matters here, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            # Found without metadata where sources are on the path.
+            there = importlib.util.find_spec(package.replace("-", "_")) is not None
+            found[package] = "from sources" if there else None
+    return found
+
+
+def devices() -> list[str]:
+    """The devices to compute on."""
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    threads = f"cpu ({torch.get_num_threads()} threads)"
+    return [threads, *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in cuda)]
+
+
+def attention_checks() -> list[Check]:
+    """Every backend of dilated and of block-sparse attention, on every kind of device."""
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    checks = []
+    for device in kinds:
+        for backend in get_args(DilatedBackend):
+            checks.append(
+                _check(f"dilated attention, {backend}, {device}", _dilated, backend, device)
+            )
+        if importlib.util.find_spec("dilated_sparse") is None:
+            continue
+        for backend in get_args(SparseBackend):
+            what = f"block-sparse attention, {backend}, {device}"
+            checks.append(_check(what, _block_sparse, backend, device))
+    if importlib.util.find_spec("dilated_sparse") is None:
+        checks.append(
+            Check("block-sparse attention", False, "not installed: pip install dilated-sparse")
+        )
+    return checks
+
+
+def group_checks() -> list[Check]:
+    """The ways in which processes can exchange tensors."""
+    if not dist.is_available():
+        return [Check("torch.distributed", False, "this torch is built without it")]
+    gloo, nccl = dist.is_gloo_available(), dist.is_nccl_available()
+    return [
+        Check("process groups on CPU, gloo", gloo, "" if gloo else "this torch has no gloo"),
+        Check("process groups on GPUs, nccl", nccl, "" if nccl else "this torch has no nccl"),
+    ]
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+
+def _dilated(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    out = dilated_attention(query, key, value, _PATTERN, is_causal=True, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _block_sparse(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    from dilated_sparse import block_sparse_attention, layouts
+
+    layout = layouts.sliding_window(_SHAPE[1], 9, block_size=16)
+    out = block_sparse_attention(query, key, value, layout, is_causal=True, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _check(what: str, attention: Attention, backend: str, device: str) -> Check:
+    try:
+        got = _outputs(attention, backend, device)
+    except ValueError as error:  # the backend says that it cannot serve such a call
+        return Check(what, False, str(error))
+    except Exception as error:
+        return Check(what, False, f"{type(error).__name__}: {error}", broken=True)
+    expected = _outputs(attention, "reference", "cpu")
+    difference = max(
+        ((g.cpu() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True)
+    )
+    # TF32, which GPUs may use for float32, is good to about 1e-3.
+    works = difference < 1e-2
+    verb = "agrees with the reference to" if works else "differs from the reference by"
+    return Check(what, works, f"{verb} {difference:.0e}", broken=not works)
+
+
+def _outputs(attention: Attention, backend: str, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(_SHAPE, generator=generator).to(device) for _ in range(4)]
+    query, key, value = (x.requires_grad_() for x in tensors[:3])
+    out = attention(query, key, value, backend)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), tensors[3])]
+
+
+def _print_tables(
+    versions: dict[str, str | None], checks: list[Check], kinds: dict[str, str]
+) -> None:
+    console = plain_console()
+    console.print(f"Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
+    console.print(f"devices: {', '.join(devices())}", soft_wrap=True)
+    rows: list[tuple[str, list[tuple[str, ...]]]] = [
+        ("Packages", [(p, v or "no") for p, v in versions.items()]),
+        ("Backends", [(c.what, _verdict(c), c.why) for c in checks]),
+        ("Kinds of attention", [(k, "no" if n else "yes", n) for k, n in kinds.items()]),
+    ]
+    for title, lines in rows:
+        table = Table(title=title, title_justify="left", show_header=False)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+
+
+def _verdict(check: Check) -> str:
+    return "broken" if check.broken else "yes" if check.works else "no"

@@ -1,0 +1,151 @@
+"""`dilated plan`: what a sequence takes, before anything is run."""
+
+import dataclasses
+import json
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.table import Table
+
+from dilated_core import DilatedPattern
+from dilated_factory.cli.output import plain_console
+from dilated_factory.cli.patterns import (
+    Causal,
+    DilationRates,
+    Json,
+    Offsets,
+    SegmentLengths,
+    read_pattern,
+)
+from dilated_factory.errors import InputError
+from dilated_factory.planning import Plan, Shape, make_plan, measure_flops_per_second
+
+
+def plan(
+    length: Annotated[int, typer.Argument(min=1, help="Positions N of a sequence.")],
+    devices: Annotated[int, typer.Option(min=1, help="Devices P that share it.")] = 1,
+    segment_lengths: SegmentLengths = None,
+    dilation_rates: DilationRates = None,
+    head_offsets: Offsets = "interleaved",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 12,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Key heads; default: as many.", show_default=False)
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    causal: Causal = False,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32", "float64"], typer.Option(help="Of all tensors.")
+    ] = "bfloat16",
+    training: Annotated[bool, typer.Option("--training", help="Count the backward too.")] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help="10^12 operations a second of a device; default: measured on this CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    gigabytes_per_second: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="What a device receives from others.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Say what N tokens on P devices take: memory, bytes, operations, time.
+
+    All numbers are of the attention of one layer, on the device that has most to do. The default
+    pattern is LongNet's for the length. Several devices need dilated-ring, whose plan this is.
+
+    Examples:
+        dilated plan 1000000 --training
+
+        dilated plan 1000000000 --devices 1024 --training --tflops 400 --gigabytes-per-second 40
+    """
+    pattern = read_pattern(
+        segment_lengths,
+        dilation_rates,
+        DilatedPattern.longnet(length),
+        head_offsets=head_offsets,
+        heads=heads,
+    )
+    try:
+        shape = Shape(
+            pattern,
+            length,
+            heads,
+            head_dim,
+            kv_heads or heads,
+            batch,
+            causal,
+            getattr(torch, dtype),
+        )
+        rate = 1e12 * tflops if tflops else measure_flops_per_second(shape)
+        made = make_plan(
+            shape,
+            devices,
+            training=training,
+            flops_per_second=rate,
+            bytes_per_second=1e9 * gigabytes_per_second if gigabytes_per_second else None,
+        )
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error)) from None
+    if as_json:
+        record = dataclasses.asdict(made) | {
+            "memory_bytes": made.memory_bytes,
+            "flops_per_second": rate,
+            "pattern": pattern.to_dict(),
+        }
+        print(json.dumps(record))
+        return 0
+    console = plain_console()
+    console.print(
+        f"{pattern!r}, {batch} x {length:,} positions on {devices} devices", soft_wrap=True
+    )
+    console.print(table(made, rate, measured=tflops is None))
+    return 0
+
+
+def table(made: Plan, rate: float, *, measured: bool) -> Table:
+    """The plan as rows of name and value."""
+    result = Table(show_header=False)
+    result.add_column()
+    result.add_column(justify="right")
+    how = "measured here" if measured else "given"
+    rows = [
+        ("positions on a device", f"{made.rows:,}"),
+        ("query, key, value, output, log-sum-exp", size(made.tensor_bytes)),
+        ("gradients of query, key, value", size(made.gradient_bytes)),
+        ("rows of other devices", size(made.message_bytes)),
+        ("memory in all", size(made.memory_bytes)),
+        ("received from other devices", size(made.received_bytes)),
+        ("operations", f"{made.flops / 1e12:,.3f} TFLOP"),
+        (f"time to compute, at {rate / 1e12:.3g} TFLOP/s ({how})", seconds(made.compute_seconds)),
+        ("time to exchange", seconds(made.exchange_seconds)),
+        ("of it, not hidden by computing", seconds(made.exposed_seconds)),
+    ]
+    if made.strategy is not None:
+        rows.append(("how rows travel", made.strategy))
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = 0
+    while count >= 1024 ** (power + 1) and power + 1 < len(units):
+        power += 1
+    return f"{count / 1024**power:,.{0 if power == 0 else 2}f} {units[power]}"
+
+
+def seconds(duration: float | None) -> str:
+    """Seconds in a readable unit; None where a speed is not known."""
+    if duration is None:
+        return "unknown: no speed of the links given"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if duration >= scale:
+            return f"{duration / scale:,.2f} {unit}"
+    return f"{1e6 * duration:,.1f} µs"

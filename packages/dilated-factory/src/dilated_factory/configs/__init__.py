@@ -1,0 +1,1 @@
+"""Configurations: validated, frozen data, told apart by `kind`."""

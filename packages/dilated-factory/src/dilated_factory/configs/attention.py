@@ -1,0 +1,253 @@
+"""Configurations of attention, told apart by `kind`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from dilated_core import DilatedPattern
+from dilated_factory.configs.base import FrozenConfig
+from dilated_factory.configs.layouts import LayoutConfig
+
+Size = Annotated[int, Field(ge=1)]
+HeadOffsets = Literal["interleaved", "blocked"]
+HeadGroups = Literal["shared", "split"]
+DilatedBackend = Literal["reference", "torch", "triton"]
+SparseBackend = Literal["reference", "torch", "flex", "triton"]
+Strategy = Literal["auto", "gather", "heads", "ring"]
+Validate = Literal["first", "always", "off"]
+DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
+
+
+class AttentionConfig(FrozenConfig):
+    """Base of what a `Registry` can build; a subclass gives `kind` a literal and a default.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    """
+
+    kind: str
+
+
+class PatternFields(FrozenConfig):
+    """The fields of a `dilated_core.DilatedPattern`."""
+
+    segment_lengths: tuple[Size, ...]
+    dilation_rates: tuple[Size, ...]
+    head_offsets: HeadOffsets = "interleaved"
+    head_groups: HeadGroups = "shared"
+    count_padding: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_pattern(self) -> Self:
+        _ = self.pattern  # raises its own message
+        return self
+
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The pattern."""
+        return DilatedPattern(
+            self.segment_lengths,
+            self.dilation_rates,
+            head_offsets=self.head_offsets,
+            head_groups=self.head_groups,
+            count_padding=self.count_padding,
+        )
+
+
+class _Scores(FrozenConfig):
+    """What all attention between heads has."""
+
+    scale: float | None = Field(default=None, description="of scores; None means 1 / sqrt(D)")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class _Layout(FrozenConfig):
+    layout: LayoutConfig
+
+
+class _Ring(FrozenConfig):
+    """How ranks exchange; the group itself is given when the module is created."""
+
+    strategy: Strategy = "auto"
+    validate_ranks: Validate = Field(default="first", description="ring's argument `validate`")
+
+
+class _Multihead(FrozenConfig):
+    """The projections around attention between heads."""
+
+    embed_dim: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0, description="None means num_heads")
+    bias: bool = True
+    layer_norm: bool = True
+    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    gamma_init: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        for whole, part in (("embed_dim", "num_heads"), ("num_heads", "num_kv_heads")):
+            numerator, denominator = getattr(self, whole), getattr(self, part)
+            if denominator is not None and numerator % denominator:
+                raise ValueError(
+                    f"{whole} must be divisible by {part}. Got {numerator} and {denominator}."
+                )
+        return self
+
+
+class DilatedConfig(AttentionConfig, PatternFields, _Scores):
+    """`dilated_core.DilatedAttention`."""
+
+    kind: Literal["dilated"] = "dilated"
+    backend: DilatedBackend | None = None
+
+
+class RingConfig(AttentionConfig, PatternFields, _Scores, _Ring):
+    """`dilated_ring.RingDilatedAttention`."""
+
+    kind: Literal["ring"] = "ring"
+
+
+class BlockSparseConfig(AttentionConfig, _Layout, _Scores):
+    """`dilated_sparse.BlockSparseAttention`, its layout built for the length of each call."""
+
+    kind: Literal["block_sparse"] = "block_sparse"
+    backend: SparseBackend | None = None
+
+
+class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _Layout, _Scores):
+    """`dilated_sparse.BlockSparseDilatedAttention`, its layout built for the length of a call."""
+
+    kind: Literal["block_sparse_dilated"] = "block_sparse_dilated"
+    backend: SparseBackend | None = None
+
+
+class BlockSparseRingConfig(AttentionConfig, _Layout, _Scores, _Ring):
+    """`dilated_ring.ring_attention` over a block layout."""
+
+    kind: Literal["block_sparse_ring"] = "block_sparse_ring"
+
+
+class BlockSparseRingDistributedConfig(AttentionConfig, _Layout, _Scores, _Ring):
+    """`block_sparse_ring` on a mesh of two dimensions: dense in a node, sparse across nodes."""
+
+    kind: Literal["block_sparse_ring_distributed"] = "block_sparse_ring_distributed"
+
+
+class AutoConfig(AttentionConfig, _Scores):
+    """A request: `Selection` picks the kind and backend that serve it at the least cost.
+
+    At least one of a dilated pattern and a layout is given; with both, a query sees the union.
+    """
+
+    kind: Literal["auto"] = "auto"
+    length: Size
+    heads: Size
+    kv_heads: Size | None = Field(default=None, description="None means heads")
+    head_dim: Size
+    is_causal: bool = False
+    segment_lengths: tuple[Size, ...] | None = None
+    dilation_rates: tuple[Size, ...] | None = None
+    head_offsets: HeadOffsets = "interleaved"
+    head_groups: HeadGroups = "shared"
+    count_padding: bool = False
+    layout: LayoutConfig | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: DtypeName = "float32"
+    world: Size = Field(default=1, description="ranks that a sequence is spread over")
+    nodes: Size = Field(default=1, description="machines that these ranks are on")
+    backend: DilatedBackend | None = Field(default=None, description="None lets the cost decide")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.segment_lengths is None) != (self.dilation_rates is None):
+            raise ValueError(
+                "segment_lengths and dilation_rates must be given together. "
+                f"Got {self.segment_lengths} and {self.dilation_rates}."
+            )
+        pattern = self.pattern
+        if pattern is None and self.layout is None:
+            raise ValueError(
+                "segment_lengths and dilation_rates, or layout, or all are required. Got none."
+            )
+        if pattern is not None:
+            pattern.branch_heads(self.heads)
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(
+                f"heads must be divisible by kv_heads. Got {self.heads} and {self.kv_heads}."
+            )
+        if self.world % self.nodes:
+            raise ValueError(
+                f"world must be a multiple of nodes. Got {self.world} and {self.nodes}."
+            )
+        return self
+
+    @property
+    def pattern(self) -> DilatedPattern | None:
+        """The dilated pattern, if there is one."""
+        if self.segment_lengths is None or self.dilation_rates is None:
+            return None
+        return DilatedPattern(
+            self.segment_lengths,
+            self.dilation_rates,
+            head_offsets=self.head_offsets,
+            head_groups=self.head_groups,
+            count_padding=self.count_padding,
+        )
+
+
+def _take_registered(
+    value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
+) -> Any:
+    """Let kinds in that a registry knows beside the project's own (see `Registry.parse`)."""
+    if isinstance(value, AttentionConfig):
+        return value
+    kinds: Mapping[str, type[AttentionConfig]] = (info.context or {}).get("kinds", {})
+    if isinstance(value, Mapping) and value.get("kind") in kinds:
+        return kinds[value["kind"]].model_validate(value, context=info.context)
+    return handler(value)
+
+
+if TYPE_CHECKING:
+    # Any subclass: third parties register theirs.
+    HeadAttentionConfig = AttentionConfig
+else:
+    # Attention between projected heads, as MultiheadDilatedAttention(attention=...) takes it.
+    HeadAttentionConfig = Annotated[
+        SerializeAsAny[
+            Annotated[
+                DilatedConfig
+                | RingConfig
+                | BlockSparseConfig
+                | BlockSparseDilatedConfig
+                | BlockSparseRingConfig
+                | BlockSparseRingDistributedConfig
+                | AutoConfig,
+                Field(discriminator="kind"),
+            ]
+        ],
+        WrapValidator(_take_registered),
+    ]
+
+
+class MultiheadConfig(AttentionConfig, _Multihead):
+    """`dilated_core.MultiheadDilatedAttention` around any attention between heads."""
+
+    kind: Literal["dilated_multihead"] = "dilated_multihead"
+    attention: HeadAttentionConfig
+
+
+class RingMultiheadConfig(AttentionConfig, PatternFields, _Multihead, _Ring):
+    """`dilated_ring.RingMultiheadDilatedAttention`."""
+
+    kind: Literal["ring_multihead"] = "ring_multihead"
+    dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -1,0 +1,37 @@
+"""Checkpoints and models of other projects: torchscale, GigaPath, Hugging Face."""
+
+from importlib.util import find_spec
+
+from dilated_core import DilatedPattern
+from dilated_factory.errors import missing_package
+
+
+def register_with_transformers(pattern: DilatedPattern, name: str = "dilated") -> None:
+    """Make dilated attention available to transformers' models as ``attn_implementation=name``.
+
+    Then ``AutoModelForCausalLM.from_pretrained(..., attn_implementation=name)``, or
+    ``model.set_attn_implementation(name)`` later, trains and generates with the pattern: any model
+    that takes its attention from transformers' AttentionInterface, causal or not, with padding on
+    either side. A row padded on the left gives what it gives alone. Generation uses transformers'
+    DynamicCache, which keeps all keys. A model without a dense branch in its pattern is not the
+    model that its weights were trained for: fine-tune it.
+
+    Each pattern needs a name of its own; registering the same again changes nothing.
+
+    Args:
+        pattern: which keys a query sees.
+        name: what the implementation is called.
+
+    Raises:
+        TypeError: ``pattern`` is not a DilatedPattern.
+        ValueError: the name is taken. Later, from the model: it asks for what dilated attention
+            does not serve (sliding windows, packed sequences, caches of fixed size, attention
+            weights).
+        MissingPackageError: transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        raise missing_package("register_with_transformers", "transformers")
+    # Only now: it takes seconds to import.
+    from dilated_factory.interop.transformers import register
+
+    register(pattern, name)

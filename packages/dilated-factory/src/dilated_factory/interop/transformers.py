@@ -1,0 +1,223 @@
+"""Hugging Face transformers: dilated attention inside its models, and our model as one of its.
+
+Importing this module imports transformers; `dilated_factory` itself does not.
+"""
+
+# Shapes, transformers' layout: B batch, H heads, N queries, M keys, D head_dim.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from dilated_core import DilatedPattern, dilated_attention
+from dilated_factory.config import LongNetConfig
+from dilated_factory.longnet import IGNORED, LongNetLM
+
+# What models hand to their attention that would change what it computes.
+_REFUSED = (
+    *("sliding_window", "softcap", "s_aux", "position_bias", "cache"),
+    *("cu_seq_lens_q", "cu_seq_lens_k"),
+)
+
+
+def register(pattern: DilatedPattern, name: str = "dilated") -> None:
+    """Make dilated attention available as ``attn_implementation=name``; see the public name."""
+    if not isinstance(pattern, DilatedPattern):
+        raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+    attention = DilatedAttentionFunction(pattern)
+    known = AttentionInterface()
+    if name in known.valid_keys() and known[name] != attention:
+        raise ValueError(
+            f"name must not be registered for another attention yet. Got {name!r}, which is "
+            f"{known[name]!r}."
+        )
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, padding_mask)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """The mask for `DilatedAttentionFunction`: bool (B, M), True = attend, or None if all do.
+
+    Raises:
+        ValueError: the model asks for something else than causal or full attention to all positions
+            so far: sliding windows, packed sequences, a cache of fixed size.
+    """
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise ValueError(
+            "the attention mask must be causal or full for dilated attention; sliding windows, "
+            f"chunks and packed sequences are not served. Got {mask_function!r}."
+        )
+    causal = mask_function is causal_mask_function
+    if kv_offset or (causal and int(q_offset) + q_length != kv_length):
+        raise ValueError(
+            "past_key_values must hold exactly the positions so far for dilated attention, as a "
+            f"DynamicCache does. Got {kv_length} keys from position {kv_offset} on, for queries "
+            f"{int(q_offset)} to {int(q_offset) + q_length - 1}."
+        )
+    if attention_mask is None or attention_mask.all():
+        return None
+    if attention_mask.shape != (batch_size, kv_length):
+        raise ValueError(
+            f"attention_mask must have shape {(batch_size, kv_length)}. "
+            f"Got {tuple(attention_mask.shape)}."
+        )
+    return attention_mask.to(torch.bool)
+
+
+@dataclass(frozen=True)
+class DilatedAttentionFunction:
+    """Attention as transformers' models call it, over a dilated pattern.
+
+    Leading padding of a row is cut off, so segments start at its first real token and a row padded
+    on the left gives what it gives alone.
+    """
+
+    pattern: DilatedPattern
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """Query (B, H, N, D), key and value (B, H_kv, M, D) to ((B, N, H, D), None)."""
+        _refuse(options)
+        if attention_mask is not None and (
+            attention_mask.ndim != 2 or attention_mask.dtype != torch.bool
+        ):
+            raise ValueError(
+                "attention_mask must be a padding mask (B, M) for dilated attention. "
+                f"Got {attention_mask.dtype} of {tuple(attention_mask.shape)}."
+            )
+        if is_causal is None:
+            is_causal = _is_causal(module)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            out = dilated_attention(
+                q, k, v, self.pattern,
+                is_causal=is_causal, scale=scaling, dropout_p=dropout, enable_gqa=True,
+                key_padding_mask=mask,
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            return out
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if attention_mask is None:
+            return attend(q, k, v, None), None
+        ignored = ~attention_mask
+        if not is_causal and q.shape[1] != k.shape[1]:  # keys of another sequence
+            return attend(q, k, v, ignored), None
+        return _without_leading_padding(attend, q, k, v, ignored), None
+
+
+def _without_leading_padding(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, ignored: Tensor
+) -> Tensor:
+    """Attend (B, N, H, D) in groups of rows with equal leading padding, without that padding."""
+    # A row of nothing but padding has none that leads; all its keys are ignored.
+    leading = (~ignored).int().argmax(dim=1)
+    if not leading.any():
+        return attend(q, k, v, ignored)
+    out = torch.zeros_like(q)
+    for count in leading.unique().tolist():
+        rows = leading == count
+        first = max(0, count - (k.shape[1] - q.shape[1]))
+        out[rows, first:] = attend(
+            q[rows, first:], k[rows, count:], v[rows, count:], ignored[rows, count:]
+        )
+    return out
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} must be None for dilated attention, which does not serve it. "
+                f"Got {options[name]!r}."
+            )
+    if options.get("output_attentions"):
+        raise ValueError("output_attentions must be False for dilated attention. Got True.")
+
+
+def _is_causal(module: nn.Module) -> bool:
+    # A configuration may make a decoder see both directions, and its modules do not know of it.
+    config = getattr(module, "config", None)
+    return bool(getattr(module, "is_causal", True)) and bool(getattr(config, "is_causal", True))
+
+
+class LongNetPreTrainedConfig(PreTrainedConfig):
+    """Configuration of `LongNetForCausalLM`: the fields of a `LongNetConfig` under ``longnet``."""
+
+    model_type = "dilated_longnet"
+
+    def __init__(self, longnet: dict[str, Any] | None = None, **options: Any) -> None:
+        config = LongNetConfig.model_validate(longnet or {})
+        self.longnet = config.model_dump(mode="json")
+        options["tie_word_embeddings"] = config.tie_embeddings
+        super().__init__(**options)
+
+
+class LongNetForCausalLM(PreTrainedModel):
+    """`LongNetLM` as one of transformers' models, with save_pretrained and from_pretrained.
+
+    ``LongNetForCausalLM(LongNetPreTrainedConfig(config.model_dump()))``; the model itself is in
+    ``.longnet``, and `dilated_factory.generation.generate_tokens` generates with it.
+    """
+
+    config_class = LongNetPreTrainedConfig
+    base_model_prefix = "longnet"
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"longnet.head.weight": "longnet.embedding.weight"}  # noqa: RUF012 # theirs
+
+    def __init__(self, config: LongNetPreTrainedConfig) -> None:
+        super().__init__(config)
+        self.longnet = LongNetLM(LongNetConfig.model_validate(config.longnet))
+        self.post_init()  # type: ignore[no-untyped-call] # it has no types
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> CausalLMOutput:
+        """Logits (B, N, V), and with labels the mean loss of the next token in nats.
+
+        Args:
+            input_ids: (B, N) int64.
+            attention_mask: (B, N), 0 = ignore.
+            labels: (B, N) int64, as ``input_ids``; -100 leaves a token out.
+        """
+        ignored = None if attention_mask is None else ~attention_mask.to(torch.bool)
+        hidden = self.longnet.hidden_states(input_ids, key_padding_mask=ignored)
+        logits = self.longnet.head(hidden)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORED,
+            )
+        return CausalLMOutput(loss=loss, logits=logits)

@@ -1,0 +1,256 @@
+"""Training on several processes: which share of a batch each has, and what they do together.
+
+The processes form a mesh of (data, sequence): a row of the mesh shares the sequences of one part of
+the batch, each rank with a contiguous part of every sequence. The weights are on every rank, and
+their gradients are averaged over all of them (DistributedDataParallel), so that a step is the step
+that one process would have taken with the whole batch.
+"""
+
+# Shapes: B batch, N length; b and n are those of a share.
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from dilated_factory.config import TrainConfig
+from dilated_factory.errors import InputError, RunError, missing_package
+from dilated_factory.layers import AttentionFactory
+from dilated_factory.longnet import LongNetLM
+
+_MEETING_SECONDS = 600.0  # for the processes of all nodes to start
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class Share(NamedTuple):
+    """The part of a batch that one rank computes.
+
+    Attributes:
+        tokens: (b, n) int64.
+        targets: (b, n) int64, what to predict at each token.
+        positions: (n,) int64, where the tokens are in their sequences.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The processes that train together; by default this one alone.
+
+    Attributes:
+        device: where this rank computes.
+        mesh: of two dimensions, (data, sequence), or None where there is one process.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder and talks."""
+        return self.mesh is None or dist.get_rank() == 0
+
+    def require_fit(self, config: TrainConfig) -> None:
+        """Refuse a configuration that cannot be shared out evenly.
+
+        Raises:
+            InputError: the batch or the context cannot be divided.
+        """
+        data, sequence = self._sizes
+        if config.batch_size % data:
+            raise InputError(
+                "batch_size must be a multiple of the processes that share it "
+                f"({data}). Got {config.batch_size}."
+            )
+        if config.model.context % sequence:
+            raise InputError(
+                f"context must be a multiple of --sequence-parallel ({sequence}). "
+                f"Got {config.model.context}."
+            )
+
+    def attention(self, config: TrainConfig) -> AttentionFactory | None:
+        """What makes the attention of a layer: None where each rank has whole sequences.
+
+        Raises:
+            MissingPackageError: sequences are shared, and dilated-ring is not installed.
+        """
+        if self.mesh is None or self._sizes[1] == 1:
+            return None
+        try:
+            from dilated_ring import RingDilatedAttention
+        except ImportError:
+            raise missing_package("--sequence-parallel", "dilated-ring") from None
+        pattern, dropout = config.model.pattern, config.model.dropout
+        group = self.mesh["sequence"]
+        return lambda: RingDilatedAttention(pattern, dropout=dropout, group=group)
+
+    def loss_of(self, model: LongNetLM) -> nn.Module:
+        """A module that takes a `Share` and returns its mean loss; backward averages gradients."""
+        loss = _Loss(model)
+        return loss if self.mesh is None else DistributedDataParallel(loss)
+
+    def share(self, windows: Tensor) -> Share:
+        """This rank's part of the windows (B, N + 1) of a step."""
+        (batch, length), (row, column) = windows.shape, self._place
+        data, sequence = self._sizes
+        rows = slice(row * batch // data, (row + 1) * batch // data)
+        n = (length - 1) // sequence
+        start = column * n
+        return Share(
+            windows[rows, start : start + n].to(self.device),
+            windows[rows, start + 1 : start + n + 1].to(self.device),
+            torch.arange(start, start + n, device=self.device),
+        )
+
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        """The mean of each number over the ranks: the same on all of them."""
+        if self.mesh is None:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        means: list[float] = (total / dist.get_world_size()).tolist()
+        return means
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.mean([0.0])
+
+    def require_same(self, name: str, digest: str) -> None:
+        """Refuse to train where ranks have read different data.
+
+        Args:
+            name: what it is.
+            digest: hexadecimal digits that depend on it.
+
+        Raises:
+            RunError: on all ranks, if the digest differs between them.
+        """
+        number = float(int(digest[:10], 16))  # 40 bits: their sum over ranks is exact in float64
+        (mean,) = self.mean([number])
+        (deviation,) = self.mean([abs(number - mean)])
+        if deviation:
+            raise RunError(f"the {name} must be the same on all ranks. It is not.")
+
+    @property
+    def dropout_purpose(self) -> str:
+        """Names the random numbers of this rank's dropout."""
+        row, column = self._place
+        return "dropout" if self.mesh is None else f"dropout/{row}/{column}"
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """How many ranks share a batch, and how many a sequence."""
+        return (1, 1) if self.mesh is None else (self.mesh.size(0), self.mesh.size(1))
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Which part of the batch, and of its sequences, is this rank's."""
+        if self.mesh is None:
+            return 0, 0
+        return self.mesh.get_local_rank(0), self.mesh.get_local_rank(1)
+
+
+class _Loss(nn.Module):
+    """`LongNetLM.loss` as a forward, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: LongNetLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+        return self.model.loss(tokens, targets, positions=positions)
+
+
+def join(device: torch.device, *, sequence_parallel: int = 1) -> Parallel:
+    """Train with the other processes that `torchrun` started, if it started this one.
+
+    Args:
+        device: where to compute; of several CUDA devices each process takes its own.
+        sequence_parallel: how many ranks share each sequence; the others share the batch.
+
+    Raises:
+        InputError: the processes cannot be divided so, or there is only one.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if sequence_parallel > 1 and world_size == 1:
+        raise InputError(
+            f"--sequence-parallel {sequence_parallel} needs as many processes: "
+            f"torchrun --nproc-per-node {sequence_parallel} -m dilated_factory train ..."
+        )
+    if world_size % sequence_parallel:
+        raise InputError(
+            f"--sequence-parallel must divide the number of processes ({world_size}). "
+            f"Got {sequence_parallel}."
+        )
+    if world_size == 1:
+        return Parallel(device)
+    if device.type not in _BACKENDS:
+        raise InputError(f"device must be cpu or cuda on several processes. Got {device.type!r}.")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        store, rank, _ = next(iter(rendezvous("env://")))
+        dist.init_process_group(
+            _BACKENDS[device.type],
+            store=PrefixStore(_name_of_attempt(store, rank, world_size), store),
+            rank=rank,
+            world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
+    shape = (world_size // sequence_parallel, sequence_parallel)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
+    return Parallel(device, mesh)
+
+
+def _name_of_attempt(store: Store, rank: int, world_size: int) -> str:
+    """A name that all processes of this attempt share, and no earlier attempt had.
+
+    `torchrun` keeps its store when it restarts the processes, and they would find in it the
+    addresses of those that are gone. It does not number the attempts alike on all nodes.
+    """
+    me = uuid.uuid4().hex
+    greetings = [f"dilated/greeting/{r}" for r in range(world_size)]
+    store.set(greetings[rank], me)
+    deadline = time.monotonic() + _MEETING_SECONDS
+    while time.monotonic() < deadline:
+        if rank == 0:
+            answers = [f"dilated/answer/{me}/{r}" for r in range(1, world_size)]
+            if store.check(answers):
+                return me
+            if store.check(greetings):
+                # Some may be of processes that are gone: repeated until the present ones answer.
+                present = [store.get(greeting).decode() for greeting in greetings]
+                store.set("dilated/present", json.dumps(present))
+        elif store.check(["dilated/present"]):
+            present = json.loads(store.get("dilated/present"))
+            if len(present) == world_size and present[rank] == me:
+                store.set(f"dilated/answer/{present[0]}/{rank}", "here")
+                return str(present[0])
+        time.sleep(0.02)
+    raise TimeoutError(f"rank {rank} did not meet the other {world_size - 1} processes in time.")
+
+
+def leave() -> None:
+    """End the process group of a training that went well."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def was_restarted() -> bool:
+    """Whether `torchrun --max-restarts` started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

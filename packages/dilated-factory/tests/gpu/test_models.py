@@ -1,0 +1,89 @@
+"""Models on a GPU: what they compute on the CPU, within the precision of their dtype."""
+
+import copy
+
+import pytest
+import torch
+
+from dilated_core import DilatedPattern
+from dilated_factory import (
+    LongNetConfig,
+    LongNetLM,
+    SlideEncoder,
+    SlideEncoderConfig,
+    generate_tokens,
+    register_with_transformers,
+)
+from dilated_testing import relative_error
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = LongNetConfig(
+    vocab_size=61, embed_dim=64, num_heads=4, num_layers=2, segment_lengths=(32, 96, 256),
+    dilation_rates=(1, 2, 4), context=512, positions="xpos",
+)  # fmt: skip
+
+
+@pytest.fixture
+def model() -> LongNetLM:
+    torch.manual_seed(0)
+    return LongNetLM(CONFIG)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-3), (torch.bfloat16, 5e-2)])
+def test_loss_and_gradients_are_those_of_the_cpu(
+    model: LongNetLM, dtype: torch.dtype, bound: float
+) -> None:
+    tokens = torch.randint(61, (2, 302))
+    moved = copy.deepcopy(model).to("cuda", dtype)
+    expected = model.double().loss(tokens)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    found = moved.loss(tokens.cuda())
+    gradients = torch.autograd.grad(found, list(moved.parameters()))
+    assert relative_error(found.cpu().double(), expected) < bound
+    for (name, _), one, two in zip(model.named_parameters(), gradients, wanted, strict=True):
+        error = (one.cpu().double() - two).norm() / two.norm()
+        # A key bias moves all scores of a query alike but for xPos: its gradient is nearly zero.
+        assert error < 4 * bound or "k_proj.bias" in name, name
+
+
+def test_the_cache_changes_no_likeliest_token(model: LongNetLM) -> None:
+    moved, prompt = model.to("cuda", torch.float64), torch.randint(61, (3, 117))
+    found = [
+        generate_tokens(moved, prompt, max_new_tokens=30, temperature=0, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*found)
+    assert found[0].device == prompt.device
+
+
+def test_a_slide_encoder_is_that_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    encoder = SlideEncoder(SlideEncoderConfig(num_layers=2)).eval()
+    tiles, coords = torch.randn(1, 3001, 1536), torch.randint(256_000, (1, 3001, 2))
+    with torch.no_grad():
+        (expected,) = encoder(tiles, coords)
+        (found,) = encoder.cuda()(tiles.cuda(), coords.cuda())
+    assert relative_error(found.cpu(), expected) < 5e-3
+
+
+def test_a_model_of_transformers_is_that_of_the_cpu() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    name = "dilated_gpu_test"
+    register_with_transformers(DilatedPattern([32, 96, 256], [1, 2, 4]), name)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    config._attn_implementation = name
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(config).eval()
+    tokens, mask = torch.randint(1, 61, (2, 301)), torch.ones(2, 301, dtype=torch.int64)
+    mask[0, :77] = 0
+    with torch.no_grad():
+        expected = llama(tokens, attention_mask=mask).logits
+        llama = llama.cuda()
+        found = llama(tokens.cuda(), attention_mask=mask.cuda()).logits.cpu()
+    assert relative_error(found[mask.bool()], expected[mask.bool()]) < 5e-3
+    longer = llama.generate(tokens.cuda(), attention_mask=mask.cuda(), max_new_tokens=5)
+    assert longer.shape == (2, 306)

@@ -1,0 +1,363 @@
+"""The commands that measure, plan, show and check; what they print for people and machines."""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_core import DilatedPattern
+from dilated_factory.cli import main
+from dilated_factory.cli.app import COMMANDS
+from dilated_factory.cli.plan import seconds, size
+from dilated_factory.configs.kinds import CONFIG_TYPES, parse_any
+
+Captured = pytest.CaptureFixture[str]
+PATTERN = ("--segment-lengths", "4,12", "--dilation-rates", "1,3")
+PNG = b"\x89PNG"
+
+
+def run(capsys: Captured, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def result(capsys: Captured, *arguments: object) -> dict[str, Any]:
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert isinstance(record, dict)
+    return record
+
+
+def complaint(capsys: Captured, *arguments: object) -> str:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("dilated: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def in_a_process(
+    *arguments: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_help_says(name: str) -> None:
+    command = getattr(importlib.import_module(f"dilated_factory.cli.{name}"), name)
+    text = command.info.help if name == "config" else inspect.getdoc(command)
+    assert text is not None
+    assert text.split("\n")[0] == COMMANDS[name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_in_its_help(capsys: Captured, name: str) -> None:
+    code, said, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert f"dilated {name}" in said
+
+
+def test_the_help_comes_without_torch() -> None:
+    code = (
+        "import sys; from dilated_factory.cli import main; main(['--help']); "
+        "print([m for m in ('torch', 'pydantic', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done, _ = in_a_process("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "bench" in done.stdout
+
+
+def test_the_help_comes_at_once() -> None:
+    # Against an empty Python process, so that a busy machine does not decide.
+    empty = min(in_a_process("-c", "import typer.rich_utils")[1] for _ in range(3))
+    whole = min(in_a_process("-m", "dilated_factory", "--help")[1] for _ in range(3))
+    assert whole < 0.5 or whole < 3 * empty
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("dilated ", "train"), ("dilated pl", "plan"), ("dilated config sch", "schema")],
+)
+def test_the_shell_completes(words: str, expected: str) -> None:
+    done, _ = in_a_process(
+        "-m",
+        "dilated_factory",
+        _DILATED_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split(" ")) - 1),
+    )
+    assert expected in done.stdout.split(), done
+
+
+def test_show_draws_in_the_terminal(capsys: Captured) -> None:
+    code, said, _ = run(capsys, "show", *PATTERN, "--length", 12, "--heads", 2, "--head", 1)
+    assert code == 0
+    assert "head 1 of 2" in said
+    seen = DilatedPattern([4, 12], [1, 3]).multiplicity(12, 2)[1]
+    rows = [line.split()[1] for line in said.splitlines()[1:]]
+    assert rows == ["".join(str(int(c)) if c else "·" for c in row) for row in seen]
+
+
+def test_show_writes_a_picture_and_a_page(capsys: Captured, tmp_path: Path) -> None:
+    png, html = tmp_path / "p.png", tmp_path / "p.html"
+    show = ("show", *PATTERN, "--length", 24, "--causal")
+    code, said, _ = run(capsys, *show, "--png", png, "--html", html)
+    assert code == 0
+    assert str(png) in said
+    assert str(html) in said
+    assert png.read_bytes().startswith(PNG)
+    assert "<canvas" in html.read_text()
+    record = result(capsys, *show, "--heads", 3)
+    seen = DilatedPattern([4, 12], [1, 3]).multiplicity(24, 3, is_causal=True)
+    assert record["visible_pairs"] == int(seen.sum())
+    assert record["blind_queries"] == int((seen.sum(-1) == 0).sum())
+    assert record["png"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--segment-lengths", "4"), "must be given together"),
+        (("--segment-lengths", "4", "--dilation-rates", "1,2"), "the same number of entries"),
+        (("--head", "4"), "--head must be less than --heads (4)"),
+        (("--length", "97"), "--length must be at most 96"),
+        (("--length", "513", "--json"), "--length must be at most 512"),
+        (("--heads", "2", "--head-groups", "split"), "heads must be at least"),
+    ],
+)
+def test_show_rejects(capsys: Captured, options: tuple[str, ...], says: str) -> None:
+    assert says in complaint(capsys, "show", *options)
+
+
+def test_bench_times_what_can_run_and_says_why_the_rest_cannot(
+    capsys: Captured, tmp_path: Path
+) -> None:
+    png = tmp_path / "bench.png"
+    config = tmp_path / "attention.toml"
+    config.write_text('kind = "dilated"\nsegment_lengths = [5]\ndilation_rates = [1]\n')
+    bench = ("bench", *PATTERN, "--length", 24, "--heads", 3, "--head-dim", 8, "--rounds", 2)
+    code, said, _ = run(capsys, *bench, "--config", config, "--png", png, "--causal")
+    assert code == 0
+    for part in ("dilated, torch", "dense, torch SDPA", "file: dilated", str(png), "24 positions"):
+        assert part in said
+    assert "not timed: dilated, triton: it needs CUDA" in said
+    assert png.read_bytes().startswith(PNG)
+    record = result(capsys, *bench, "--forward-only")
+    timings = {timing["name"]: timing for timing in record["timings"]}
+    assert record["forward_flops"] == DilatedPattern([4, 12], [1, 3]).flops(24, 3, 8)
+    assert len(timings["dilated, torch"]["rounds"]) == 2
+    assert timings["dilated, torch"]["least_seconds"] > 0
+    assert timings["dilated, triton"]["least_seconds"] is None
+
+
+def test_bench_leaves_the_reference_out_where_it_is_too_large(capsys: Captured) -> None:
+    record = result(
+        capsys,
+        *("bench", "--length", 4097, "--heads", 1, "--head-dim", 1, "--rounds", 1),
+        "--forward-only",
+    )
+    obstacles = {t["name"]: t["obstacle"] for t in record["timings"]}
+    assert "only up to 4096 positions" in obstacles["dilated, reference"]
+    assert obstacles["dilated, torch"] is None
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(capsys: Captured, tmp_path: Path) -> None:
+    config = tmp_path / "attention.json"
+    config.write_text(
+        json.dumps(
+            {
+                "kind": "dilated",
+                "segment_lengths": [4] * 9,
+                "dilation_rates": [1] * 9,
+                "head_groups": "split",
+            }
+        )
+    )
+    code, said, _ = run(
+        capsys, "bench", "--length", 16, "--heads", 2, "--config", config, "--rounds", 1
+    )
+    assert code == 0
+    assert "not timed: file: dilated: ValueError: heads must be at least" in said
+    assert "dense, torch SDPA" in said
+
+
+def test_plan_counts_what_the_definition_says(capsys: Captured) -> None:
+    plan = ("plan", 96, *PATTERN, "--heads", 4, "--head-dim", 8, "--dtype", "float32")
+    record = result(capsys, *plan, "--tflops", 0.001)
+    flops = DilatedPattern([4, 12], [1, 3]).flops(96, 4, 8)
+    row = 96 * 4 * 8 * 4
+    assert record["flops"] == flops
+    assert record["tensor_bytes"] == 4 * row + 96 * 4 * 4
+    assert record["message_bytes"] == record["received_bytes"] == record["gradient_bytes"] == 0
+    assert record["compute_seconds"] == pytest.approx(flops / 1e9)
+    trained = result(capsys, *plan, "--tflops", 0.001, "--training", "--batch", 3)
+    assert trained["flops"] == 3 * 3.5 * flops
+    assert trained["memory_bytes"] == 3 * (7 * row + 96 * 4 * 4)
+
+
+def test_plan_of_several_devices_is_that_of_ring(capsys: Captured) -> None:
+    ring = pytest.importorskip("dilated_ring", reason="dilated-ring is not installed")
+    options = ("--heads", 4, "--head-dim", 8, "--dtype", "float32", "--tflops", 0.001)
+    spread = ("plan", 95, *PATTERN, *options, "--devices", 24, "--gigabytes-per-second", 1)
+    made = ring.plan(
+        DilatedPattern([4, 12], [1, 3]),
+        length=96,
+        world_size=24,
+        heads=4,
+        head_dim=8,
+        dtype=torch.float32,
+        flops_per_second=1e9,
+        bytes_per_second=1e9,
+    )
+    record = result(capsys, *spread)
+    assert record["rows"] == 4
+    assert record["received_bytes"] == made.traffic.forward > 0
+    assert record["exchange_seconds"] == pytest.approx(made.traffic.forward / 1e9)
+    trained = result(capsys, *spread, "--training")
+    assert trained["received_bytes"] == made.traffic.total
+    assert trained["memory_bytes"] == made.memory.peak or (
+        made.memory.peak <= trained["memory_bytes"] <= 1.5 * made.memory.peak
+    )
+    assert "heads must be a multiple of kv_heads" in complaint(capsys, *spread, "--kv-heads", 3)
+
+
+def test_plan_of_a_billion_tokens_is_quick(capsys: Captured) -> None:
+    pytest.importorskip("dilated_ring", reason="dilated-ring is not installed")
+    start = time.process_time()
+    code, said, _ = run(
+        capsys,
+        *("plan", 10**9, "--devices", 1024, "--training", "--tflops", 400),
+        *("--gigabytes-per-second", 300),
+    )
+    assert time.process_time() - start < 10
+    assert code == 0
+    for part in ("976,563", "GiB", "TFLOP", "(given)", "ms"):
+        assert part in said
+
+
+def test_plan_measures_the_rate_where_none_is_given(capsys: Captured) -> None:
+    code, said, _ = run(capsys, "plan", 512, "--heads", 1, *PATTERN)
+    assert code == 0
+    assert "measured here" in said
+
+
+def test_plan_does_not_guess_the_speed_of_links(capsys: Captured) -> None:
+    pytest.importorskip("dilated_ring", reason="dilated-ring is not installed")
+    code, said, _ = run(capsys, "plan", 96, *PATTERN, "--devices", 24, "--tflops", 1)
+    assert code == 0
+    assert said.count("unknown: no speed of the links given") == 2
+
+
+def test_plan_of_several_devices_needs_ring(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = complaint(capsys, "plan", 96, *PATTERN, "--devices", 24, "--tflops", 1)
+    assert "pip install dilated-ring" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1,023 B"), (1024, "1.00 KiB"), (3 << 30, "3.00 GiB")]
+)
+def test_sizes_are_readable(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("duration", "text"), [(90.0, "90.00 s"), (0.25, "250.00 ms"), (3e-6, "3.0 µs")]
+)
+def test_durations_are_readable(duration: float, text: str) -> None:
+    assert seconds(duration) == text
+
+
+def test_doctor_tells_what_works_and_why_the_rest_does_not(capsys: Captured) -> None:
+    code, said, _ = run(capsys, "doctor")
+    assert code == 0
+    for part in ("torch", "dilated attention, torch, cpu", "agrees with the reference", "gloo"):
+        assert part in " ".join(said.split())
+    record = result(capsys, "doctor")
+    checks = {check["what"]: check for check in record["checks"]}
+    assert checks["dilated attention, reference, cpu"]["works"]
+    triton = checks["dilated attention, triton, cpu"]
+    assert not triton["works"]
+    assert not triton["broken"]
+    assert "needs CUDA" in triton["why"]
+    assert record["kinds"]["dilated"] == {"works": True, "needs": ""}
+
+
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+def test_doctor_finds_what_is_broken(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    doctor = importlib.import_module("dilated_factory.cli.doctor")
+    right = doctor._dilated
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+        if backend == "torch" and fault == "raises":
+            raise RuntimeError("no such operator")
+        out: Tensor = right(query, key, value, backend)
+        return 1.1 * out if backend == "torch" else out
+
+    monkeypatch.setattr(doctor, "_dilated", wrong)
+    code, said, _ = run(capsys, "doctor", "--json")
+    assert code == 1
+    broken = [check for check in json.loads(said)["checks"] if check["broken"]]
+    assert {check["what"] for check in broken} == {"dilated attention, torch, cpu"}
+    expected = "RuntimeError: no such operator" if fault == "raises" else "differs"
+    assert expected in broken[0]["why"]
+
+
+def test_config_prints_schemas(capsys: Captured) -> None:
+    code, said, _ = run(capsys, "config", "schema")
+    assert code == 0
+    assert list(json.loads(said)) == list(CONFIG_TYPES)
+    code, said, _ = run(capsys, "config", "schema", "pool")
+    assert code == 0
+    assert json.loads(said)["title"] == "PoolConfig"
+    assert "Did you mean 'pool'?" in complaint(capsys, "config", "schema", "pol")
+
+
+def test_config_checks_files(capsys: Captured, tmp_path: Path) -> None:
+    good, bad, other = tmp_path / "good.toml", tmp_path / "bad.json", tmp_path / "other.json"
+    good.write_text('kind = "pool"\nlimit_bytes = 5\n')
+    bad.write_text('{"kind": "pool", "limit": 5}')
+    other.write_text('{"steps": 3}')
+    code, said, _ = run(capsys, "config", "validate", good)
+    assert (code, said) == (0, f"{good}: valid\n")
+    code, said, _ = run(capsys, "config", "validate", good, bad, "--json")
+    assert code == 1
+    assert json.loads(said)[str(good)] == {"valid": True, "problem": None}
+    assert "Did you mean 'limit_bytes'?" in json.loads(said)[str(bad)]["problem"]
+    code, said, _ = run(capsys, "config", "validate", other)
+    assert code == 1
+    assert "kind is required" in said
+    code, said, _ = run(capsys, "config", "validate", other, "--kind", "train", "--show")
+    assert code == 0
+    shown = tmp_path / "shown.toml"
+    shown.write_text(said.split("valid\n", 1)[1])
+    assert run(capsys, "config", "validate", shown)[0] == 0
+    assert "kind 'trian' is not known" in complaint(
+        capsys, "config", "validate", other, "--kind", "trian"
+    )
+    assert "No such file" in complaint(capsys, "config", "validate", tmp_path / "none.json")
+    assert parse_any({"kind": "pool"})

@@ -1,0 +1,96 @@
+"""FSDP2 around each layer of a model, two real processes over gloo."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dilated_factory import LongNetConfig, LongNetLM
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("factory_distributed")]
+
+CONFIGS = [
+    LongNetConfig(
+        vocab_size=23, embed_dim=32, num_heads=4, num_layers=2, segment_lengths=(5, 12, 40),
+        dilation_rates=(1, 2, 3), context=37, tie_embeddings=tied,
+    )
+    for tied in (False, True)
+]  # fmt: skip
+
+WORKER = """
+import sys, torch
+import torch.distributed as dist
+from datetime import timedelta
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from dilated_factory import LongNetConfig, LongNetLM
+
+def train(config, rank, world):
+    torch.manual_seed(0)
+    model = LongNetLM(config, activation_checkpointing=True)
+    tokens = torch.randint(23, (4, 41))
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "loss")
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(tokens[rank::world]).backward()
+        optimizer.step()
+    return {name: x.full_tensor() for name, x in model.state_dict().items()}
+
+def main(rank, world, store, result, configs):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    configs = [LongNetConfig.model_validate_json(config) for config in configs]
+    states = [train(config, rank, world) for config in configs]
+    if rank == 0:
+        torch.save(states, result)
+    dist.destroy_process_group()
+
+main(int(sys.argv[1]), 2, sys.argv[2], sys.argv[3], sys.argv[4:])
+"""
+
+
+def trained_alone(config: LongNetConfig) -> LongNetLM:
+    torch.manual_seed(0)
+    model = LongNetLM(config)
+    tokens = torch.randint(23, (4, 41))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(tokens).backward()
+        optimizer.step()
+    return model
+
+
+def test_two_processes_with_a_shard_each_train_like_one(tmp_path: Path) -> None:
+    result, script = tmp_path / "states.pt", tmp_path / "worker.py"
+    script.write_text(WORKER)
+    told = [str(tmp_path / "store"), str(result)]
+    told += [config.model_dump_json() for config in CONFIGS]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), *told],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    for config, state in zip(CONFIGS, torch.load(result, weights_only=True), strict=True):
+        model = trained_alone(config)
+        assert set(state) == set(model.state_dict())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                state[name], parameter.detach(), msg=name, rtol=1e-4, atol=1e-5
+            )

@@ -1,0 +1,235 @@
+"""torchscale's checkpoints: its own outputs, from a dict and from files, and clear errors."""
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dilated_factory import LongNetConfig, LongNetEncoder, LongNetEncoderConfig, load_torchscale
+from dilated_testing import relative_error
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("torchscale_decoder", "torchscale_decoder_xpos")
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The checkpoint, the other tensors, and the fields of our configuration."""
+    told = json.loads((GOLDEN / f"{name}.json").read_text())
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+    fields = {
+        "vocab_size": told["vocab_size"],
+        "embed_dim": told["embed_dim"],
+        "num_heads": told["heads"],
+        "num_layers": told["layers"],
+        "ffn_dim": told["ffn_dim"],
+        "segment_lengths": told["segment_lengths"],
+        "dilation_rates": told["dilation_rates"],
+        "layer_norm_eps": told["layernorm_eps"],
+    }
+    return state, tensors, fields
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decoder_gives_torchscales_logits(name: str) -> None:
+    state, tensors, fields = golden(name)
+    model = load_torchscale(state, LongNetConfig(**fields))
+    logits = model(tensors["tokens"])
+    assert logits.dtype == torch.float64
+    assert relative_error(logits, tensors["logits"]) < 1e-8
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segment_lengths": [8, 16, 16]},
+        {"dilation_rates": [1, 2, 2]},
+        {"num_heads": 2},
+        {"layer_norm_eps": 1e-3},
+        {"scale_embedding": True},
+        {"xpos_scale_base": 99},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_golden_data_tells_each_field_apart(change: dict[str, Any]) -> None:
+    # Without xPos, whose bases would tell another number of heads.
+    state, tensors, fields = golden(NAMES["xpos_scale_base" in change])
+    model = load_torchscale(state, LongNetConfig(**{**fields, **change}))
+    assert relative_error(model(tensors["tokens"]), tensors["logits"]) > 1e-5
+
+
+def test_torchscales_gelu_is_that_of_float32() -> None:
+    state, tensors, fields = golden("torchscale_decoder")
+    model = load_torchscale(state, LongNetConfig(**fields))
+    for block in model.blocks:
+        block.feed_forward.float32_gelu = False  # type: ignore[union-attr]
+    error = relative_error(model(tensors["tokens"]), tensors["logits"])
+    assert 1e-8 < error < 1e-6
+
+
+def test_generation_continues_a_loaded_model() -> None:
+    state, tensors, fields = golden("torchscale_decoder_xpos")
+    model = load_torchscale(state, LongNetConfig(**fields))
+    caches = model.new_caches()
+    with torch.no_grad():
+        parts = [model(part, caches=caches) for part in tensors["tokens"].split((23, 1, 16), 1)]
+    assert relative_error(torch.cat(parts, 1), tensors["logits"]) < 1e-8
+
+
+def test_an_encoder_takes_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, tensors, fields = golden("torchscale_decoder")
+    config = LongNetEncoderConfig(**fields, head=True)
+    model = load_torchscale(state, config)
+    assert isinstance(model, LongNetEncoder)
+    assert model.config.count_padding
+    assert model.config.head_offsets == "blocked"
+    # torchscale's encoders and decoders differ in the direction of attention alone.
+    for block in model.blocks:
+        attention = block.attention.attention  # type: ignore[union-attr]
+        forward = attention.forward  # type: ignore[union-attr]
+        monkeypatch.setattr(
+            attention,
+            "forward",
+            lambda *heads, forward=forward, **options: forward(
+                *heads, **{**options, "is_causal": True}
+            ),
+        )
+    assert relative_error(model(tensors["tokens"]), tensors["logits"]) < 1e-8
+    monkeypatch.undo()
+    assert relative_error(model(tensors["tokens"]), tensors["logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "nested pth"])
+def test_a_file_is_as_good_as_a_dict(kind: str, tmp_path: Path) -> None:
+    state, tensors, fields = golden("torchscale_decoder")
+    if kind == "safetensors":
+        path: Path = tmp_path / "model.safetensors"
+        save_file(state, path)
+    else:
+        path = tmp_path / "model.pth"
+        torch.save({"model": state, "epoch": 3} if kind == "nested pth" else state, path)
+    for source in (path, str(path)):
+        model = load_torchscale(source, LongNetConfig(**fields))
+        assert relative_error(model(tensors["tokens"]), tensors["logits"]) < 1e-8
+
+
+def test_a_file_cannot_run_code(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"model": {"x": Harm()}}, tmp_path / "model.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        load_torchscale(tmp_path / "model.pth", LongNetConfig())
+    assert not (tmp_path / "harm").exists()
+
+
+def test_the_checkpoint_and_the_model_share_nothing() -> None:
+    state, _, fields = golden("torchscale_decoder")
+    model = load_torchscale(state, LongNetConfig(**fields))
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.requires_grad
+            parameter.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+def test_equal_ends_become_one_weight() -> None:
+    state, tensors, fields = golden("torchscale_decoder")
+    assert not load_torchscale(state, LongNetConfig(**fields)).config.tie_embeddings
+    state["output_projection.weight"] = state["embed_tokens.weight"]
+    tied = load_torchscale(state, LongNetConfig(**fields))
+    assert tied.config.tie_embeddings
+    assert tied.head.weight is tied.embedding.weight
+    untied = load_torchscale(state, LongNetConfig(**fields, tie_embeddings=False))
+    assert untied.head.weight is not untied.embedding.weight
+    assert torch.equal(untied(tensors["tokens"]), tied(tensors["tokens"]))
+
+
+def test_a_dtype_is_kept() -> None:
+    state, tensors, fields = golden("torchscale_decoder_xpos")
+    state = {name: tensor.float() for name, tensor in state.items()}
+    model = load_torchscale(state, LongNetConfig(**fields))
+    logits = model(tensors["tokens"])
+    assert logits.dtype == torch.float32
+    assert relative_error(logits.double(), tensors["logits"]) < 1e-5
+
+
+def test_all_that_does_not_fit_is_listed_at_once() -> None:
+    state, _, fields = golden("torchscale_decoder")
+    state["layers.1.ffn.fc1.bias"] = torch.zeros(3, dtype=torch.float64)
+    state["layers.0.surplus"] = state["embed_positions.weight"] = torch.zeros(1)
+    del state["layer_norm.weight"], state["layers.0.self_attn.k_proj.bias"]
+    with pytest.raises(ValueError, match="state_dict must hold exactly") as caught:
+        load_torchscale(state, LongNetConfig(**fields))
+    for problem in (
+        "missing layer_norm.weight",
+        "missing layers.0.self_attn.k_proj.bias",
+        "unexpected layers.0.surplus",
+        "unexpected embed_positions.weight",
+        "layers.1.ffn.fc1.bias must have shape (64,), got (3,)",
+    ):
+        assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "says"),
+    [
+        (NAMES[0], {"head_offsets": "interleaved"}, "config.head_offsets must be 'blocked'"),
+        (NAMES[0], {"positions": "rotary"}, "config.positions must be 'none'.*'rotary'"),
+        (NAMES[1], {"positions": "none"}, "config.positions must be 'xpos'"),
+        (NAMES[0], {"tie_embeddings": True}, "config.tie_embeddings must be False"),
+        (NAMES[0], {"float32_gelu": False}, "config.float32_gelu must be True"),
+        (NAMES[1], {"xpos_scale_base": 9}, "xpos_scale_base must be at least context / 100"),
+    ],
+)
+def test_fields_that_contradict_the_checkpoint_are_named(
+    name: str, fields: dict[str, Any], says: str
+) -> None:
+    state, _, shape = golden(name)
+    with pytest.raises(ValueError, match=says):
+        load_torchscale(state, LongNetConfig(**shape, **fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layers.1.self_attn.xpos.scale": None}, "xPos in all layers. Missing layers.1.self_attn"),
+        ({"layers.0.self_attn.xpos.scale": torch.ones(4)}, r"bases \[0.28.*Got \[1.0, 1.0"),
+        ({"layers.2.self_attn.xpos.scale": torch.ones(4)}, "unexpected layers.2.self_attn.xpos"),
+    ],
+)
+def test_bases_of_xpos_must_be_xpos(change: dict[str, Tensor | None], says: str) -> None:
+    state, _, fields = golden("torchscale_decoder_xpos")
+    merged = {**state, **change}
+    kept = {name: tensor for name, tensor in merged.items() if tensor is not None}
+    with pytest.raises(ValueError, match=says):
+        load_torchscale(kept, LongNetConfig(**fields))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"x": 3}, {"model": {"x": "y"}}])
+def test_what_is_no_checkpoint_is_named(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="a checkpoint must hold named tensors"):
+        load_torchscale(tmp_path / "model.pth", LongNetConfig())
+
+
+def test_a_misplaced_branch_is_warned_of_and_no_other() -> None:
+    state, _, fields = golden("torchscale_decoder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_torchscale(state, LongNetConfig(**fields))
+    fields.update(segment_lengths=(8, 20, 33, 64), dilation_rates=(1, 3, 4, 4))
+    with pytest.warns(UserWarning, match="inputs longer than 20 positions") as caught:
+        load_torchscale(state, LongNetConfig(**fields))
+    said = str(caught[0].message)
+    assert "(segment length 20, dilation rate 3), (segment length 33, dilation rate 4)." in said
+    assert caught[0].filename == __file__

@@ -1,0 +1,159 @@
+"""Between a whole sequence and the shards of ranks: contiguous, of one length, padded at the end.
+
+P ranks, N positions, n = ceil(N / P) rows of a shard, rounded up to `multiple_of`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_ring._faults import Call
+from dilated_ring._topology import Ring, find_ring
+
+
+class Shard(NamedTuple):
+    """This rank's rows of a sequence.
+
+    Attributes:
+        rows: n of them along the sharded dimension; the last ranks may have rows of padding.
+        key_padding_mask: (B, n) bool, True = padding, or None on all ranks if there is none.
+    """
+
+    rows: Tensor
+    key_padding_mask: Tensor | None
+
+
+def shard_sequence(
+    x: Tensor,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    dim: int = 1,
+    multiple_of: int = 1,
+    key_padding_mask: Tensor | None = None,
+) -> Shard:
+    """This rank's rows of a sequence that every rank has; padded with zeros where it is too short.
+
+    Args:
+        x: the whole sequence, batch first, e.g. token numbers (B, N) or embeddings (B, N, E).
+        group: as in `ring_attention`; alone, a rank gets all rows.
+        dim: the dimension of the N positions.
+        multiple_of: what n is to be a multiple of; with the pattern's smallest segment length, the
+            branches that fit in a shard need no rows of other ranks.
+        key_padding_mask: (B, N) bool, True = ignore.
+
+    Returns:
+        The rows, and the mask for `ring_attention`, with the padding masked.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int):
+        raise TypeError(f"multiple_of must be an int. Got {multiple_of!r}.")
+    if multiple_of <= 0:
+        raise ValueError(f"multiple_of must be positive. Got {multiple_of}.")
+    dim, length = dim % x.ndim, x.shape[dim]
+    if dim == 0:
+        raise ValueError("dim must not be the batch dimension 0. Got 0.")
+    if key_padding_mask is not None and key_padding_mask.shape != (x.shape[0], length):
+        raise ValueError(
+            f"key_padding_mask must have shape {(x.shape[0], length)}. "
+            f"Got {tuple(key_padding_mask.shape)}."
+        )
+    ring = find_ring(group)
+    rank, world_size = (ring.rank, ring.world_size) if ring else (0, 1)
+    n = -(-length // (world_size * multiple_of)) * multiple_of
+    if key_padding_mask is None and n * world_size != length:
+        key_padding_mask = torch.zeros(x.shape[0], length, dtype=torch.bool, device=x.device)
+    start = rank * n
+    rows = _rows(x, dim, start, n, 0)
+    if key_padding_mask is not None:
+        key_padding_mask = _rows(key_padding_mask, 1, start, n, 1)
+    return Shard(rows, key_padding_mask)
+
+
+def unshard_sequence(
+    x: Tensor,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    dim: int = 1,
+    length: int | None = None,
+) -> Tensor:
+    """The whole sequence, on every rank, from the rows of each; the inverse of `shard_sequence`.
+
+    The gradient of a rank's rows is the sum over ranks of what each sends back, the true one where
+    the loss is the sum of the losses of all ranks.
+
+    Args:
+        x: this rank's rows, as many on each.
+        group: as in `ring_attention`.
+        dim: the dimension of the rows.
+        length: positions N, to cut off the padding; all rows when None.
+
+    Raises:
+        ValueError: `length` is negative or above the number of rows.
+        RingError: a rank failed, died or stalled.
+    """
+    ring = find_ring(group)
+    rows = x.shape[dim] * (ring.world_size if ring else 1)
+    if length is not None and not 0 <= length <= rows:
+        raise ValueError(f"length must be between 0 and {rows}. Got {length}.")
+    if ring is not None:
+        gather: Callable[..., Tensor] = _Unshard.apply
+        x = gather(x.movedim(dim, 0), ring).movedim(0, dim)
+    return x if length is None else x.narrow(dim, 0, length)
+
+
+def local_positions(
+    length: int,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The positions in the whole sequence of this rank's `length` rows, (n,) int64."""
+    ring = find_ring(group)
+    start = ring.rank * length if ring else 0
+    return torch.arange(start, start + length, device=device)
+
+
+def _rows(x: Tensor, dim: int, start: int, count: int, fill: int) -> Tensor:
+    """Rows from `start`, filled up behind the last one."""
+    held = max(0, min(count, x.shape[dim] - start))
+    rows = x.narrow(dim, min(start, x.shape[dim]), held)
+    if held == count:
+        return rows
+    shape = list(x.shape)
+    shape[dim] = count - held
+    return torch.cat([rows, x.new_full(shape, fill)], dim)
+
+
+class _Unshard(torch.autograd.Function):
+    """Gather rows (n, ...) of all ranks to (P * n, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
+        ctx.ring = ring
+        whole = x.new_empty((ring.world_size * x.shape[0], *x.shape[1:]))
+        with Call(ring.group, x.device, "unshard_sequence") as call:
+            call.step = "gather"
+            parts = list(whole.unflatten(0, (ring.world_size, x.shape[0])).unbind())
+            work = dist.all_gather(parts, x.contiguous(), group=ring.group, async_op=True)
+            assert work is not None
+            call.wait(work)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ring: Ring = ctx.ring
+        parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        with Call(ring.group, grad.device, "gradient of unshard_sequence") as call:
+            call.step = "exchange"
+            work = dist.all_to_all_single(parts, grad.contiguous(), group=ring.group, async_op=True)
+            assert work is not None
+            call.wait(work)
+        return parts.unflatten(0, (ring.world_size, len(parts) // ring.world_size)).sum(0), None

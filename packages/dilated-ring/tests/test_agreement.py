@@ -1,0 +1,128 @@
+"""Ranks compare their arguments, and all raise the same error if these do not fit."""
+
+import pytest
+
+import ring_fault_programs as programs
+from dilated_ring import RankMismatchError, RingError
+from process_ranks import GetRanks, Outcome, Ranks, World, worlds
+
+SECONDS = 5.0  # within which every rank must know
+
+
+def alike(outcomes: list[Outcome]) -> BaseException:
+    """The error that all ranks raised alike, in time."""
+    errors = [outcome.error for outcome in outcomes]
+    assert len({(type(error), str(error)) for error in errors}) == 1, errors
+    assert max(outcome.seconds for outcome in outcomes) < SECONDS
+    error = errors[0]
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("world", worlds(2, 3, 4, 8))
+def test_ranks_that_differ_are_named_with_their_values(ranks: GetRanks, world: World) -> None:
+    group = ranks(world)
+    facts = [{"batch": 3, "dtype": "float32", "shape": (3, 7)} for _ in range(world.size)]
+    facts[-1] = {"batch": 3, "dtype": "float64", "shape": (3, 5)}
+    errors = [None] * world.size
+    error = alike(group.outcomes(programs.compare, facts, errors, "always"))
+    assert isinstance(error, RankMismatchError)
+    assert isinstance(error, ValueError)
+    assert error.ranks == (world.size - 1,)
+    last, others = world.size - 1, ", ".join(map(str, range(world.size - 1)))
+    s = "s" * (world.size > 2)
+    assert str(error) == (
+        "all ranks must be called alike. "
+        f"Got dtype: float32 on rank{s} {others}, float64 on rank {last}; "
+        f"shape: (3, 7) on rank{s} {others}, (3, 5) on rank {last}."
+    )
+    # Nothing was exchanged, and the group serves on.
+    group.run(programs.compare, [facts[0]] * world.size, errors, "always")
+    assert group.run(programs.once_more) == [list(map(float, range(world.size)))] * world.size
+
+
+@pytest.mark.parametrize("world", worlds(2, 3))
+def test_an_error_on_one_rank_is_raised_on_all(ranks: GetRanks, world: World) -> None:
+    errors: list[Exception | None] = [None] * world.size
+    errors[1] = ValueError("w must be > 0. Got 0.")
+    outcomes = ranks(world).outcomes(programs.compare, [{}] * world.size, errors, "always")
+    error = alike(outcomes)
+    assert isinstance(error, RankMismatchError)
+    assert error.ranks == (1,)
+    assert "rank 1: ValueError: w must be > 0. Got 0." in str(error)
+    assert "The above exception was the direct cause" in outcomes[1].traceback
+
+
+@pytest.mark.parametrize("validate", ["always", "off"])
+@pytest.mark.parametrize("world", worlds(2))
+def test_an_error_on_all_ranks_is_raised_as_it_is(
+    ranks: GetRanks, world: World, validate: str
+) -> None:
+    errors = [ValueError("w must be > 0. Got 0.")] * 2
+    group = ranks(world)
+    error = alike(group.outcomes(programs.compare, [{}] * 2, errors, validate))
+    assert type(error) is ValueError
+    assert group.run(programs.once_more) == [[0.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("world", worlds(2))
+def test_first_compares_once_in_the_life_of_a_group(ranks: GetRanks, world: World) -> None:
+    with Ranks(world) as group:
+        different = [{"batch": rank} for rank in range(2)]
+        error = alike(group.outcomes(programs.compare, different, [None] * 2, "first"))
+        assert isinstance(error, RankMismatchError)
+        group.run(programs.compare, [{}] * 2, [None] * 2, "first")
+        group.run(programs.compare, different, [None] * 2, "first")
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("faults")
+def test_an_error_on_one_rank_reaches_the_others_even_if_nothing_is_compared() -> None:
+    with Ranks(3) as group:
+        outcomes = group.outcomes(programs.exchange_unless_refused, 2)
+    assert type(outcomes[2].error) is ValueError
+    error = alike(outcomes[:2])
+    assert isinstance(error, RingError)
+    assert error.ranks == (2,)
+    assert "rank 2 failed: ValueError: w must be > 0. Got 0." in str(error)
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_skips_the_comparison_is_noticed(size: int) -> None:
+    with Ranks(size, group_timeout=60) as group:
+        outcomes = group.outcomes(programs.compare_but, 1, timeout=20)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, RingError)
+        assert "rank 1 at forward: exchange" in str(outcome.error)
+        assert "rank 0 at forward: comparison of arguments" in str(outcome.error)
+        assert outcome.seconds < 2 * SECONDS
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("length", "shape of query: (2, 7, 4, 8) on rank{s} {others}, (2, 6, 4, 8) on rank {last}"),
+        (
+            "dtype",
+            "dtype of value: torch.float32 on rank{s} {others}, torch.float64 on rank {last}",
+        ),
+        ("causal", "is_causal: False on rank{s} {others}, True on rank {last}"),
+        ("pattern", '"segment_lengths": [5, 1000]'),
+        ("invalid", "rank {last}: ValueError: query must have shape"),
+    ],
+)
+@pytest.mark.parametrize("world", worlds(2, 3))
+def test_ring_attention_moves_nothing_where_ranks_differ(
+    ranks: GetRanks, world: World, what: str, named: str
+) -> None:
+    error = alike(ranks(world).outcomes(programs.attend_differently, what))
+    assert isinstance(error, RankMismatchError)
+    last = world.size - 1
+    assert error.ranks == (last,)
+    others = ", ".join(map(str, range(last)))
+    words = {"{s}": "s" * (world.size > 2), "{others}": others, "{last}": str(last)}
+    for word, value in words.items():
+        named = named.replace(word, value)
+    assert named in str(error)

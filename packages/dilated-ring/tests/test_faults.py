@@ -1,0 +1,113 @@
+"""Whatever happens to one rank, all others raise a RingError that names it, and can exit."""
+
+import time
+
+import pytest
+
+import ring_fault_programs as programs
+from dilated_ring import RingError
+from process_ranks import Ranks, World
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("faults")]
+
+TIMEOUT = 8.0  # of the group; every rank must have raised by then
+TIMEOUT_ON_GPU = 30.0  # to set up CUDA and NCCL takes seconds
+FORWARD = ["attend_span", "attend_packed_"]
+BACKWARD = ["attend_span_backward", "attend_packed_backward"]
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        *((place, fault) for place in FORWARD + BACKWARD for fault in ("exception", "killed")),
+        ("attend_packed_", "stopped"),
+        ("attend_packed_backward", "stopped"),
+        ("attend_span", "memory"),
+        *((f"lease {number}", "memory") for number in (0, 1, 2)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [
+        ("gather", World(2)),
+        ("ring", World(3)),
+        pytest.param("gather", World(2, "cuda"), marks=pytest.mark.multi_gpu),
+    ],
+    ids=str,
+)
+def test_every_survivor_names_the_rank_and_the_step(
+    place: str, fault: str, strategy: str, world: World
+) -> None:
+    timeout = TIMEOUT if world.device == "cpu" else TIMEOUT_ON_GPU
+    with Ranks(world, group_timeout=timeout) as group:
+        outcomes = group.outcomes(programs.attend, 1, place, fault, strategy, timeout=timeout + 2)
+        started = time.monotonic()
+        codes = group.close()
+        assert time.monotonic() - started < timeout
+    told = fault in ("exception", "memory")  # it could tell the others, who need not wait long
+    assert outcomes[1].finished == told
+    for rank, outcome in enumerate(outcomes):
+        if rank == 1 and not told:
+            continue
+        assert codes[rank] == 0
+        assert outcome.seconds < (0.75 * timeout if told else timeout)
+        report = outcome.value
+        assert isinstance(report, programs.Report), outcome.traceback
+        assert isinstance(report.error, RingError)
+        assert report.error.ranks == (1,)
+        assert "rank 1" in str(report.error)
+        assert report.error.step in str(report.error)
+        assert report.error.step.startswith(("forward: ", "backward: "))
+        assert report.cause != "None"
+        assert report.kept == 0
+        if told:
+            reason = "seven is not prime" if fault == "exception" else "7 PiB"
+            assert reason in str(report.error)
+            assert reason in report.cause
+            assert ("backward" in place) == ("backward: " in report.error.step) or "lease" in place
+
+
+def test_without_a_fault_buffers_are_lent_and_given_back() -> None:
+    with Ranks(2, group_timeout=TIMEOUT) as group:
+        for strategy in ("gather", "ring"):
+            for report in group.run(programs.attend, 1, "attend_span", "none", strategy):
+                assert report.error is None
+                assert report.lent >= 6
+                assert report.kept == 0
+
+
+def test_a_slow_rank_is_waited_for() -> None:
+    with Ranks(3, group_timeout=TIMEOUT) as group:
+        assert group.run(programs.exchange_twice, 1, "slow") == [[0.0, 1.0, 2.0]] * 3
+        assert group.run(programs.exchange_twice, 1, "none") == [[0.0, 1.0, 2.0]] * 3
+
+
+def test_a_group_that_broke_is_refused_at_once() -> None:
+    with Ranks(2, group_timeout=TIMEOUT) as group:
+        group.outcomes(programs.exchange_twice, 0, "exception")
+        outcomes = group.outcomes(programs.once_more)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, RingError)
+        assert "cannot be used after an earlier fault: rank 0 failed" in str(outcome.error)
+        assert outcome.error.ranks == (0,)
+        assert outcome.seconds < 0.5
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_fault_in_a_trade_of_heads_is_told_too(number: int) -> None:
+    with Ranks(2, group_timeout=TIMEOUT) as group:
+        for outcome in group.outcomes(programs.attend, 1, f"lease {number}", "memory", "heads"):
+            assert isinstance(outcome.value.error, RingError), outcome.traceback
+            assert outcome.value.error.ranks == (1,)
+            assert outcome.value.kept == 0
+            assert outcome.seconds < 0.75 * TIMEOUT
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_without_a_store_there_is_still_an_error_in_time(fault: str) -> None:
+    with Ranks(2, group_timeout=TIMEOUT) as group:
+        outcome = group.outcomes(programs.lose_store_and, 1, fault, timeout=TIMEOUT + 2)[0]
+    assert isinstance(outcome.error, RingError), outcome.traceback
+    assert outcome.error.ranks == ()
+    assert "a rank is gone, with the store" in str(outcome.error)
+    assert outcome.seconds < TIMEOUT

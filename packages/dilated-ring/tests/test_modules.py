@@ -1,0 +1,164 @@
+"""Modules and shards: what a model needs to train on a sequence that no rank has whole."""
+
+import pytest
+import torch
+
+import ring_module_programs as programs
+from dilated_core import DilatedAttention, DilatedPattern
+from dilated_ring import (
+    RingDilatedAttention,
+    RingMultiheadDilatedAttention,
+    local_positions,
+    ring_attention,
+    shard_sequence,
+    unshard_sequence,
+)
+from dilated_testing import relative_error
+from process_ranks import GetRanks, World, worlds
+
+PATTERN = programs.PATTERN
+
+
+@pytest.fixture
+def expected():
+    """Output and gradients of the layer of one process."""
+    layer = programs.reference_layer()
+    x, grad = programs.inputs(37)
+    x.requires_grad_()
+    out, _ = layer(x, is_causal=True)
+    (out * grad).sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    return {"out": out, "x": x.grad, **grads}
+
+
+@pytest.mark.parametrize("world", worlds(1, 2, 4))
+def test_a_layer_trains_as_on_one_process(ranks: GetRanks, world: World, expected) -> None:
+    """37 positions divide among no ranks, so the last shards are padded."""
+    for found in ranks(world).run(programs.train_layer, 37):
+        for name, value in expected.items():
+            assert relative_error(found[name], value) < 1e-10, name
+
+
+@pytest.mark.parametrize("world", worlds(4))
+@pytest.mark.parametrize("ring_size", [2, 4])
+def test_rings_of_neighbours(ranks: GetRanks, world: World, expected, ring_size: int) -> None:
+    for found in ranks(world).run(programs.train_layer, 37, ring_size):
+        for name, value in expected.items():
+            assert relative_error(found[name], value) < 1e-10, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", worlds(2))
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_a_wrapped_layer_trains_alike(ranks: GetRanks, world: World, expected, how: str) -> None:
+    for found in ranks(world).run(programs.train_layer, 37, None, how, timeout=240):
+        for name, value in expected.items():
+            assert relative_error(found[name], value) < 1e-10, name
+
+
+@pytest.mark.parametrize("world", worlds(2, 3))
+def test_a_ring_cannot_be_larger_than_the_world(ranks: GetRanks, world: World) -> None:
+    expected = f"ring_size (8) cannot exceed world_size ({world.size})"
+    assert ranks(world).run(programs.too_large_ring) == [expected] * world.size
+
+
+@pytest.mark.parametrize("world", worlds(2))
+def test_a_ring_of_one_has_its_sequence_alone(ranks: GetRanks, world: World) -> None:
+    assert all(ranks(world).run(programs.ring_of_one))
+
+
+def test_without_a_group_the_world_is_one_process() -> None:
+    with pytest.raises(ValueError, match=r"^ring_size \(8\) cannot exceed world_size \(1\)$"):
+        RingDilatedAttention(PATTERN, ring_size=8)
+    x = torch.randn(2, 11, 5)
+    rows, mask = shard_sequence(x)
+    assert torch.equal(rows, x)
+    assert mask is None
+    assert torch.equal(unshard_sequence(x, length=7), x[:, :7])
+    assert local_positions(3).tolist() == [0, 1, 2]
+    heads = torch.randn(2, 11, 6, 8)
+    actual = RingDilatedAttention(PATTERN)(heads, heads, heads, is_causal=True)
+    assert torch.equal(actual, DilatedAttention(PATTERN)(heads, heads, heads, is_causal=True))
+
+
+@pytest.mark.parametrize("world", worlds(1, 3))
+@pytest.mark.parametrize(("length", "multiple_of"), [(12, 1), (13, 1), (13, 5), (2, 1), (0, 1)])
+def test_shards_are_contiguous_padded_and_masked(
+    ranks: GetRanks, world: World, length: int, multiple_of: int
+) -> None:
+    found = ranks(world).run(programs.shards, length, multiple_of)
+    n = found[0][0].shape[1]
+    assert n % multiple_of == 0
+    assert 0 <= n * world.size - length < world.size * multiple_of
+    x = torch.arange(2 * length).view(2, length)
+    padding = n * world.size - length
+    padded = torch.cat([x, x.new_zeros(2, padding)], 1)
+    for rank, (rows, mask, whole) in enumerate(found):
+        here = slice(rank * n, rank * n + n)
+        assert torch.equal(rows, padded[:, here])
+        assert torch.equal(whole, x)
+        if padding:
+            assert mask.tolist() == [[p >= length for p in range(here.start, here.stop)]] * 2
+        else:
+            assert mask is None
+
+
+@pytest.mark.parametrize("world", worlds(3))
+def test_positions_count_through_the_ranks(ranks: GetRanks, world: World) -> None:
+    found = ranks(world).run(programs.positions, 5)
+    assert [position for rank in found for position in rank] == list(range(15))
+
+
+@pytest.mark.parametrize("world", worlds(2, 4))
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_buffers_are_given_back_and_not_used_after(
+    ranks: GetRanks, world: World, strategy: str
+) -> None:
+    for lent, all_back, same in ranks(world).run(programs.use_buffers, strategy):
+        assert lent > 0
+        assert all_back
+        assert same
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: RingDilatedAttention([4]), "pattern must be an AttentionPattern"),
+        (lambda: RingDilatedAttention(PATTERN, dropout=1.0), r"dropout must be in \[0, 1\)"),
+        (lambda: RingDilatedAttention(PATTERN, strategy="fast"), "strategy must be one of"),
+        (lambda: RingDilatedAttention(PATTERN, validate="maybe"), "validate must be one of"),
+        (lambda: RingDilatedAttention(PATTERN, ring_size=0), "ring_size must be positive"),
+        (lambda: RingDilatedAttention(PATTERN, ring_size=2.0), "ring_size must be an int"),
+        (lambda: shard_sequence(torch.ones(2, 3), multiple_of=0), "multiple_of must be positive"),
+        (lambda: shard_sequence(torch.ones(2, 3), dim=0), "dim must not be the batch dimension"),
+        (lambda: unshard_sequence(torch.ones(2, 3), length=4), "length must be between 0 and 3"),
+        (lambda: local_positions(3, group=7), "group must be a ProcessGroup"),
+    ],
+)
+def test_bad_arguments_are_named(call, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "fast"}, "strategy must be one of"),
+        ({"validate": "maybe"}, "validate must be one of"),
+        ({"is_causal": 1}, "is_causal must be a bool"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\)"),
+        ({"scale": float("inf")}, "scale must be finite"),
+        ({"buffers": 3}, "buffers must be a BufferSource"),
+    ],
+)
+def test_bad_options_are_named(options, message) -> None:
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ring_attention(x, x, x, DilatedPattern([4], [1]), **options)
+
+
+def test_the_layers_print_their_arguments() -> None:
+    layer = RingMultiheadDilatedAttention(48, 6, PATTERN, dropout=0.1, strategy="ring")
+    assert "dropout=0.1" in repr(layer)
+    assert "strategy='ring'" in repr(layer)
+    assert list(layer.buffers()) == []

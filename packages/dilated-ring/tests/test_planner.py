@@ -1,0 +1,181 @@
+"""What the planner says is what a run moves and holds; and a run of any size, without hardware."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ring_planner_programs as programs
+from dilated_core import DilatedPattern
+from dilated_ring import plan
+from dilated_testing import patterns
+from process_ranks import GetRanks, World, worlds
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+def test_its_bytes_are_those_of_a_run(ranks: GetRanks, world: World, strategy: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for is_causal in (False, True):
+            pattern = DilatedPattern([5, 23, 1000], [1, 2, 3])
+            shape = (2, 11, 6, 8)
+            options: dict[str, Any] = {"strategy": strategy, "is_causal": is_causal}
+            found = ranks(world).run(programs.count, pattern, shape, 3, dtype, options)
+            for rank, counts in enumerate(found):
+                planned = plan(
+                    pattern, length=11 * world.size, world_size=world.size, heads=6, kv_heads=3,
+                    head_dim=8, batch=2, dtype=dtype, rank=rank, **options,
+                )  # fmt: skip
+                assert planned.strategy == strategy
+                assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+                memory = planned.memory
+                assert counts.leased == [memory.forward_messages, memory.backward_messages]
+                # The graph also holds output and log-sum-exp beside the arguments.
+                own = 2 * 11 * 6 * (8 * dtype.itemsize + (8 if dtype == torch.float64 else 4))
+                assert counts.saved == own + memory.kept
+
+
+@pytest.mark.parametrize("world", worlds(2, 4))
+def test_its_bytes_are_those_of_a_run_that_trades_heads(ranks: GetRanks, world: World) -> None:
+    for is_causal in (False, True):
+        pattern = DilatedPattern([4, 32, 1000], [1, 2, 4])
+        options: dict[str, Any] = {"strategy": "heads", "is_causal": is_causal}
+        found = ranks(world).run(programs.count, pattern, (2, 16, 8, 8), 4, torch.float32, options)
+        for rank, counts in enumerate(found):
+            planned = plan(
+                pattern, length=16 * world.size, world_size=world.size, heads=8, kv_heads=4,
+                head_dim=8, batch=2, dtype=torch.float32, rank=rank, **options,
+            )  # fmt: skip
+            assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+
+
+@given(patterns(), st.integers(1, 6), st.integers(1, 9), st.booleans())
+def test_branches_add_up_and_local_ones_are_free(
+    pattern: DilatedPattern, world_size: int, shard: int, is_causal: bool
+) -> None:
+    heads = 2 * len(pattern.branches)
+    each = [
+        plan(
+            pattern, length=shard * world_size, world_size=world_size, heads=heads, head_dim=8,
+            is_causal=is_causal, strategy="gather", rank=rank,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    for planned in each:
+        assert planned.traffic.forward == planned.memory.kept
+        for (w, _), traffic in planned.branches:
+            assert shard % w or not traffic.total
+    total = pattern.flops(shard * world_size, heads, 8, is_causal=is_causal)
+    assert abs(sum(planned.flops for planned in each) - total) < world_size
+    if is_causal:
+        assert each[0].traffic.forward == each[-1].traffic.backward == 0
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_its_bytes_are_those_of_the_formula_at_a_thousand_ranks(is_causal: bool) -> None:
+    """(g - 1) S a branch, or j S on rank j of a segment when causal; S of a rank's dilated rows."""
+    shard, world_size, heads, width, rank = 2**20, 1024, 12, 64, 518
+    pattern = DilatedPattern.longnet(shard * world_size, growth=8)
+    planned = plan(
+        pattern, length=shard * world_size, world_size=world_size, heads=heads, head_dim=width,
+        rank=rank, is_causal=is_causal,
+    )  # fmt: skip
+
+    def rows(source: int, head: int, r: int) -> int:
+        return len(range((head % r - source * shard) % r, shard, r))
+
+    expected = []
+    for w, r in pattern.branches:
+        ranks = min(max(w // shard, 1), world_size)
+        start = rank // ranks * ranks
+        others = range(start, rank) if is_causal else {*range(start, start + ranks)} - {rank}
+        # Where the step is wider than a shard, a rank may have no rows, and then needs none.
+        found = sum(
+            rows(source, head, r) for head in range(heads) if rows(rank, head, r)
+            for source in others
+        )  # fmt: skip
+        expected.append(found * 2 * width * 2)
+    assert [traffic.forward for _, traffic in planned.branches] == expected
+    assert planned.traffic.forward == sum(expected)
+    assert sum(map(bool, expected)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("dry-run")
+def test_a_rank_of_a_thousand_runs_dry(tmp_path: Path) -> None:
+    """A billion positions, 1,024 ranks: shapes, bytes and memory, with neither."""
+    script = tmp_path / "dry.py"
+    script.write_text(DRY_RUN)
+    folder = Path(programs.__file__).parent
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, check=True,
+        timeout=280,
+    )  # fmt: skip
+
+
+# A process of its own: it can have one default process group, and this one is fake.
+DRY_RUN = """
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import ring_planner_programs as programs
+from dilated_core import DilatedPattern
+from dilated_ring import plan
+
+RANKS, SHARD, HEADS, WIDTH, RANK = 1024, 2**20, 2, 64, 37
+dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
+pattern = DilatedPattern.longnet(RANKS * SHARD, growth=16)
+planned = plan(
+    pattern, length=RANKS * SHARD, world_size=RANKS, heads=HEADS, head_dim=WIDTH, rank=RANK,
+    is_causal=True,
+)
+with FakeTensorMode():
+    counts = programs.count(
+        pattern, (1, SHARD, HEADS, WIDTH), HEADS, torch.bfloat16,
+        {"is_causal": True, "validate": "off"},
+    )
+assert counts.shapes == [(1, SHARD, HEADS, WIDTH)] * 4
+assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+assert all(counts.received)
+memory = planned.memory
+assert counts.leased == [memory.forward_messages, memory.backward_messages]
+assert counts.saved == SHARD * HEADS * (2 * WIDTH + 4) + memory.kept
+assert memory.tensors == SHARD * HEADS * (4 * 2 * WIDTH + 4)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 13}, "length must be a multiple of world_size (4). Got 13."),
+        ({"heads": 3}, "heads must be a multiple of kv_heads (2). Got 3."),
+        ({"head_dim": 0}, "head_dim must be positive. Got 0."),
+        ({"rank": 4}, "rank must be in [0, world_size=4). Got 4."),
+        ({"strategy": "fast"}, "strategy must be one of"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"length": 16, "world_size": 4, "heads": 4, "kv_heads": 2, "head_dim": 8}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(DilatedPattern([8], [1]), **good | change)
+    with pytest.raises(TypeError, match="pattern must be a DilatedPattern"):
+        plan("longnet", **good)  # type: ignore[arg-type]  # the wrong type
+
+
+def test_more_bandwidth_exposes_less() -> None:
+    job: dict[str, Any] = {"length": 2**22, "world_size": 4, "heads": 8, "head_dim": 64}
+    pattern = DilatedPattern([2**20, 2**22], [1, 1])
+    slow, fast = (plan(pattern, **job, bytes_per_second=speed) for speed in (1e6, 1e15))
+    assert slow.exposed_share > 0.5
+    assert fast.exposed_share == 0
+    assert slow.forward.compute == fast.forward.compute == slow.flops / 300e12

@@ -1,0 +1,44 @@
+"""Which strategy is picked, and the reason that is given."""
+
+import pytest
+
+from dilated_core import DilatedPattern
+from dilated_ring._heads import Trade
+from dilated_ring._routes import Problem, received_rows
+from dilated_ring._strategy import STRATEGIES, choose_strategy
+
+WIDE = DilatedPattern([8, 10_000], [1, 8])
+DENSE = DilatedPattern([10_000], [1])
+SHARED = DilatedPattern([8, 10_000], [1, 4], head_offsets="blocked")
+LOCAL = DilatedPattern([8, 16], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ranks", "heads", "kv_heads", "expected"),
+    [
+        (LOCAL, 8, 8, 8, "gather"),  # nothing travels
+        (WIDE, 2, 8, 8, "gather"),  # trading heads would not move less
+        (WIDE, 4, 8, 8, "heads"),  # it moves half
+        (WIDE, 4, 6, 6, "gather"),  # 4 ranks cannot share 6 heads
+        (SHARED, 4, 16, 4, "gather"),  # queries are four times as many as keys
+        (DENSE, 8, 6, 6, "ring"),  # seven shards of keys do not fit
+        (DENSE, 2, 6, 6, "gather"),
+        (DilatedPattern([8, 10_000], [1, 8], head_groups="split"), 8, 8, 8, "gather"),
+    ],
+)
+def test_what_is_picked(
+    pattern: DilatedPattern, ranks: int, heads: int, kv_heads: int, expected: str
+) -> None:
+    problem = Problem(pattern, 16, ranks, heads, kv_heads, False)
+    choice = choose_strategy(problem)
+    assert choice.strategy == expected
+    assert choice.reason
+    assert {choice.strategy, *dict(choice.rejected)} == set(STRATEGIES)
+    assert all(dict(choice.rejected).values())
+
+
+def test_trading_heads_moves_two_gths_of_what_gather_does() -> None:
+    for ranks in (2, 4, 8):
+        problem = Problem(WIDE, 16, ranks, 8, 8, False)
+        gathered = 2 * received_rows(problem, 0)
+        assert Trade(problem, 0).vectors * ranks == 2 * gathered

@@ -1,0 +1,272 @@
+"""Block-sparse attention span by span: what sequence-parallel attention asks of a pattern.
+
+Between two spans a layout is a layout again; the blocks of keys that a span of queries sees are
+packed, and the rest does not travel.
+B batch, n rows of a span, R packed rows, H query heads, H_kv key heads, D head_dim.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dilated_core.extending import Partial, accumulate_dtype, merge_
+from dilated_core.interfaces import KeyRows, PackedRows, SpanCall
+from dilated_sparse import _torch_backend
+from dilated_sparse._functional import block_sparse_attention
+from dilated_sparse._grid import Grid, Runs
+from dilated_sparse._layout import BlockLayout
+from dilated_sparse._options import Options
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutRows:
+    """The blocks of a span of keys that a span of queries sees (a `PackedRows`).
+
+    Attributes:
+        layout: between the queries and the packed rows: of one head, with the packed rows of each
+            key head alike, or of H heads, with all packed rows as those of one key head.
+        row, head: the row in the span of keys, and the key head, of each packed row.
+        start: the position of the span of keys.
+    """
+
+    layout: BlockLayout
+    row: Tensor
+    head: Tensor
+    start: int
+
+    @property
+    def count(self) -> int:
+        """How many packed rows there are."""
+        return len(self.row)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """One part: no row is there twice."""
+        return (self.count,)
+
+    def index(self) -> tuple[Tensor, Tensor]:
+        """The row in the span of keys, and the key head, of each packed row: int64 (count,)."""
+        return self.row, self.head
+
+    @property
+    def positions(self) -> Tensor:
+        """(M,) int64, the positions of the layout's keys."""
+        return self.row[: self.layout.key_length] + self.start
+
+    def heads(self, keys: KeyRows) -> KeyRows:
+        """Packed rows (B, R, D) as the keys (B, M, heads, D) that the layout is for."""
+        each = self.layout.key_length
+        key, value = (x.unflatten(1, (x.shape[1] // each, each)).transpose(1, 2) for x in keys[:2])
+        return KeyRows(key, value, None if keys.padding is None else keys.padding[:, :each])
+
+
+@dataclass(frozen=True)
+class LayoutSpans:
+    """A layout's attention span by span (a `SpanAttention`)."""
+
+    layout: BlockLayout
+
+    def check(self, length: int, shard: int, heads: int) -> None:
+        """The layout must be of that length and those heads, and spans of whole blocks."""
+        layout = self.layout
+        if (layout.length, layout.key_length) != (length, length):
+            raise ValueError(
+                f"pattern must be a layout of the whole sequence, {length} queries and keys. "
+                f"Got {layout.length} and {layout.key_length}."
+            )
+        if layout.heads not in (1, heads):
+            raise ValueError(
+                f"pattern must be a layout of 1 head or query's {heads}. Got {layout.heads}."
+            )
+        if shard % layout.block_size:
+            raise ValueError(
+                f"query length must be a multiple of the layout's block size {layout.block_size} "
+                f"on each rank. Got {shard}."
+            )
+
+    def attend_whole(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`block_sparse_attention`."""
+        return block_sparse_attention(query, key, value, self.layout, **options)
+
+    def visible_keys(self, queries: range, length: int, *, is_causal: bool) -> tuple[range, ...]:
+        """The keys that some query of a span may see, as few spans, rising."""
+        seen = _between(self.layout, queries, range(length), is_causal)
+        columns, b = seen.columns.unique().tolist(), seen.block_size
+        found: list[range] = []
+        for column in columns:
+            keys = range(column * b, min(length, (column + 1) * b))
+            if found and found[-1].stop == keys.start:
+                keys = range(found.pop().start, keys.stop)
+            found.append(keys)
+        return tuple(found)
+
+    def packed_rows(
+        self, queries: range, keys: range, heads: int, kv_heads: int, *, is_causal: bool
+    ) -> LayoutRows:
+        """The blocks of a span of keys that a span of queries, which it does not meet, sees."""
+        return _pack(self.layout, queries, keys, kv_heads, is_causal)
+
+    def cliques(self, length: int, shard: int, heads: int, *, is_causal: bool) -> None:
+        """Blocks are no cliques."""
+        return
+
+    def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:
+        """Attention of a span to itself; out is wide."""
+        return _attend(call, self._inside(call), query, keys, None)
+
+    def attend_span_backward(
+        self,
+        call: SpanCall,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        keys: KeyRows,
+        total: Partial,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The adjoint of `attend_span`."""
+        layout = self._inside(call)
+        return _backward(call, layout, grad_out, grad_lse, query, keys, None, total)
+
+    def attend_packed_(
+        self,
+        call: SpanCall,
+        total: Partial,
+        query: Tensor,
+        keys: KeyRows,
+        packed: Sequence[PackedRows],
+    ) -> None:
+        """Merge attention of a span to packed rows into `total`."""
+        for rows, here in _each(packed):
+            part = rows.heads(_slice(keys, here))
+            attended = _attend(call, rows.layout, query, part, rows.positions)
+            merge_(Partial(total.out.transpose(1, 2), total.lse), _by_head(attended))
+
+    def attend_packed_backward(
+        self,
+        call: SpanCall,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        keys: KeyRows,
+        packed: Sequence[PackedRows],
+        total: Partial,
+        grad_keys: KeyRows,
+    ) -> Callable[[Tensor], None]:
+        """The adjoint of `attend_packed_`."""
+        grad_query: list[Tensor] = []
+        for rows, here in _each(packed):
+            part = rows.heads(_slice(keys, here))
+            dq, dk, dv = _backward(
+                call, rows.layout, grad_out, grad_lse, query, part, rows.positions, total
+            )
+            to = rows.heads(_slice(grad_keys, here))
+            to.key.copy_(dk)
+            to.value.copy_(dv)
+            grad_query.append(dq)
+
+        def add_to(total_grad: Tensor) -> None:
+            for grad in grad_query:
+                total_grad += grad
+
+        return add_to
+
+    def _inside(self, call: SpanCall) -> BlockLayout:
+        return _between(self.layout, call.queries, call.queries, call.is_causal)
+
+
+@lru_cache(maxsize=8)
+def _causal(layout: BlockLayout) -> BlockLayout:
+    return layout.causal()
+
+
+@lru_cache(maxsize=256)
+def _between(layout: BlockLayout, queries: range, keys: range, is_causal: bool) -> BlockLayout:
+    """The layout between two spans of whole blocks, which then count from 0."""
+    return (_causal(layout) if is_causal else layout).restrict(queries, keys)
+
+
+@lru_cache(maxsize=256)
+def _pack(
+    layout: BlockLayout, queries: range, keys: range, kv_heads: int, is_causal: bool
+) -> LayoutRows:
+    """The blocks that some query sees, each key head's in turn if heads differ."""
+    part = _between(layout, queries, keys, is_causal)
+    grid, b = part.grid, part.block_size
+    row, column, mask = part.blocks
+    kv_head = torch.zeros_like(row)
+    if part.heads > 1:
+        kv_head = row // max(1, grid.rows) // (part.heads // kv_heads)
+    seen, place = torch.unique(kv_head * grid.columns + column, return_inverse=True)
+    packed = Grid(part.length, len(seen) * b, b, part.device)
+    runs = Runs(row, place, torch.ones_like(place), mask, part.table)
+    inside = torch.arange(b, device=part.device)
+    rows = (seen % max(1, grid.columns))[:, None] * b + inside
+    heads = (seen // max(1, grid.columns))[:, None].expand_as(rows)
+    rows, heads = rows.flatten().cpu(), heads.flatten().cpu()
+    if part.heads == 1:
+        heads = torch.arange(kv_heads).repeat_interleave(len(rows))
+        rows = rows.repeat(kv_heads)
+    inside_span = BlockLayout.from_runs(packed, runs, part.heads)
+    return LayoutRows(inside_span, rows, heads, keys.start)
+
+
+def _attend(
+    call: SpanCall, layout: BlockLayout, query: Tensor, keys: KeyRows, positions: Tensor | None
+) -> Partial:
+    """Attention to keys at some positions, those of the queries when None; out is wide."""
+    wide = query.to(accumulate_dtype(query.dtype))
+    options = _options(call, layout, keys, positions)
+    return _torch_backend.forward(options, wide, keys.key, keys.value)
+
+
+def _backward(
+    call: SpanCall,
+    layout: BlockLayout,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    keys: KeyRows,
+    positions: Tensor | None,
+    total: Partial,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(query.dtype)
+    query, key, value = (x.to(dtype) for x in (query, keys.key, keys.value))
+    options = _options(call, layout, keys, positions)
+    return _torch_backend.backward(options, grad_out, grad_lse, query, key, value, total)
+
+
+def _options(
+    call: SpanCall, layout: BlockLayout, keys: KeyRows, positions: Tensor | None
+) -> Options:
+    if not call.dropout_p:
+        return Options(layout, False, call.scale, keys.padding)
+    device = keys.key.device
+    queries = torch.arange(call.queries.start, call.queries.stop, device=device)
+    return Options(
+        layout, False, call.scale, keys.padding, call.dropout_p, call.seed, queries,
+        queries if positions is None else positions.to(device),
+    )  # fmt: skip
+
+
+def _each(packed: Sequence[PackedRows]) -> Iterator[tuple[LayoutRows, slice]]:
+    """The packed rows of each span that has any."""
+    first = 0
+    for rows in cast(Sequence[LayoutRows], packed):
+        if rows.count:
+            yield rows, slice(first, first + rows.count)
+        first += rows.count
+
+
+def _slice(keys: KeyRows, here: slice) -> KeyRows:
+    padding = None if keys.padding is None else keys.padding[:, here]
+    return KeyRows(keys.key[:, here], keys.value[:, here], padding)
+
+
+def _by_head(part: Partial) -> Partial:
+    return Partial(part.out.transpose(1, 2), part.lse)

@@ -1,0 +1,55 @@
+"""The triton backend, as far as it needs no GPU: block sizes, and plans that are kept."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from dilated_core.extending import Blocks, Config, Pair, Sizes
+from dilated_sparse import layouts
+from dilated_sparse._triton_backend import LayoutSchedule, fit
+
+PAIR = Pair(Config(128, 128, 4, 3, 64), Config(64, 64, 4, 3, 64))
+
+
+@pytest.mark.parametrize(
+    ("block_size", "expected"),
+    [
+        (128, PAIR.tall),
+        (256, PAIR.tall),
+        (64, PAIR.short),
+        (192, PAIR.short),
+        # Tiles of 128 rows and steps that divide a block.
+        (96, PAIR.tall._replace(columns=32)),
+        (48, PAIR.short._replace(columns=32)),
+        (32, PAIR.short._replace(rows=32, columns=32, warps=2)),
+        (16, PAIR.short._replace(rows=16, columns=16, warps=1)),
+        (7, PAIR.short._replace(rows=16, columns=16, warps=1)),
+    ],
+)
+def test_tiles_fit_the_blocks(block_size, expected):
+    assert fit(PAIR, block_size) == expected
+
+
+def plan(layout, by_key=False, is_causal=False, blocks=(64, 64, 32)):
+    n = layout.length
+    sizes = Sizes(n, n, 2, 2, 0, 0, is_causal, torch.device("cpu"))
+    return LayoutSchedule(layout).plan(sizes, by_key, Blocks(*blocks))
+
+
+def test_a_plan_is_made_once():
+    layout = layouts.sliding_window(300, 50, block_size=64)
+    assert plan(layout) is plan(layout)
+    variants = [plan(layout), plan(layout, True), plan(layout, False, True),
+                plan(layout, blocks=(64, 32, 32))]  # fmt: skip
+    assert len(set(map(id, variants))) == len(variants)
+
+
+def test_plans_are_gone_with_their_layout():
+    layout = layouts.sliding_window(300, 50, block_size=64)
+    table = weakref.ref(plan(layout).tiles)
+    assert table() is not None
+    del layout
+    gc.collect()
+    assert table() is None

@@ -1,0 +1,218 @@
+"""What ranks run in the tests of agreement and faults."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dilated_core import DilatedPattern
+from dilated_core.interfaces import SpanAttention
+from dilated_ring import RankMismatchError, RingError, ring_attention
+from dilated_ring._agreement import Fact, Validate, agree
+from dilated_ring._faults import Call, Work, line_of
+from process_ranks import device
+
+
+def compare(
+    facts: Sequence[dict[str, Fact]], errors: Sequence[Exception | None], validate: Validate
+) -> None:
+    """Compare what each rank is given, as the first thing of a call."""
+    rank = dist.get_rank()
+    assert dist.group.WORLD is not None
+    with Call(dist.group.WORLD, device(), "forward") as call:
+        agree(call, facts[rank], errors[rank], validate)
+
+
+def compare_but(skipping: int, validate: Validate = "always") -> list[float]:
+    """Compare and exchange; one rank goes straight to the exchange."""
+    assert dist.group.WORLD is not None
+    with Call(dist.group.WORLD, device(), "forward") as call:
+        if dist.get_rank() != skipping:
+            agree(call, {}, None, validate)
+        return exchange(call)
+
+
+def exchange(call: Call) -> list[float]:
+    """Send this rank's number to all."""
+    call.step = "exchange"
+    world = dist.get_world_size()
+    sent = torch.full((world,), float(dist.get_rank()), device=device())
+    received = torch.empty_like(sent)
+    call.wait(cast(Work, dist.all_to_all_single(received, sent, async_op=True)))
+    return cast(list[float], received.tolist())
+
+
+class Source:
+    """A buffer source that counts what is lent, and may fail at its `failing`-th lease."""
+
+    def __init__(self, failing: int | None) -> None:
+        self.leases: list[Lease] = []
+        self._failing = failing
+
+    @contextmanager
+    def borrow(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+    ) -> Iterator[Tensor]:
+        """Not used by ring attention."""
+        raise NotImplementedError
+        yield
+
+    def lease(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+    ) -> "Lease":
+        """Lend a tensor."""
+        if len(self.leases) == self._failing:
+            suffer("memory")
+        self.leases.append(Lease(torch.empty(tuple(shape), dtype=dtype, device=device)))
+        return self.leases[-1]
+
+
+@dataclass
+class Lease:
+    """A tensor on loan."""
+
+    tensor: Tensor
+    released: bool = False
+
+    def release(self) -> None:
+        """Give it back."""
+        self.released = True
+
+
+class FaultyPattern:
+    """A pattern to whose process something happens when a method of it is called."""
+
+    def __init__(self, pattern: DilatedPattern, method: str, fault: str) -> None:
+        self.code = pattern.code
+        self.spans = FaultySpans(pattern.spans, method, fault)
+
+
+class FaultySpans:
+    """The attention of a `FaultyPattern`."""
+
+    def __init__(self, spans: SpanAttention, method: str, fault: str) -> None:
+        self._spans, self._method, self._fault = spans, method, fault
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method:
+            suffer(self._fault)
+        return getattr(self._spans, name)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a call ended on one rank, in words that can be sent.
+
+    Attributes:
+        error: the exception, or None.
+        cause: the text of its cause.
+        lent: how many buffers were lent.
+        kept: how many were not given back.
+    """
+
+    error: BaseException | None
+    cause: str
+    lent: int
+    kept: int
+
+
+def attend(faulty: int, place: str, fault: str, strategy: str) -> Report:
+    """Forward and backward of ring attention; something happens to one rank at a place of it."""
+    pattern: Any = DilatedPattern([4, 1000], [1, 2])
+    source = Source(None)
+    if dist.get_rank() == faulty:
+        if place.startswith("lease"):
+            source = Source(int(place.removeprefix("lease ")))
+        else:
+            pattern = FaultyPattern(pattern, place, fault)
+    torch.manual_seed(dist.get_rank())
+    query, key, value = (torch.randn(2, 8, 4, 8, device=device()).requires_grad_() for _ in "qkv")
+    error: BaseException | None = None
+    try:
+        for _ in range(2):  # a rank that needs nothing more in the first call knows in the second
+            out = cast(
+                Tensor,
+                ring_attention(query, key, value, pattern, strategy=strategy, buffers=source),
+            )
+            out.square().sum().backward()
+    except RingError as caught:
+        error = caught
+    kept = sum(not lease.released for lease in source.leases)
+    return Report(error, repr(error and error.__cause__), len(source.leases), kept)
+
+
+def exchange_twice(faulty: int, fault: str) -> list[float]:
+    """Exchange, compute, exchange again; between the two, something happens to one rank."""
+    assert dist.group.WORLD is not None
+    with Call(dist.group.WORLD, device(), "forward") as call:
+        exchange(call)
+        call.step = "local branches"
+        if dist.get_rank() == faulty:
+            suffer(fault)
+        return exchange(call)
+
+
+def lose_store_and(faulty: int, fault: str) -> list[float]:
+    """As `exchange_twice`, where the store went down with the process that it lived in."""
+    assert dist.group.WORLD is not None
+    line_of(dist.group.WORLD).board._store = None  # type: ignore[assignment]  # nothing answers
+    return exchange_twice(faulty, fault)
+
+
+def suffer(fault: str) -> None:
+    """Let a fault happen to this process."""
+    if fault == "exception":
+        raise ArithmeticError("seven is not prime enough")
+    if fault == "memory":
+        raise torch.OutOfMemoryError("tried to allocate 7 PiB")
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "slow":
+        time.sleep(3.5)
+
+
+def once_more() -> Any:
+    """One more call on the group."""
+    assert dist.group.WORLD is not None
+    with Call(dist.group.WORLD, device(), "forward") as call:
+        return exchange(call)
+
+
+def exchange_unless_refused(refusing: int) -> list[float]:
+    """Exchange without any comparison; the arguments of one rank are wrong."""
+    assert dist.group.WORLD is not None
+    with Call(dist.group.WORLD, device(), "forward") as call:
+        wrong = ValueError("w must be > 0. Got 0.") if dist.get_rank() == refusing else None
+        agree(call, {}, wrong, "off")
+        return exchange(call)
+
+
+def attend_differently(what: str) -> None:
+    """One forward in which the last rank differs, then one in which all are alike."""
+    differs = dist.get_rank() == dist.get_world_size() - 1
+    shape, dtype, lengths, error = (2, 7, 4, 8), torch.float32, [4, 1000], None
+    query = torch.zeros(shape, device=device())
+    for different in (what if differs else "nothing", "nothing"):
+        given = {"length": query[:, 1:], "dtype": query.double()}.get(different, query)
+        if different == "invalid":
+            given = query[0]
+        pattern = DilatedPattern([5, 1000] if different == "pattern" else lengths, [1, 2])
+        try:
+            out = ring_attention(
+                given, given, given, pattern, is_causal=different == "causal", validate="always"
+            )
+        except RankMismatchError as caught:
+            error = caught
+    assert error is not None
+    assert isinstance(out, Tensor)
+    assert out.dtype == dtype
+    raise error

@@ -1,0 +1,178 @@
+"""What ranks run in the tests of shards, modules, buffers and the compiler."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dilated_core import DilatedAttention, DilatedPattern, MultiheadDilatedAttention
+from dilated_ring import (
+    RingDilatedAttention,
+    RingMultiheadDilatedAttention,
+    local_positions,
+    ring_attention,
+    shard_sequence,
+    unshard_sequence,
+)
+from process_ranks import device
+
+EMBED, HEADS, KV_HEADS = 48, 6, 3
+PATTERN = DilatedPattern([5, 17, 1000], [1, 2, 3])
+
+
+class Rotation:
+    """A position embedding that must get the positions in the whole sequence."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scale rows by their positions."""
+
+        def scaled(x: Tensor, positions: Tensor) -> Tensor:
+            return x * (1 + 0.1 * positions.to(x.dtype).cos())[:, None, None]
+
+        return scaled(query, query_positions), scaled(key, key_positions)
+
+
+def reference_layer() -> MultiheadDilatedAttention:
+    """The layer of one process."""
+    torch.manual_seed(7)
+    return MultiheadDilatedAttention(
+        EMBED, HEADS, PATTERN, num_kv_heads=KV_HEADS, position_embedding=Rotation()
+    ).double()
+
+
+def inputs(length: int) -> tuple[Tensor, Tensor]:
+    """A whole input (2, length, EMBED) and a gradient of its output."""
+    generator = torch.Generator().manual_seed(11)
+    shape = 2, length, EMBED
+    x, grad = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in "xg")
+    return x, grad
+
+
+def train_layer(length: int, ring_size: int | None = None, how: str = "plain") -> dict[str, Any]:
+    """Output and input gradient of all rows, and the sum over ranks of parameter gradients."""
+    reference = reference_layer()
+    layer = RingMultiheadDilatedAttention(
+        EMBED, HEADS, PATTERN, num_kv_heads=KV_HEADS, position_embedding=Rotation(),
+        ring_size=ring_size,
+    ).to(device(), torch.float64)  # fmt: skip
+    layer.load_state_dict(reference.state_dict())
+    assert copy.deepcopy(layer).state_dict().keys() == reference.state_dict().keys()
+    x, grad = (t.to(device()) for t in inputs(length))
+    x.requires_grad_()
+    group = layer.attention.ranks.group
+    shard = shard_sequence(x, group=group, multiple_of=5)
+    run: Any = layer
+    if how == "compiled":
+        run = torch.compile(layer, backend="aot_eager")
+    if how == "checkpointed":
+        run = partial(checkpoint, layer, use_reentrant=False)
+    # The compiler looks at the `.grad` of its inputs, which warns where they are no leaves.
+    warnings.filterwarnings("ignore", message="The .grad attribute", category=UserWarning)
+    out, _ = run(shard.rows, is_causal=True, key_padding_mask=shard.key_padding_mask)
+    whole = unshard_sequence(out, group=group, length=length)
+    # Each rank takes the same loss, so their mean is the loss.
+    (whole * grad).sum().div(dist.get_world_size(group)).backward()
+    assert x.grad is not None
+    gradients = [x.grad, *(p.grad for p in layer.parameters())]
+    for part in gradients:
+        dist.all_reduce(part, group=group)
+    names = ("x", *(name for name, _ in layer.named_parameters()))
+    found = dict(zip(names, (g.cpu() for g in gradients), strict=True))
+    return {"out": whole.detach().cpu(), **found}
+
+
+def positions(length: int) -> list[int]:
+    """This rank's positions."""
+    return local_positions(length).tolist()
+
+
+def shards(length: int, multiple_of: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """This rank's rows and mask, and the sequence put together again."""
+    x = torch.arange(2 * length, device=device()).view(2, length)
+    shard = shard_sequence(x, multiple_of=multiple_of)
+    mask = None if shard.key_padding_mask is None else shard.key_padding_mask.cpu()
+    return shard.rows.cpu(), mask, unshard_sequence(shard.rows, length=length).cpu()
+
+
+def too_large_ring() -> str:
+    """The message about a ring larger than the world."""
+    try:
+        RingDilatedAttention(PATTERN, ring_size=8)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def ring_of_one() -> bool:
+    """Whether a ring of one rank gives what the module of one process gives."""
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(2, 11, 6, 8, device=device())
+    alone = RingDilatedAttention(PATTERN, ring_size=1)
+    counted = alone.positions(11, x).tolist() == list(range(11))
+    return counted and torch.equal(alone(x, x, x), DilatedAttention(PATTERN)(x, x, x))
+
+
+class Recorder:
+    """A buffer source that remembers what it lent; what it lends is full of NaN."""
+
+    def __init__(self) -> None:
+        self.lent: list[Recorder.Lease] = []
+
+    class Lease:
+        """One tensor that was lent."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor, self.released = tensor, False
+
+        def release(self) -> None:
+            """Spoil the tensor."""
+            self.released = True
+            if self.tensor.is_floating_point():
+                self.tensor.fill_(torch.nan)
+
+    def lease(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+    ) -> Lease:
+        """Lend a tensor."""
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+        if dtype.is_floating_point:
+            tensor.fill_(torch.nan)
+        self.lent.append(self.Lease(tensor))
+        return self.lent[-1]
+
+    @contextmanager
+    def borrow(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+    ) -> Iterator[Tensor]:
+        """Lend a tensor for the length of a block."""
+        lease = self.lease(shape, dtype=dtype, device=device)
+        yield lease.tensor
+        lease.release()
+
+
+def use_buffers(strategy: str) -> tuple[int, bool, bool]:
+    """How many buffers were lent, whether all came back, and whether results are untouched."""
+    torch.manual_seed(dist.get_rank())
+    query, key, value = (
+        torch.randn(2, 12, 4, 3, dtype=torch.float64, device=device(), requires_grad=True)
+        for _ in "qkv"
+    )
+    found = []
+    recorder = Recorder()
+    for buffers in (None, recorder):
+        out = ring_attention(query, key, value, PATTERN, strategy=strategy, buffers=buffers)
+        grads = torch.autograd.grad(out.square().sum(), (query, key, value))
+        found.append([out, *grads])
+    same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    return len(recorder.lent), all(lease.released for lease in recorder.lent), same

@@ -1,0 +1,120 @@
+"""What ranks run in the tests of the planner."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dilated_core import DilatedPattern
+from dilated_ring import ring_attention
+from process_ranks import device
+
+
+@dataclass
+class Counts:
+    """What a forward and a backward moved and held.
+
+    Attributes:
+        received: bytes received from other ranks, in the forward and the backward.
+        leased: the most bytes on loan at once, in the same.
+        saved: bytes that the graph kept between the two.
+        shapes: of the output and the three gradients.
+    """
+
+    received: list[int] = field(default_factory=lambda: [0, 0])
+    leased: list[int] = field(default_factory=lambda: [0, 0])
+    saved: int = 0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class Source:
+    """A buffer source that knows how much is on loan."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    @contextmanager
+    def borrow(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+    ) -> Iterator[Tensor]:
+        """Not used by ring attention."""
+        raise NotImplementedError
+        yield
+
+    def lease(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+    ) -> "Lease":
+        """Lend a tensor."""
+        lease = Lease(self, torch.empty(tuple(shape), dtype=dtype, device=device))
+        self.now += lease.tensor.nbytes
+        self.peak = max(self.peak, self.now)
+        return lease
+
+
+@dataclass
+class Lease:
+    """A tensor on loan."""
+
+    source: Source
+    tensor: Tensor
+    released: bool = False
+
+    def release(self) -> None:
+        """Give it back."""
+        if not self.released:
+            self.source.now -= self.tensor.nbytes
+        self.released = True
+
+
+def count(
+    pattern: DilatedPattern,
+    shape: tuple[int, int, int, int],
+    kv_heads: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> Counts:
+    """Run ring attention of this rank's (B, n, H, D) and count."""
+    counts, source, direction = Counts(), Source(), 0
+    exact = dist.all_to_all_single
+    rank = dist.get_rank()
+
+    def counting(
+        output: Tensor, given: Tensor, received: list[int], sent: list[int], **more: Any
+    ) -> Any:
+        others = sum(received) - received[rank]
+        counts.received[direction] += others * (output.nbytes // max(1, len(output)))
+        return exact(output, given, received, sent, **more)
+
+    dist.all_to_all_single = counting  # type: ignore[assignment]  # it is called just so
+    try:
+        batch, n, heads, head_dim = shape
+        tensors = [
+            torch.zeros(batch, n, h, head_dim, dtype=dtype, device=device(), requires_grad=True)
+            for h in (heads, kv_heads, kv_heads)
+        ]
+        saved: set[int] = set()
+
+        def keep(x: Tensor) -> Tensor:
+            if all(x is not given for given in tensors) and id(x) not in saved:
+                saved.add(id(x))
+                counts.saved += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            query, key, value = tensors
+            out = ring_attention(
+                query, key, value, pattern, buffers=source, enable_gqa=True, **options
+            )
+        assert isinstance(out, Tensor)
+        counts.leased[0], source.peak, direction = source.peak, 0, 1
+        out.sum().backward()
+        counts.leased[1] = source.peak
+        grads = [x.grad for x in tensors if x.grad is not None]
+        counts.shapes = [tuple(x.shape) for x in (out, *grads)]
+    finally:
+        dist.all_to_all_single = exact
+    return counts
