@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dilated_core import DilatedPattern, dilated_attention
+from dilated_core import DilatedPattern, _rows, dilated_attention
 from dilated_core._dropout import mix
 from dilated_ring import ring_attention
 
@@ -199,7 +199,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         "head_dim": work.head_dim, "is_causal": work.is_causal,
         "branches": len(work.pattern.branches),
         "machine": machine(device), "bytes received": received[0],
-        "bytes by the formula": formula(work, trains), **errors,
+        "bytes by the formula": formula(work, trains=trains), **errors,
     }  # fmt: skip
     flops = work.pattern.flops(work.length, work.heads, work.head_dim, is_causal=work.is_causal)
     for name, function, factor in (("forward", forward, 1.0), ("forward+backward", both, 3.5)):
@@ -236,8 +236,8 @@ def counted() -> Iterator[list[int]]:
         dist.all_to_all_single = inner
 
 
-def formula(work: Work, trains: bool) -> int:
-    """Bytes that rank 0 receives: (g - 1) S for each branch wider than a shard of g ranks.
+def formula(work: Work, *, trains: bool) -> int:
+    """Bytes that a rank receives, rank 0 if causal: (g - 1) S for each branch as wide as g shards.
 
     S holds the dilated keys and values of a rank. The backward sends float32 gradients of the rows
     that this rank lent, to it.
@@ -362,6 +362,8 @@ def dry_run(arguments: argparse.Namespace) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    # What holds nothing need not be cut into pieces that fit a cache.
+    _rows._CALL_ELEMENTS = 1 << 62
     world = arguments.dry_run
     dist.init_process_group("fake", rank=world - 1, world_size=world, store=FakeStore())
     with FakeTensorMode():
@@ -380,7 +382,8 @@ def dry_run(arguments: argparse.Namespace) -> dict[str, Any]:
     held = 8 * math.prod(shape) * 2
     return {
         "gpus": world, "tokens": work.length, "heads": work.heads, "dry run of rank": world - 1,
-        "bytes received": received[0], "bytes of q, k, v, out and gradients": held,
+        "bytes received": received[0], "bytes by the formula": formula(work, trains=True),
+        "bytes of q, k, v, out and gradients": held,
     }  # fmt: skip
 
 
