@@ -212,7 +212,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         row[name] = {
             "seconds": seconds, "tokens/s": work.length / seconds,
             "TFLOP/s per GPU": flops * factor / seconds / 1e12 / row["gpus"],
-            "seconds of a shard alone": alone, "efficiency": alone / seconds, "peak bytes": peak,
+            "seconds of a shard alone": alone, "efficiency": alone / seconds,
+            # All that a rank loses by not being alone, of which waiting for messages is a part.
+            "exposed communication, at most": max(0.0, 1 - alone / seconds), "peak bytes": peak,
         }  # fmt: skip
     return row
 
