@@ -284,7 +284,7 @@ def torchscale(
 ) -> Callable[..., Tensor]:
     """Its DilatedAttention with torch's flash operator in it and no projections."""
     sys.path.insert(0, checkout)
-    from torchscale.component import multihead_attention  # type: ignore[import-not-found]
+    from torchscale.component import multihead_attention  # type: ignore[import-not-found]  # a checkout
     from torchscale.component.dilated_attention import (  # type: ignore[import-not-found]
         DilatedAttention,
     )

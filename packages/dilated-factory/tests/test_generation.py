@@ -79,7 +79,7 @@ def test_a_token_with_the_cache_costs_one_position(
 
     def counting(self: LongNetLM, tokens: torch.Tensor, **options: object) -> torch.Tensor:
         lengths.append(tokens.shape[1])
-        return hidden_states(self, tokens, **options)  # type: ignore[arg-type]
+        return hidden_states(self, tokens, **options)  # type: ignore[arg-type]  # passed on
 
     monkeypatch.setattr(LongNetLM, "hidden_states", counting)
     generate(model, bytes(range(41)), max_bytes=4)
@@ -181,7 +181,7 @@ def test_tokens_that_cannot_be_continued_are_named(
 ) -> None:
     arguments = {"max_new_tokens": 1, **options}
     with pytest.raises(ValueError, match=says):
-        generate_tokens(model, tokens, **arguments)  # type: ignore[arg-type]
+        generate_tokens(model, tokens, **arguments)  # type: ignore[arg-type]  # wrong
 
 
 def test_xpos_ends_where_its_factors_do(tiny_model: LongNetConfig) -> None:

@@ -123,7 +123,7 @@ def test_padding_is_as_if_it_were_not_there(name: str) -> None:
     # Of zero keys, torchscale counts those that fill a segment and not those that a mask hides, so
     # a shorter slide is the same only where none is counted.
     for block in model.encoder.blocks:
-        attention: Any = block.attention.attention  # type: ignore[union-attr]
+        attention: Any = block.attention.attention  # type: ignore[union-attr]  # never None
         attention.pattern = DilatedPattern([16, 40, 128], [1, 2, 4], head_offsets="blocked")
     masked = model(tiles, coords, all_layer_embed=True, key_padding_mask=mask)
     short = model(tiles[:, :61], coords[:, :61], all_layer_embed=True)

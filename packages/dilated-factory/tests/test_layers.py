@@ -42,7 +42,7 @@ class Dense(nn.Module):
 def block_sparse() -> AttentionModule:
     sparse = pytest.importorskip("dilated_sparse", reason="dilated-sparse is not installed")
     layout = sparse.layouts.sliding_window(23, 6, block_size=4)
-    return sparse.BlockSparseAttention(layout)  # type: ignore[no-any-return]
+    return sparse.BlockSparseAttention(layout)  # type: ignore[no-any-return]  # importorskip
 
 
 ATTENTIONS: dict[str, Callable[[], AttentionModule]] = {
@@ -192,7 +192,7 @@ def test_dropout_acts_on_what_each_part_adds() -> None:
     ("build", "error", "says"),
     [
         (
-            lambda: TransformerEncoderLayer(48, 6, PATTERN),  # type: ignore[arg-type]
+            lambda: TransformerEncoderLayer(48, 6, PATTERN),  # type: ignore[arg-type]  # wrong
             TypeError,
             "attention must be a module that satisfies .*AttentionModule. Got DilatedPattern",
         ),

@@ -69,7 +69,7 @@ def test_torchscales_gelu_is_that_of_float32() -> None:
     state, tensors, fields = golden("torchscale_decoder")
     model = load_torchscale(state, LongNetConfig(**fields))
     for block in model.blocks:
-        block.feed_forward.float32_gelu = False  # type: ignore[union-attr]
+        block.feed_forward.float32_gelu = False  # type: ignore[union-attr]  # nn.Module
     error = relative_error(model(tensors["tokens"]), tensors["logits"])
     assert 1e-8 < error < 1e-6
 
@@ -92,7 +92,7 @@ def test_an_encoder_takes_the_same_names(monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.config.head_offsets == "blocked"
     # torchscale's encoders and decoders differ in the direction of attention alone.
     for block in model.blocks:
-        attention = block.attention.attention  # type: ignore[union-attr]
+        attention = block.attention.attention  # type: ignore[union-attr]  # nn.Module
         forward = attention.forward  # type: ignore[union-attr]
         monkeypatch.setattr(
             attention,

@@ -279,7 +279,7 @@ def test_a_name_is_for_one_pattern() -> None:
     with pytest.raises(ValueError, match="'sdpa'"):
         register_with_transformers(DENSE, "sdpa")
     with pytest.raises(TypeError, match=r"pattern must be a DilatedPattern\. Got list"):
-        register_with_transformers([5], "other")  # type: ignore[arg-type]
+        register_with_transformers([5], "other")  # type: ignore[arg-type]  # wrong
 
 
 def test_importing_the_package_leaves_transformers_alone() -> None:
