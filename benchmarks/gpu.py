@@ -59,15 +59,18 @@ def main() -> None:
         "cudnn": torch.backends.cudnn.version(),
     }
     print(json.dumps(machine), flush=True)
-    results = {
-        "errors": list(errors()),
-        "dense": list(dense_rates()),
-        "patterns": list(patterns(arguments.torchscale)),
-        "lengths": list(lengths(arguments.torchscale, quick=arguments.quick)),
+    parts = {
+        "errors": errors(),
+        "dense": dense_rates(),
+        "patterns": patterns(arguments.torchscale),
+        "lengths": lengths(arguments.torchscale, quick=arguments.quick),
     }
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, **results}, file, indent=1)
+    results: dict[str, list[Row]] = {}
+    for name, rows in parts.items():
+        results[name] = list(rows)
+        if arguments.json:
+            with open(arguments.json, "w", encoding="utf-8") as file:
+                json.dump({"machine": machine, **results}, file, indent=1)
     if arguments.png:
         draw(results["lengths"], machine, arguments.png)
 

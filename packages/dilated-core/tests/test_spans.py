@@ -4,108 +4,34 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dilated_core import DilatedPattern, Partial, dilated_attention
-from dilated_core.interfaces import AttentionPattern, Clique, KeyRows, SpanCall
-from dilated_testing import problems, relative_error
-
-
-def cut(length, shard):
-    """Spans of `shard` positions, the last one short."""
-    return [range(start, min(length, start + shard)) for start in range(0, length, shard)]
-
-
-def rows_of(x, span):
-    """The rows of a span, of anything with rows in its second dimension."""
-    return None if x is None else x[:, span.start : span.stop]
-
-
-class Part:
-    """One span of a problem, and what ranks would send it: packed rows of all other spans."""
-
-    def __init__(self, problem, span, spans, seed, keys):
-        self.call = SpanCall(
-            span, problem.length, problem.is_causal, problem.head_dim**-0.5, problem.dropout_p, seed
-        )
-        self.spans = problem.pattern.spans
-        self.local = KeyRows(*(rows_of(x, span) for x in keys))
-        sizes = problem.heads, problem.kv_heads
-        others = [other for other in spans if other != span]
-        self.packed = [
-            self.spans.packed_rows(span, other, *sizes, is_causal=problem.is_causal)
-            for other in others
-        ]
-        rows, heads = [], []
-        for packed, other in zip(self.packed, others, strict=True):
-            row, head = packed.index()
-            assert packed.count == sum(packed.parts) == len(row)
-            for part in torch.stack([row, head]).split(packed.parts, 1):
-                assert part.unique(dim=1).shape[1] == part.shape[1]
-            rows.append(row + other.start)
-            heads.append(head)
-        none = [torch.empty(0, dtype=torch.int64)]
-        self.row, self.head = torch.cat(none + rows), torch.cat(none + heads)
-        key, value = (x[:, self.row, self.head] for x in keys[:2])
-        self.remote = KeyRows(
-            key, value, None if keys.padding is None else keys.padding[:, self.row]
-        )
-
-    def forward(self, query):
-        total = self.spans.attend_span(self.call, query, self.local)
-        self.spans.attend_packed_(self.call, total, query, self.remote, self.packed)
-        return total
-
-    def backward(self, grad_out, grad_lse, query, total):
-        """Gradients to the span's query, key and value, and to the packed rows."""
-        upstream = grad_out, grad_lse, query
-        packed = KeyRows(torch.empty_like(self.remote.key), torch.empty_like(self.remote.value))
-        add_to = self.spans.attend_packed_backward(
-            self.call, *upstream, self.remote, self.packed, total, packed
-        )
-        grads = self.spans.attend_span_backward(self.call, *upstream, self.local, total)
-        add_to(grads[0])
-        return grads, packed
-
-
-def run_by_spans(problem, shard):
-    """As `Problem.run`, each span alone."""
-    query, *keys = (x.detach() for x in problem.tensors())
-    keys = KeyRows(*keys, problem.mask())
-    torch.manual_seed(problem.seed)
-    seed = torch.randint(2**62, ()) if problem.dropout_p else None
-    spans = cut(problem.length, shard)
-    parts = [Part(problem, span, spans, seed, keys) for span in spans]
-    totals = [part.forward(rows_of(query, part.call.queries)) for part in parts]
-    empty = Partial(query[:, :0], query.new_empty(problem.batch, problem.heads, 0))
-    out, lse = (
-        torch.cat(x, dim) for x, dim in zip(zip(empty, *totals, strict=True), (1, 2), strict=True)
-    )
-    generator = torch.Generator().manual_seed(problem.seed + 2)
-    grad_out, grad_lse = (
-        torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in (out, lse)
-    )
-    grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0.0)
-    grads = [torch.zeros_like(x) for x in (query, keys.key, keys.value)]
-    for part, total in zip(parts, totals, strict=True):
-        span = part.call.queries
-        local, packed = part.backward(
-            rows_of(grad_out, span),
-            grad_lse[:, :, span.start : span.stop],
-            rows_of(query, span),
-            total,
-        )
-        for grad, found in zip(grads, local, strict=True):
-            rows_of(grad, span).add_(found)
-        for grad, found in zip(grads[1:], packed, strict=False):
-            for b in range(problem.batch):
-                grad[b].index_put_((part.row, part.head), found[b], accumulate=True)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
+from dilated_core import DilatedPattern, dilated_attention
+from dilated_core.interfaces import AttentionPattern, Clique, KeyRows
+from dilated_testing import Problem, problems, relative_error
+from span_by_span import Part, cut, rows_of, run_by_spans
 
 
 @given(problems(cross=False), st.integers(1, 47))
 def test_spans_together_are_the_whole(problem, shard):
     expected = problem.run("reference", problem.tensors())
     actual = run_by_spans(problem, shard)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-10, name
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("rest", [{}, {"dropout_p": 0.3}, {"padding": 0.3}, {"batch": 2}], ids=str)
+@pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 7), (12, 4)])
+def test_offsets_together_are_the_whole(heads, kv_heads, head_offsets, rest, is_causal):
+    """Rates above and below the heads; spans of 13 begin at any place of a step."""
+    pattern = DilatedPattern([1000, 31], [11, 5], head_offsets=head_offsets)
+    sizes = {"length": 61, "key_length": 61, "heads": heads, "kv_heads": kv_heads, "head_dim": 3}
+    others = {"batch": 1, "padding": 0.0, "dropout_p": 0.0, "seed": 3}
+    problem = Problem(pattern, is_causal=is_causal, **sizes, **others | rest)
+    expected = problem.run("reference", problem.tensors())
+    actual = run_by_spans(problem, 13)
     for name, value in expected.items():
         assert relative_error(actual[name], value) < 1e-10, name
 
@@ -138,6 +64,54 @@ def test_packed_rows_are_those_of_the_branches_that_meet():
     assert rows.count == 12
     assert pattern.spans.packed_rows(range(12), range(12, 24), 2, 2, is_causal=True).count == 0
     assert pattern.spans.packed_rows(range(24, 36), range(12), 2, 2, is_causal=False).count == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "kv_heads", "tasks"),
+    [(1, 12, 1), (4, 12, 1), (8, 12, 2), (16, 12, 1), (16, 4, 1), (5, 4, 2), (1, 4, 3)],
+)
+def test_offsets_that_are_alike_are_one_task(rate, kv_heads, tasks):
+    """Four of eight offsets have two heads of twelve. A key head is read once in a task."""
+    rows = DilatedPattern([240], [rate]).spans.packed_rows(
+        range(80, 160), range(80), 12, kv_heads, is_causal=False
+    )
+    assert len(rows.tasks) == tasks
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operators that run, but for views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_work_of_many_heads_is_a_few_operations(dropout_p):
+    """As for one head, whatever the rate."""
+    counts = []
+    for heads in (1, 12):
+        pattern = DilatedPattern([160], [16])
+        problem = Problem(
+            pattern, 1, 160, 160, heads, heads, 8, False, 0.0, dropout_p, seed=3
+        )  # fmt: skip
+        keys = KeyRows(*(x.detach() for x in problem.tensors()[1:]))
+        seed = torch.tensor(7) if dropout_p else None
+        spans = cut(160, 80)
+        part = Part(problem, spans[0], spans, seed, keys)
+        query = rows_of(problem.tensors()[0].detach(), spans[0])
+        total = part.forward(query)
+        with CountOperations() as forward:
+            part.spans.attend_packed_(part.call, total, query, part.remote, part.packed)
+        grad = KeyRows(*(torch.empty_like(x) for x in part.remote[:2]))
+        with CountOperations() as backward:
+            part.spans.attend_packed_backward(
+                part.call, query, total.lse, query, part.remote, part.packed, total, grad
+            )(torch.zeros_like(query))
+        counts.append((forward.count, backward.count))
+    assert counts[0] == counts[1]
 
 
 def test_heads_that_read_the_same_rows_share_them():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_core.extending import Blocks, Sizes
+from dilated_core.extending import SPARE_RUNS, Blocks, Sizes
 from dilated_sparse import BlockLayout, layouts
 from dilated_sparse._block_plan import build
 from sparse_problems import any_layouts
@@ -69,8 +69,8 @@ def shown(plan, head, size, shape, blocks, is_causal, by_key):
             result[member, rows[:, None], columns] += seen
             steps_left, at_masked = steps_left - steps(n, blocks.masked), at_masked + 1
         assert (columns_left, steps_left) == (0, 0)
-    assert plan.mask > 0 or len(masked) == 1
-    # The run after the last one is read, and not used.
+    assert plan.mask > 0 or len(masked) == SPARE_RUNS
+    # The runs after the last one are read, and not used.
     assert not any(full[-1])
     assert not any(masked[-1])
     return result, owned
@@ -125,8 +125,8 @@ def plan_of(layout, heads=1, kv_heads=1, is_causal=False, by_key=False, blocks=(
 def test_full_blocks_side_by_side_are_one_run_without_a_mask():
     plan = plan_of(layouts.prefix(1024, 1024, block_size=64))
     assert plan.mask == 0
-    assert plan.full[:-1, 2].tolist() == [1024] * 16
-    assert plan.full[-1].tolist() == [0] * 5
+    assert plan.full[:-SPARE_RUNS, 2].tolist() == [1024] * 16
+    assert plan.full[-SPARE_RUNS:].tolist() == [[0] * 5] * SPARE_RUNS
 
 
 def test_columns_that_do_not_fill_a_step_are_masked_by_count_alone():
@@ -134,15 +134,15 @@ def test_columns_that_do_not_fill_a_step_are_masked_by_count_alone():
     seen[:, 64:256] = True
     plan = plan_of(BlockLayout.from_dense(seen, block_size=64), blocks=(64, 128, 64))
     assert plan.mask == 1
-    assert plan.full[:-1, :3].tolist() == [[64, 1, 128]] * 2
-    assert plan.masked[:-1, :3].tolist() == [[192, 1, 64]] * 2
+    assert plan.full[:-SPARE_RUNS, :3].tolist() == [[64, 1, 128]] * 2
+    assert plan.masked[:-SPARE_RUNS, :3].tolist() == [[192, 1, 64]] * 2
 
 
 def test_tiles_of_a_block_row_share_its_runs_and_causal_ones_do_not():
     layout = layouts.prefix(1024, 1024, block_size=128)
-    assert plan_of(layout).full.shape[0] == 8 + 1
+    assert plan_of(layout).full.shape[0] == 8 + SPARE_RUNS
     plan = plan_of(layout, is_causal=True)
-    assert plan.full.shape[0] == 15 + 1
+    assert plan.full.shape[0] == 15 + SPARE_RUNS
     # The first tile of a block walks fewer columns than the second.
     by_row = plan.tiles[0][plan.tiles[0, :, 0].argsort()]
     assert by_row[:, 3].tolist() == [64 * i for i in range(16)]

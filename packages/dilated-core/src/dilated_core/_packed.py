@@ -1,11 +1,13 @@
 """The rows of one span of keys that another span of queries sees, packed one after the other.
 
 A packed row is one position of one key head. The rows of a branch and offset are contiguous, head
-by head, so that a task over packed rows has keys of step 1.
+by head, so that a task over packed rows has keys of step 1, and offsets that are alike are the
+groups of one task.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -34,8 +36,9 @@ class PackedTask(NamedTuple):
     """A task whose keys are packed rows, all of them visible to all of its queries.
 
     Attributes:
-        task: queries and heads as ever; the keys of the first head are packed rows of step 1, and
-            those of the next begin `heads.kv_step` packed rows later.
+        task: queries and heads as ever, a group for each offset that is alike; the keys of the
+            first head are packed rows of step 1, and those of the next begin `heads.kv_step` packed
+            rows later.
         positions: the global positions of the keys.
     """
 
@@ -95,10 +98,13 @@ def pack(
     if queries and keys and not (is_causal and keys.start >= queries.stop):
         packed = 0
         for branch in range(len(pattern.branches)):
+            columns: list[list[PackedTask]] = []
             for block, new in _blocks(pattern, branch, queries, keys, heads, kv_heads):
                 blocks.append(block)
-                tasks += (task.after(packed) for task in new)
+                columns.append([task.after(packed) for task in new])
                 packed += block.rows.count * len(block.kv_heads)
+            for row in zip_longest(*columns):
+                tasks += _grouped(task for task in row if task is not None)
     return DilatedRows(tuple(blocks), tuple(tasks))
 
 
@@ -130,12 +136,69 @@ def _blocks(
         read = tuple(dict.fromkeys(head // group for head in kept))
         block = Block(branch, replace(k, start=k.start - keys.start), read)
         q = replace(q, start=q.start - queries.start)
-        yield block, [_task(q, k, stride, read) for stride in head_strides(kept, group)]
+        # Where no key head is read twice, their rows are evenly spaced here, if not where they are.
+        strides = head_strides(kept, group if len(read) < len(kept) else 1)
+        yield block, [_task(q, k, stride, read, group) for stride in strides]
 
 
-def _task(queries: Runs, keys: Runs, heads: Heads, read: tuple[int, ...]) -> PackedTask:
+def _task(queries: Runs, keys: Runs, heads: Heads, read: tuple[int, ...], group: int) -> PackedTask:
     """The task of a stride of heads, whose key heads are evenly spaced in `read`."""
-    places = [read.index(heads.kv_start + i * heads.kv_step) for i in range(min(2, heads.count))]
+    places = [
+        read.index((heads.start + i * heads.step) // group) for i in range(min(2, heads.count))
+    ]
     step = (places[-1] - places[0]) * keys.count
     packed = Runs(places[0] * keys.count, 1, keys.count)
     return PackedTask(Task(queries, packed, replace(heads, kv_start=0, kv_step=step), False), keys)
+
+
+def _grouped(tasks: Iterable[PackedTask]) -> Iterator[PackedTask]:
+    """Tasks of different blocks of a branch; those of a shape, evenly apart, as groups of one."""
+    together: list[PackedTask] = []
+    for task in tasks:
+        if together and not _goes_on(together, task):
+            yield _as_one(together)
+            together = []
+        together.append(task)
+    if together:
+        yield _as_one(together)
+
+
+def _goes_on(together: list[PackedTask], task: PackedTask) -> bool:
+    steps = _steps(together[-1], task)
+    return (
+        _shape(task) == _shape(together[-1])
+        and min(steps) >= 0  # a view has no negative strides
+        and (len(together) == 1 or steps == _steps(*together[-2:]))
+    )
+
+
+def _shape(packed: PackedTask) -> tuple[int, ...]:
+    """What all groups of a task share, among the tasks of a branch."""
+    queries, keys, heads = packed.task.queries, packed.task.keys, packed.task.heads
+    return queries.count, keys.count, heads.step, heads.count, heads.kv_step
+
+
+def _steps(one: PackedTask, other: PackedTask) -> tuple[int, int, int, int]:
+    """How much later query rows, packed rows, key positions and query heads begin."""
+    return (
+        other.task.queries.start - one.task.queries.start,
+        other.task.keys.start - one.task.keys.start,
+        other.positions.start - one.positions.start,
+        other.task.heads.start - one.task.heads.start,
+    )
+
+
+def _as_one(tasks: list[PackedTask]) -> PackedTask:
+    if len(tasks) == 1:
+        return tasks[0]
+    query, key, position, head = _steps(*tasks[:2])
+    task, positions = tasks[0]
+    return PackedTask(
+        replace(
+            task,
+            queries=replace(task.queries, groups=len(tasks), group_step=query),
+            keys=replace(task.keys, groups=len(tasks), group_step=key),
+            heads=replace(task.heads, group_step=head),
+        ),
+        replace(positions, groups=len(tasks), group_step=position),
+    )

@@ -10,12 +10,20 @@ from dilated_core._runs import Runs
 _CALL_ELEMENTS = 1 << 20
 
 
-def row_view(x: Tensor, runs: Runs, head_start: int, head_step: int, heads: int) -> Tensor:
+def row_view(
+    x: Tensor, runs: Runs, head_start: int, head_step: int, heads: int, head_group_step: int = 0
+) -> Tensor:
     """(B, N, H, D) to the view (B, groups, heads, rows, D) of a task's runs and heads."""
     batch, row, head, unit = x.stride()
     return x.as_strided(
         (x.shape[0], runs.groups, heads, runs.count, x.shape[3]),
-        (batch, runs.group_step * row, head_step * head, runs.step * row, unit),
+        (
+            batch,
+            runs.group_step * row + head_group_step * head,
+            head_step * head,
+            runs.step * row,
+            unit,
+        ),
         x.storage_offset() + runs.start * row + head_start * head,
     )
 

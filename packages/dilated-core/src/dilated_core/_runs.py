@@ -23,13 +23,17 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """A stride of query heads and the key heads they read, one to one."""
+    """A stride of query heads and the key heads they read, one to one.
+
+    The query heads of a group begin `group_step` after those of the group before.
+    """
 
     start: int
     step: int
     count: int
     kv_start: int
     kv_step: int
+    group_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,23 +4,22 @@ B batch, n rows of a span, R packed rows, H query heads, H_kv key heads, D head_
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dilated_core import _dense, triton_kernels
+from dilated_core import _fused, triton_kernels
 from dilated_core._functional import dilated_attention
 from dilated_core._inputs import Options
 from dilated_core._packed import DilatedRows, PackedTask, pack
-from dilated_core._partial import Partial, accumulate_dtype
+from dilated_core._partial import Partial, accumulate_dtype, merge_
 from dilated_core._pattern import DilatedPattern
 from dilated_core._runs import Heads, Runs, Task
 from dilated_core._torch_backend import (
     Place,
-    attend_into,
     attend_rows,
     key_views,
     lse_rows,
@@ -124,8 +123,12 @@ class DilatedSpans:
     ) -> None:
         """Merge attention of a span to packed rows into `total`."""
         place = self._place(call, query, keys, packed)
-        key, value = _by_head(keys.key), _by_head(keys.value)
-        attend_into(place, unit_stride(query), total.out, lse_rows(total.lse), key, value)
+        queries = unit_stride(query), total.out, lse_rows(total.lse)
+        at_keys = _by_head(keys.key), _by_head(keys.value)
+        for task in place.tasks():
+            views = query_views(task, *queries) + key_views(task, *at_keys)
+            for rows, (q, out, lse, k, v) in place.calls(task, *views):
+                merge_(Partial(out, lse.squeeze(-1)), _fused.attend(rows, q, k, v))
 
     def attend_packed_backward(
         self,
@@ -153,7 +156,7 @@ class DilatedSpans:
             for rows, pieces in place.calls(task, *views):
                 q, o, do, lse, *dl = pieces[: len(queries)]
                 *grad_views, k, v, dk, dv = pieces[len(queries) :]
-                parts = _dense.attend_backward(
+                parts = _fused.attend_backward(
                     rows, do, dl[0].squeeze(-1) if dl else None, q, k, v,
                     Partial(o, lse.squeeze(-1)),
                 )  # fmt: skip
@@ -226,12 +229,12 @@ def _by_head(packed: Tensor) -> Tensor:
 
 
 def _grad_rows(grads: dict[tuple[Runs, Heads], Tensor], task: Task, query: Tensor) -> Tensor:
-    """The gradient to a task's queries, (B, 1, heads, rows, D), shared with tasks of equal ones."""
+    """The gradient to a task's queries (B, groups, heads, rows, D), for all tasks of the same."""
     # Packed rows of other spans differ in their spacing of key heads alone.
-    heads = Heads(task.heads.start, task.heads.step, task.heads.count, 0, 0)
-    if (task.queries, heads) not in grads:
-        shape = query.shape[0], 1, task.heads.count, task.queries.count, query.shape[3]
-        grads[task.queries, heads] = torch.zeros(
+    runs, heads = task.queries, replace(task.heads, kv_start=0, kv_step=0)
+    if (runs, heads) not in grads:
+        shape = query.shape[0], runs.groups, heads.count, runs.count, query.shape[3]
+        grads[runs, heads] = torch.zeros(
             shape, dtype=accumulate_dtype(query.dtype), device=query.device
         )
-    return grads[task.queries, heads]
+    return grads[runs, heads]

@@ -239,13 +239,14 @@ class _Keep:
         task, device = self._task, self._batch.device
         heads = task.heads
         head = heads.start + heads.step * torch.arange(heads.count, device=device)
+        head = head + heads.group_step * self._group[:, None]
         row = torch.arange(rows.start, rows.stop, device=device)
         column = torch.arange(task.keys.count, device=device)
         return keep_mask(
             self._seed,
             self._dropout_p,
             self._batch[:, None, None, None],
-            head[:, None, None],
+            head[:, :, None, None],
             self._positions(self._place.query_positions(task), row)[:, None, :, None],
             self._positions(self._place.key_positions(task), column)[:, None, None, :],
         )
@@ -293,7 +294,8 @@ def unit_stride(x: Tensor) -> Tensor:
 def query_views(task: Task, *tensors: Tensor) -> list[Tensor]:
     """The rows and heads of (B, N, H, ...) that a task's queries are."""
     runs, heads = task.queries, task.heads
-    return [row_view(x, runs, heads.start, heads.step, heads.count) for x in tensors]
+    at = heads.start, heads.step, heads.count, heads.group_step
+    return [row_view(x, runs, *at) for x in tensors]
 
 
 def key_views(task: Task, *tensors: Tensor) -> list[Tensor]:

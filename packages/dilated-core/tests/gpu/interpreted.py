@@ -23,12 +23,23 @@ from dilated_core.triton_kernels._launch import Config
 NESTED = DilatedPattern([64, 128, 256], [1, 2, 4])
 PLAIN = DilatedPattern([11, 37, 53], [1, 3, 4])
 PADDING = DilatedPattern([7, 13, 60], [1, 2, 6], count_padding=True)
+# Segments that end inside tiles, and fill steps on both sides.
+UNEVEN = DilatedPattern([37, 59], [1, 2])
 SPLIT = DilatedPattern([13, 29], [2, 3], head_groups="split", head_offsets="blocked")
 
 # name: (pattern, queries, keys, heads, key heads, head_dim, options)
 CASES = {
     "nested": (NESTED, 131, 131, 1, 1, 16, {}),
     "nested, causal": (NESTED, 131, 131, 1, 1, 16, {"is_causal": True}),
+    "uneven": (UNEVEN, 131, 131, 2, 1, 16, {}),
+    "uneven, packed": (UNEVEN, 131, 131, 2, 1, 16, {"cu_seqlens": [0, 29, 131]}),
+    "uneven, padding mask": (UNEVEN, 131, 131, 2, 1, 16, {"padding": 0.3}),
+    "uneven, dropout": (UNEVEN, 71, 71, 2, 2, 16, {"dropout_p": 0.3}),
+    "later scores far above": (UNEVEN, 83, 83, 2, 2, 16, {"key_factors": (1.0, 70.0)}),
+    "later scores far below": (UNEVEN, 83, 83, 2, 2, 16, {"key_factors": (70.0, 1.0)}),
+    "causal, far above": (
+        NESTED, 97, 97, 1, 1, 16, {"key_factors": (1.0, 70.0), "is_causal": True}
+    ),
     "cross lengths": (PLAIN, 41, 59, 2, 1, 16, {}),
     "cross lengths, causal": (PLAIN, 41, 59, 2, 1, 16, {"is_causal": True}),
     "head_dim 19": (PLAIN, 37, 37, 1, 1, 19, {}),
@@ -64,6 +75,9 @@ def largest_error(name: str) -> float:
     dtype = options.get("dtype", torch.float32)
     inputs = [draw(batch, n, h, head_dim).to(dtype) for n, h in
               ((length, heads), (key_length, kv_heads), (key_length, kv_heads))]  # fmt: skip
+    if "key_factors" in options:
+        early, late = options["key_factors"]
+        inputs[1] *= torch.where(torch.arange(key_length) < 59, early, late)[:, None, None]
     upstream = draw(batch, length, heads, head_dim), draw(batch, heads, length)
     padding = options.get("padding")
     call = Options(

@@ -63,8 +63,10 @@ def seen(
         rows = first + step * torch.arange(count)
         owned[rows] += 1
         while columns_left > 0:
-            start, stride, n, _, member = full[at]
-            result[member, rows[:, None], start + stride * torch.arange(n)] += weights[0][at]
+            start, stride, n, _, member, *bounds = full[at]
+            assert bool(bounds) == (plan.mask == 2)
+            some = rows[(rows >= bounds[0]) & (rows < bounds[1])] if bounds else rows
+            result[member, some[:, None], start + stride * torch.arange(n)] += weights[0][at]
             columns_left, at = columns_left - n, at + 1
         assert columns_left == 0
         while steps > 0:
@@ -233,8 +235,9 @@ def shown_to(
     weights = [t[:, 3].contiguous().view(torch.float32).exp2() for t in (plan.full, plan.masked)]
     result = torch.zeros(length, dtype=torch.float64)
     while columns_left > 0:
-        start, stride, n = plan.full[at, :3].tolist()
-        result[start : start + n * stride : stride] += weights[0][at].round()
+        start, stride, n, _, _, *bounds = plan.full[at].tolist()
+        if not bounds or bounds[0] <= row < bounds[1]:
+            result[start : start + n * stride : stride] += weights[0][at].round()
         columns_left, at = columns_left - n, at + 1
     while steps > 0:
         start, stride, n, _, _, segment, residue, row_step = plan.masked[at_masked].tolist()

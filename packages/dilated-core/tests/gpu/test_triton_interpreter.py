@@ -22,7 +22,9 @@ def errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_interpreted_kernel_agrees_with_the_oracle(name: str, errors: dict[str, float]) -> None:
-    assert errors[name] < (2e-3 if name in HALF else 2e-6)
+    # Scores of hundreds are themselves rounded by as much as 1e-5.
+    bound = 2e-3 if name in HALF else 2e-5 if " far " in name else 2e-6
+    assert errors[name] < bound
 
 
 def test_every_case_is_listed(errors: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Blocks, Plan, Sizes
+from dilated_core.extending import SPARE_RUNS, Blocks, Plan, Sizes
 from dilated_sparse._grid import FULL, spread
 from dilated_sparse._layout import BlockLayout
 
@@ -205,8 +205,7 @@ def _compress(
     columns = [kept.start, step, kept.columns, weight, member, kept.word, kept.row, kept.words]
     assert len(place) < _LIMIT
     runs = torch.stack(columns[:fields], 1).to(torch.int32)
-    # One run more than there are is read.
-    runs = torch.nn.functional.pad(runs, (0, 0, 0, 1))
+    runs = torch.nn.functional.pad(runs, (0, 0, 0, SPARE_RUNS))
     counts = torch.bincount(place, minlength=classes * axes.groups)
     total = torch.zeros_like(counts).index_add_(0, place, cost)
     return _Table(runs, counts.cumsum(0) - counts, total)

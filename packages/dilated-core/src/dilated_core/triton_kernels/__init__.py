@@ -14,6 +14,8 @@ from dilated_core.triton_kernels._support import unsupported
 
 __all__ = [
     "attend",
+    "attend_rows",
+    "attend_rows_backward",
     "attend_span",
     "attend_span_backward",
     "drive",
@@ -66,6 +68,48 @@ def attend_span_backward(
     with torch.cuda.device_of(query):
         call = _launch.pattern_call(options, query, key, value, first_key=first_key)
         return _launch.run_backward(call, grad_out, grad_lse, total)
+
+
+def attend_rows(
+    scale: float, is_causal: bool, key_mask: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor,
+) -> Partial:  # fmt: skip
+    """Attention of each query to all keys: out (B, n, H, D) and lse (B, H, n), in float32.
+
+    Args:
+        scale: factor on the scores.
+        is_causal: hide the keys after each query; there are then as many keys as queries.
+        key_mask: (B, m) bool, True = ignore, or None.
+        query: (B, n, H, D).
+        key: (B, m, H, D), value like it.
+        value: see `key`.
+    """
+    from dilated_core.triton_kernels import _launch
+
+    with torch.cuda.device_of(query):
+        call = _launch.rows_call(scale, is_causal, key_mask, query, key, value)
+        return _launch.run_forward(call, wide=True)
+
+
+def attend_rows_backward(
+    scale: float,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    total: Partial,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `attend_rows`, given the partial of all keys; gradients in float32."""
+    from dilated_core.triton_kernels import _launch
+
+    # The kernels write the gradient to a query, and its terms, where its out and lse are.
+    total = Partial(total.out.contiguous(), total.lse.contiguous())
+    with torch.cuda.device_of(query):
+        call = _launch.rows_call(scale, is_causal, key_mask, query, key, value)
+        return _launch.run_backward(call, grad_out, grad_lse, total, wide=True)
 
 
 def drive(

@@ -13,7 +13,8 @@ Pass = Literal["forward", "query", "key"]
 class Config(NamedTuple):
     """Rows of a tile, columns of a step, warps of a program and stages of its pipeline.
 
-    Masked steps take fewer columns, `masked`, because masks need registers.
+    Masked steps may take fewer columns, `masked`, because masks need registers. `registers` bounds
+    those of a thread, so that more programs run at once; None leaves it to the compiler.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     masked: int = 32
+    registers: int | None = None
 
     @property
     def blocks(self) -> Blocks:
@@ -84,7 +86,7 @@ class Scores(Protocol):
 class Schedule(Protocol):
     """Which keys each query sees, as plans for the kernels."""
 
-    def choose(self, sizes: Sizes, pair: Pair) -> Config:
+    def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """The block sizes of a pass, from those that are fast for its head_dim and dtype."""
 
     def plan(self, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:

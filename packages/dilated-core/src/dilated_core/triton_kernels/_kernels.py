@@ -25,7 +25,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 TILE_FIELDS = tl.constexpr(8)
 FULL_FIELDS = tl.constexpr(5)
+BOUNDED_FIELDS = tl.constexpr(7)
 MASKED_FIELDS = tl.constexpr(8)
+FAR = tl.constexpr(2**31 - 1)
+# Keys that are looked at before a shift is chosen, and which sums of weights tell that it will do.
+FEW = tl.constexpr(16)
+SMALL = tl.constexpr(2.0**-60)
+LARGE = tl.constexpr(2.0**60)
 
 
 @triton.jit
@@ -64,28 +70,61 @@ def _row_pointers(base, start, step, offsets, stride, dims, WIDE: tl.constexpr):
         rows = offsets.to(tl.int64) * (step.to(tl.int64) * stride)
     else:
         rows = offsets * (step * stride)
-    return base + rows[:, None] + dims[None, :]
+    # In this order there is one addition of 64 bits for each pointer.
+    return base + (rows[:, None] + dims[None, :])
 
 
 @triton.jit
-def _load_run(run):
+def _load_run(run, AHEAD: tl.constexpr, PHASE: tl.constexpr, MASK: tl.constexpr):
+    """Start, step, columns, log2 weight, first row and end of rows of the run AHEAD of `run`."""
+    first_row, end_row = 0, 0
+    if PHASE == 1:
+        run += AHEAD * MASKED_FIELDS
+    elif MASK == 2:
+        run += AHEAD * BOUNDED_FIELDS
+        first_row, end_row = tl.load(run + 5), tl.load(run + 6)
+    else:
+        run += AHEAD * FULL_FIELDS
     return (
         tl.load(run),
         tl.load(run + 1),
         tl.load(run + 2),
         tl.load(run + 3).to(tl.float32, bitcast=True),
+        first_row,
+        end_row,
     )
 
 
 @triton.jit
-def _next(run, start, step, left, BLOCK: tl.constexpr, PHASE: tl.constexpr):
-    """Advance by one block of columns, to the next run where this one ends."""
+def _next(
+    run, now, then, BLOCK: tl.constexpr, PHASE: tl.constexpr, MASK: tl.constexpr,
+    LOOK_AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Advance by one block of columns, to the next run where that of `now` ends.
+
+    With LOOK_AHEAD the next run is `then`, and the one after it is read at once, so that it is
+    there when it is needed. That takes registers.
+    """
+    start, step, left, weight, first_row, end_row = now
     ends = left <= BLOCK
-    run = run + tl.where(ends, FULL_FIELDS if PHASE == 0 else MASKED_FIELDS, 0)
-    new_start, new_step, new_left, weight = _load_run(run)
-    start = tl.where(ends, new_start, start + BLOCK * step)
+    if PHASE == 1:
+        run += tl.where(ends, MASKED_FIELDS, 0)
+    elif MASK == 2:
+        run += tl.where(ends, BOUNDED_FIELDS, 0)
+    else:
+        run += tl.where(ends, FULL_FIELDS, 0)
+    if LOOK_AHEAD:
+        new_start, new_step, new_left, new_weight, new_first_row, new_end_row = then
+        then = _load_run(run, 1, PHASE, MASK)
+        step = tl.where(ends, new_step, step)
+        weight = tl.where(ends, new_weight, weight)
+        first_row = tl.where(ends, new_first_row, first_row)
+        end_row = tl.where(ends, new_end_row, end_row)
+    else:
+        new_start, step, new_left, weight, first_row, end_row = _load_run(run, 0, PHASE, MASK)
+    start = tl.where(ends, new_start, start + BLOCK * now[1])
     left = tl.where(ends, new_left, left - BLOCK)
-    return run, start, new_step, left, weight
+    return run, (start, step, left, weight, first_row, end_row), then
 
 
 @triton.jit
@@ -137,7 +176,7 @@ def _place(slots, early, HEADS: tl.constexpr, EARLY: tl.constexpr):
 @triton.jit
 def _load_tile(
     tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Read a tile: its fields, the first row of its sequence, its runs, and where it is."""
     index = (tl.load(head_class + head) * slots + slot).to(tl.int64)
@@ -146,7 +185,7 @@ def _load_tile(
     if PACKED:
         sequence = tl.load(tile + 5)
         origin = tl.load(starts + sequence).to(tl.int64)
-    full_runs += tl.load(tile + 6).to(tl.int64) * FULL_FIELDS
+    full_runs += tl.load(tile + 6).to(tl.int64) * (BOUNDED_FIELDS if MASK == 2 else FULL_FIELDS)
     masked_runs += tl.load(tile + 7).to(tl.int64) * MASKED_FIELDS
     return (
         tl.load(tile),
@@ -192,19 +231,28 @@ def _bit_mask(bits, run, start, rows, lanes):
 def _visible(run, start, rows, columns, lanes, present, bits, CAUSAL: tl.constexpr,
              BY_KEY: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """(rows, columns) mask of a masked run from its column `start` on."""
-    mask = present[None, :]
-    if CAUSAL:
-        if BY_KEY:
-            mask = mask & (rows[:, None] <= columns[None, :])
-        else:
-            mask = mask & (rows[:, None] >= columns[None, :])
+    # A column that is not there is one that no row sees: after all rows, or before them.
+    columns = tl.where(present, columns, FAR if CAUSAL and not BY_KEY else -1)
+    if not CAUSAL:
+        mask = (columns >= 0)[None, :]
+    elif BY_KEY:
+        mask = rows[:, None] <= columns[None, :]
+    else:
+        mask = rows[:, None] >= columns[None, :]
     if MASK == 2:
         segment = tl.load(run + 5)
-        mask = mask & ((rows // segment)[:, None] == (columns // segment)[None, :])
+        into_segment = columns[None, :] - (rows // segment * segment)[:, None]
+        mask = mask & (into_segment >= 0) & (into_segment < segment)
         mask = mask & ((rows - tl.load(run + 6)) % tl.load(run + 7) == 0)[:, None]
     if MASK == 3:
         mask = mask & _bit_mask(bits, run, start, rows, lanes)
     return mask
+
+
+@triton.jit
+def _between(rows, first, end):
+    """Which rows are from `first` on and before `end`, by one comparison each."""
+    return (rows - first).to(tl.uint32, bitcast=True) < (end - first).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -234,66 +282,32 @@ def _add_dot(a, b, acc, IEEE: tl.constexpr):
     return tl.dot(a, b, acc)
 
 
-# These change from call to call and would compile a kernel again for little.
-_CALL_SCALARS = ["slots", "early", "first_query", "first_key"]
-
-
-@triton.jit(do_not_specialize=_CALL_SCALARS)
-def forward_kernel(
-    query, key, value, out, lse,
-    tiles, full_runs, masked_runs, head_class, bits, starts, padding, seed,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
-    stride_pb,
-    scale, threshold, keep_scale, slots, early, first_query, first_key,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _walk(
+    q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns, masked_steps,
+    rows, row_state, limit, high, stride_kn, stride_vn, scale, keep_scale,
+    CAREFUL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    VALUE_D: tl.constexpr, VALUE_TAIL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
-    NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    IEEE: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse of one tile of queries of one head."""
-    if ALIKE:
-        stride_vn = stride_kn
-    slot, batch, head = _place(slots, early, HEADS, EARLY)
-    (
-        first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
-        tile,
-    ) = _load_tile(
-        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED
-    )  # fmt: skip
-    if count == 0:
-        return
+    """Attention of a tile of queries over its runs: its shift, its sum of weights and its out.
 
-    offsets = tl.arange(0, BLOCK_ROWS)
+    Weights are relative to the shift `high` (rows,), and so are their sum and out (rows, dims) in
+    two blocks. With CAREFUL the shift follows the greatest score, else it stays as it is.
+    """
     dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, VALUE_D)
+    acc = tl.zeros([BLOCK_ROWS, VALUE_D], tl.float32)
+    acc_tail = acc
     if TAIL:
         tail_dims = BLOCK_D + tl.arange(0, TAIL)
-    rows = first + step * offsets
-    inside = offsets < count
-    local = origin + rows - first_query
-    batch, head = batch.to(tl.int64), head.to(tl.int64)
-    query += batch * stride_qb + head * stride_qh
-    q = _load_rows(query, local, stride_qn, dims, inside, D)
-    if NEGATIVE:
-        q = -q
-    if TAIL:
-        q_tail = _load_rows(query, local, stride_qn, tail_dims, inside, D)
-        if NEGATIVE:
-            q_tail = -q_tail
-    origin_key = origin - first_key
-    key += batch * stride_kb + head // GROUP * stride_kh + origin_key * stride_kn
-    value += batch * stride_vb + head // GROUP * stride_vh + origin_key * stride_vn
-    padding += batch * stride_pb + origin_key
-    if DROPOUT:
-        row_state = _query_state(_call_state(tl.load(seed), sequence), head, rows)
-        limit = threshold.to(tl.uint32)
-
-    high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    if TAIL:
-        acc_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
+    if VALUE_TAIL:
+        value_tail_dims = VALUE_D + tl.arange(0, VALUE_TAIL)
+        acc_tail = tl.zeros([BLOCK_ROWS, VALUE_TAIL], tl.float32)
+    # Eight sums for a row, each of columns that one thread holds: to add across threads takes long.
+    sums = tl.zeros([BLOCK_ROWS, 8], tl.float32)
     for phase in tl.static_range(2 if MASK else 1):
         if phase == 0:
             run = full_runs
@@ -302,8 +316,10 @@ def forward_kernel(
             run = masked_runs
             steps = masked_steps
         columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
-        start, stride, left, weight = _load_run(run)
+        now = _load_run(run, 0, phase, MASK)
+        then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
+            start, stride, left, weight, first_row, end_row = now
             positions = start + stride * columns
             # A run of step 0 is a zero key: it counts, but has no row.
             present = (columns < left) & (stride > 0)
@@ -325,48 +341,169 @@ def forward_kernel(
                         MASK,
                     )  # fmt: skip
                     s = tl.where(mask, s, float("-inf"))
+                elif MASK == 2:
+                    s = tl.where(_between(rows, first_row, end_row)[:, None], s, float("-inf"))
                 if PADDED:
                     ignored = tl.load(padding + positions, mask=present, other=0)
                     s = tl.where((ignored != 0)[None, :], float("-inf"), s)
-                new_high = tl.maximum(high, tl.max(s, 1))
-                shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+                new_high = high
+                shift = high
+                if CAREFUL:
+                    new_high = tl.maximum(high, tl.max(s, 1))
+                    shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                 p = tl.exp2(s - shift[:, None])
             else:
-                new_high = tl.maximum(high, tl.max(s, 1) * scale + weight)
+                new_high = high
+                if MASK == 2:
+                    bounded = _between(rows, first_row, end_row)
+                if CAREFUL:
+                    highest = tl.max(s, 1) * scale + weight
+                    if MASK == 2:
+                        highest = tl.where(bounded, highest, float("-inf"))
+                    new_high = tl.maximum(high, highest)
                 shift = new_high
-                p = tl.exp2(s * scale - (new_high - weight)[:, None])
-            alpha = tl.exp2(high - shift)
-            total = total * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None]
-            if TAIL:
-                acc_tail = acc_tail * alpha[:, None]
+                from_row = new_high - weight
+                if MASK == 2:
+                    shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+                    from_row = tl.where(bounded, from_row, float("inf"))
+                p = tl.exp2(s * scale - from_row[:, None])
+            if CAREFUL:
+                alpha = tl.exp2(high - shift)
+                sums = sums * alpha[:, None]
+                acc = acc * alpha[:, None]
+                if VALUE_TAIL:
+                    acc_tail = acc_tail * alpha[:, None]
+                high = new_high
+            sums += tl.sum(tl.reshape(p, [BLOCK_ROWS, p.shape[1] // 8, 8]), 1)
             if DROPOUT:
                 keep = _mix(row_state[:, None] ^ _key_state(positions)[None, :]) >= limit
                 p = tl.where(keep, p * keep_scale, 0.0)
             v = _load_columns(
-                value, start, stride, columns, stride_vn, dims, present, D, BLOCK_D, phase == 1,
-                WIDE,
+                value, start, stride, columns, stride_vn, value_dims, present, D, VALUE_D,
+                phase == 1, WIDE,
             )  # fmt: skip
             acc = _add_dot(p.to(v.dtype), v, acc, IEEE)
-            if TAIL:
+            if VALUE_TAIL:
                 v_tail = _load_columns(
-                    value, start, stride, columns, stride_vn, tail_dims, present, D, BLOCK_D + TAIL,
-                    phase == 1, WIDE,
+                    value, start, stride, columns, stride_vn, value_tail_dims, present, D,
+                    VALUE_D + VALUE_TAIL, phase == 1, WIDE,
                 )  # fmt: skip
                 acc_tail = _add_dot(p.to(v.dtype), v_tail, acc_tail, IEEE)
-            high = new_high
-            run, start, stride, left, weight = _next(
-                run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
+            run, now, then = _next(
+                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, MASK,
+                BLOCK_D + TAIL <= 64,
+            )  # fmt: skip
+    return high, tl.sum(sums, 1), acc, acc_tail
+
+
+# These change from call to call and would compile a kernel again for little.
+_CALL_SCALARS = ["slots", "early", "first_query", "first_key"]
+
+
+@triton.jit(do_not_specialize=_CALL_SCALARS)
+def forward_kernel(
+    query, key, value, out, lse,
+    tiles, full_runs, masked_runs, head_class, bits, starts, padding, seed,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
+    stride_pb,
+    scale, threshold, keep_scale, slots, early, first_query, first_key,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
+    OPTIMISTIC: tl.constexpr, VALUE_D: tl.constexpr, VALUE_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Write out and lse of one tile of queries of one head."""
+    if ALIKE:
+        stride_vn = stride_kn
+    slot, batch, head = _place(slots, early, HEADS, EARLY)
+    (
+        first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
+        tile,
+    ) = _load_tile(
+        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED,
+        MASK,
+    )  # fmt: skip
+    if count == 0:
+        return
+
+    offsets = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    if TAIL:
+        tail_dims = BLOCK_D + tl.arange(0, TAIL)
+    rows = first + step * offsets
+    inside = offsets < count
+    local = origin + rows - first_query
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    query += batch * stride_qb + head * stride_qh
+    q = _load_rows(query, local, stride_qn, dims, inside, D)
+    if NEGATIVE:
+        q = -q
+    q_tail = q
+    if TAIL:
+        q_tail = _load_rows(query, local, stride_qn, tail_dims, inside, D)
+        if NEGATIVE:
+            q_tail = -q_tail
+    origin_key = origin - first_key
+    key += batch * stride_kb + head // GROUP * stride_kh + origin_key * stride_kn
+    value += batch * stride_vb + head // GROUP * stride_vh + origin_key * stride_vn
+    padding += batch * stride_pb + origin_key
+    row_state, limit = rows, threshold
+    if DROPOUT:
+        row_state = _query_state(_call_state(tl.load(seed), sequence), head, rows)
+        limit = threshold.to(tl.uint32)
+
+    high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    if OPTIMISTIC:
+        # Any score of a row will do as its shift unless the others are far above or below it, so
+        # the greatest is not followed: one of a few keys is taken, and where a sum of weights tells
+        # that it will not do, all is done again with care.
+        start, stride, left, weight, _, _ = _load_run(full_runs, 0, 0, 0)
+        few = tl.arange(0, FEW)
+        there = (few < left) & (full_columns > 0)
+        k = _load_columns(key, start, stride, few, stride_kn, dims, there, D, BLOCK_D, True, WIDE)
+        s = _dot(q, tl.trans(k), IEEE)
+        if TAIL:
+            k_tail = _load_columns(
+                key, start, stride, few, stride_kn, tail_dims, there, D, BLOCK_D + TAIL, True, WIDE
             )
+            s = _add_dot(q_tail, tl.trans(k_tail), s, IEEE)
+        high = tl.max(s, 1) * scale + weight
+        high, total, acc, acc_tail = _walk(
+            q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns,
+            tl.where(full_columns > 0, masked_steps, 0), rows, row_state, limit, high, stride_kn,
+            stride_vn, scale, keep_scale, False, D, BLOCK_D, TAIL, VALUE_D, VALUE_TAIL, MASK,
+            BLOCK_ROWS, FULL_COLUMNS, MASKED_COLUMNS, CAUSAL, PADDED, DROPOUT, WIDE, IEEE,
+        )  # fmt: skip
+        fine = (total >= SMALL) & (total <= LARGE) | (offsets >= count)
+        if (full_columns == 0) | (tl.min(fine.to(tl.int32), 0) == 0):
+            high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+            high, total, acc, acc_tail = _walk(
+                q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns,
+                masked_steps, rows, row_state, limit, high, stride_kn, stride_vn, scale, keep_scale,
+                True, D, BLOCK_D, TAIL, VALUE_D, VALUE_TAIL, MASK, BLOCK_ROWS, FULL_COLUMNS,
+                MASKED_COLUMNS, CAUSAL, PADDED, DROPOUT, WIDE, IEEE,
+            )  # fmt: skip
+    else:
+        high, total, acc, acc_tail = _walk(
+            q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns,
+            masked_steps, rows, row_state, limit, high, stride_kn, stride_vn, scale, keep_scale,
+            True, D, BLOCK_D, TAIL, VALUE_D, VALUE_TAIL, MASK, BLOCK_ROWS, FULL_COLUMNS,
+            MASKED_COLUMNS, CAUSAL, PADDED, DROPOUT, WIDE, IEEE,
+        )  # fmt: skip
 
     none = total == 0.0
     divisor = tl.where(none, 1.0, total)[:, None]
     rows, inside = _reload_rows(tile, offsets)
     local = origin + rows - first_query
     out += batch * stride_ob + head * stride_oh
-    _store_rows(out, local, stride_on, dims, inside, acc / divisor, D)
-    if TAIL:
-        _store_rows(out, local, stride_on, tail_dims, inside, acc_tail / divisor, D)
+    value_dims = tl.arange(0, VALUE_D)
+    _store_rows(out, local, stride_on, value_dims, inside, acc / divisor, D)
+    if VALUE_TAIL:
+        value_dims = VALUE_D + tl.arange(0, VALUE_TAIL)
+        _store_rows(out, local, stride_on, value_dims, inside, acc_tail / divisor, D)
     result = tl.where(none, float("-inf"), (high + tl.log2(total)) * LN_2)
     tl.store(lse + batch * stride_lb + head * stride_lh + local, result, mask=inside)
 
@@ -399,7 +536,8 @@ def query_gradient_kernel(
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,
     ) = _load_tile(
-        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED
+        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED,
+        MASK,
     )  # fmt: skip
     if count == 0:
         return
@@ -456,8 +594,10 @@ def query_gradient_kernel(
             run = masked_runs
             steps = masked_steps
         columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
-        start, stride, left, weight = _load_run(run)
+        now = _load_run(run, 0, phase, MASK)
+        then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
+            start, stride, left, weight, first_row, end_row = now
             positions = start + stride * columns
             present = (columns < left) & (stride > 0)
             k = _load_columns(
@@ -480,7 +620,10 @@ def query_gradient_kernel(
                 )  # fmt: skip
                 s = _add_dot(q_tail, tl.trans(k_tail), s, IEEE)
                 dp = _add_dot(do_tail, tl.trans(v_tail), dp, IEEE)
-            p = tl.exp2(s * scale - (row_lse - weight)[:, None])
+            from_row = row_lse - weight
+            if phase == 0 and MASK == 2:
+                from_row = tl.where(_between(rows, first_row, end_row), from_row, float("inf"))
+            p = tl.exp2(s * scale - from_row[:, None])
             if phase == 1:
                 mask = _visible(
                     run, start, rows, positions, columns, present, bits, CAUSAL, False, MASK
@@ -496,8 +639,8 @@ def query_gradient_kernel(
             acc = _add_dot(ds.to(k.dtype), k, acc, IEEE)
             if TAIL:
                 acc_tail = _add_dot(ds.to(k.dtype), k_tail, acc_tail, IEEE)
-            run, start, stride, left, weight = _next(
-                run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
+            run, now, then = _next(
+                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, MASK, True
             )
     rows, inside = _reload_rows(tile, offsets)
     local = origin + rows - first_query
@@ -533,7 +676,8 @@ def key_gradient_kernel(
         first, step, count, full_columns, masked_steps, sequence, origin, full_runs, masked_runs,
         tile,
     ) = _load_tile(
-        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED
+        tiles, full_runs, masked_runs, starts, head_class, head, slot, slots, batch, PACKED,
+        MASK,
     )  # fmt: skip
     if count == 0:
         return
@@ -581,8 +725,10 @@ def key_gradient_kernel(
             run = masked_runs
             steps = masked_steps
         columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
-        start, stride, left, weight = _load_run(run)
+        now = _load_run(run, 0, phase, MASK)
+        then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
+            start, stride, left, weight, first_row, end_row = now
             member = tl.zeros((), tl.int64)
             if GROUP > 1:
                 member = tl.load(run + 4).to(tl.int64)
@@ -613,6 +759,8 @@ def key_gradient_kernel(
                 )  # fmt: skip
                 s = _add_dot(k_tail, tl.trans(q_tail), s, IEEE)
             p = tl.exp2(s * scale - (column_lse - weight)[None, :])
+            if phase == 0 and MASK == 2:
+                p = tl.where(_between(rows, first_row, end_row)[:, None], p, 0.0)
             if phase == 1:
                 mask = _visible(
                     run, start, rows, positions, columns, present, bits, CAUSAL, True, MASK
@@ -636,8 +784,8 @@ def key_gradient_kernel(
             dk = _add_dot(ds.to(q.dtype), q, dk, IEEE)
             if TAIL:
                 dk_tail = _add_dot(ds.to(q.dtype), q_tail, dk_tail, IEEE)
-            run, start, stride, left, weight = _next(
-                run, start, stride, left, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase
+            run, now, then = _next(
+                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, MASK, True
             )
 
     rows, inside = _reload_rows(tile, offsets)

@@ -19,14 +19,13 @@ from dilated_core.triton_kernels._driving import Config, Pair, Pass, Schedule, S
 from dilated_core.triton_kernels._plan import Blocks, Plan, Request, packed_plan, plan
 from dilated_core.triton_kernels._strips import work
 
-_FORWARD_64 = Pair(Config(128, 128, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92)
-_QUERY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3))
+_FORWARD_64 = Pair(Config(128, 64, 4, 3, 32), Config(64, 64, 4, 3, 32, 128), 0.92)
+_QUERY_64 = Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 3), 0.94)
 _KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
 # By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
 # see benchmarks/NOTES.md.
 _HALF: dict[Pass, dict[int, Pair]] = {
     "forward": {
-        32: _FORWARD_64,
         64: _FORWARD_64,
         80: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92),
         96: Pair(Config(128, 64, 4, 3, 64), Config(128, 64, 4, 3, 64)),
@@ -45,7 +44,7 @@ _HALF: dict[Pass, dict[int, Pair]] = {
     },
     "key": {
         32: _KEY_64,
-        48: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        48: Pair(Config(64, 64, 4, 3, 32, 168), Config(64, 64, 4, 3, 32, 168)),
         64: _KEY_64,
         96: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
         128: Pair(Config(64, 32, 4, 3), Config(64, 32, 4, 3)),
@@ -67,16 +66,19 @@ overrides: dict[Pass, Config] = {}
 def head_dim_blocks(which: Pass, head_dim: int) -> tuple[int, int]:
     """The widths of one block, or two, that hold a head_dim.
 
-    Two where they pad less. The forward is an exception, by measurement: to it padding to 64 costs
-    little, and two blocks are faster from 65 to 128 always.
+    Two where they pad less, and in the forward always from 65 to 128, by measurement.
     """
     padded = _power_of_two(head_dim)
     width = padded // 2
     tail = _power_of_two(head_dim - width)
-    two = width + tail < padded
-    if which == "forward" and padded in (64, 128):
-        two = padded == 128
+    two = width + tail < padded or (which == "forward" and padded == 128)
     return (width, tail) if two else (padded, 0)
+
+
+def _value_blocks(head_dim: int) -> tuple[int, int]:
+    """The same for the values in the forward: up to 64 one block is faster than to pad less."""
+    padded = _power_of_two(head_dim)
+    return (padded, 0) if padded <= 64 else head_dim_blocks("forward", head_dim)
 
 
 def _power_of_two(head_dim: int) -> int:
@@ -90,7 +92,7 @@ def config(which: Pass, schedule: Schedule, sizes: Sizes, query: Tensor) -> Conf
         return overrides[which]
     table = _SINGLE if query.dtype == torch.float32 else _HALF[which]
     width = sum(head_dim_blocks(which, query.shape[-1]))
-    return schedule.choose(sizes, table[min(size for size in table if size >= width)])
+    return schedule.choose(which, sizes, table[min(size for size in table if size >= width)])
 
 
 @lru_cache(maxsize=1024)
@@ -105,7 +107,7 @@ class PatternSchedule(NamedTuple):
     pattern: DilatedPattern
     cu_seqlens: Tensor | None
 
-    def choose(self, sizes: Sizes, pair: Pair) -> Config:
+    def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """Short tiles where they are the quicker ones."""
         return pair.short if sizes.is_causal else _by_work(pair, self.pattern, sizes.heads)
 
@@ -189,7 +191,7 @@ class Call:
             "DROPOUT": self.options.dropout_p > 0, "PACKED": self.cu_seqlens is not None,
             "NEGATIVE": self.options.scale < 0, "WIDE": farthest >= 2**31,
             "ALIKE": first.stride(1) == second.stride(1), "IEEE": self.query.dtype == torch.float32,
-            "num_warps": chosen.warps, "num_stages": chosen.stages,
+            "num_warps": chosen.warps, "num_stages": chosen.stages, "maxnreg": chosen.registers,
         }  # fmt: skip
 
     @property
@@ -241,28 +243,43 @@ def pattern_call(
     return Call(options, schedule, query, key, value, cu_seqlens, first_key)
 
 
-def run_forward(call: Call) -> Partial:
-    """Compute out (B, N, H, D) in query's dtype and lse (B, H, N) in float32."""
+def rows_call(
+    scale: float, is_causal: bool, key_mask: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor,
+) -> Call:  # fmt: skip
+    """A call in which every query sees every key or, when causal, those at and before it."""
+    pattern = DilatedPattern([max(query.shape[1], key.shape[1], 1)], [1])
+    return pattern_call(Options(pattern, is_causal, scale, key_mask), query, key, value)
+
+
+def run_forward(call: Call, *, wide: bool = False) -> Partial:
+    """Compute out (B, N, H, D) in query's dtype or, if `wide`, in float32, like lse (B, H, N)."""
     query, key, value = call.query, call.key, call.value
-    out, lse = empty_like(query), empty_lse(query)
+    out, lse = (empty_wide if wide else empty_like)(query), empty_lse(query)
     if not query.numel():
         return Partial(out, lse)
     chosen = call.config("forward")
     tables = call.plan(False, chosen)
+    value_width, value_tail = _value_blocks(query.shape[-1])
+    # A padding mask may hide the keys that shifts are taken from, and weights that are relative to
+    # any other score than the greatest do not fit in float16.
+    optimistic = call.padding is None and query.dtype != torch.float16
     _kernels.forward_kernel[call.grid(tables, call.heads)](
         query, key, value, out, lse, *call.tables(tables),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         *lse.stride()[:2], call.mask_stride, *call.scalars(tables),
         **call.constants("forward", tables, chosen, call.heads, key, value),
+        OPTIMISTIC=optimistic, VALUE_D=value_width, VALUE_TAIL=value_tail,
     )  # fmt: skip
     return Partial(out, lse)
 
 
 def run_backward(
-    call: Call, grad_out: Tensor, grad_lse: Tensor | None, total: Partial
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, total: Partial, *, wide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to query, key and value, in their dtype."""
-    grads = empty_like(call.query), empty_like(call.key), empty_like(call.value)
+    """Gradients to query, key and value, in their dtype or, if `wide`, in float32."""
+    make = empty_wide if wide else empty_like
+    grads = make(call.query), make(call.key), make(call.value)
     if not call.query.numel() or not call.key.numel():
         for grad in grads:
             grad.zero_()
@@ -317,6 +334,11 @@ def key_gradients(
 def empty_like(x: Tensor) -> Tensor:
     """Uninitialized and contiguous."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def empty_wide(x: Tensor) -> Tensor:
+    """Uninitialized, contiguous and in float32."""
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
 def empty_lse(query: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ runs can drive them. Rows and columns are numbered by position.
 - A tile is (first row, step, rows, full columns, masked steps, sequence, first full run, first
   masked run).
 - A full run is (first column, step, columns, log2 weight, member): its columns are a multiple of
-  the kernel's column block, and every row of the tile sees all of them.
+  the kernel's column block, and every row of the tile sees all of them. With mask 2 it ends in
+  (first row, end of rows), and the rows of the tile in between do.
 - A masked run is (first column, step, columns, log2 weight, member, segment, row residue,
   row step): a row sees a column if position // segment is the same for both, the row is congruent
   to the residue modulo the row step and, when causal, the order is right. A masked run of step 0
@@ -32,6 +33,7 @@ from dilated_core.triton_kernels._strips import Slot, head_offsets, sorted_branc
 Causal = Literal["no", "before", "after"]
 
 TILE_FIELDS, FULL_FIELDS, MASKED_FIELDS = 8, 5, 8
+SPARE_RUNS = 2  # at the end of a table: the two that follow a run are read before it ends
 ANY_SEGMENT = 2**31 - 1
 _CACHED_PLANS = 24
 _TILES_AT_ONCE = 2**15
@@ -74,8 +76,8 @@ class Plan:
 
     Attributes:
         tiles: (classes, tiles, TILE_FIELDS) int32.
-        full: (runs, FULL_FIELDS) int32; weights are float32 bits. At least one spare run at the
-            end may be read and is not used.
+        full: (runs, FULL_FIELDS) int32, with two more fields if `mask` is 2; weights are float32
+            bits. SPARE_RUNS more at the end may be read and are not used.
         masked: (runs, MASKED_FIELDS) int32, likewise.
         head_class: (heads,) int32, the class of a query head, or of a key head by key.
         bits: (words,) int32 that masked runs point into if `mask` is 3, else any tensor. The words
@@ -227,7 +229,7 @@ def packed_plan(request: Request, cu_seqlens: Tensor) -> Plan:
     tiles = _Tiles(
         first, step, torch.where(real, rows, 0), template.recipe.gather(1, local), sequence
     )
-    return _tables(request, template, tiles, length, exact=False)
+    return _narrowed(_tables(request, template, tiles, length, exact=False))
 
 
 class _Tiles(NamedTuple):
@@ -363,7 +365,7 @@ def _exact_tables(request: Request, template: _Template) -> Plan:
         full, masked = full + len(piece.full), masked + len(piece.masked)
         pieces.append(piece)
     joined = torch.cat([piece.masked for piece in pieces])
-    return replace(
+    whole = replace(
         pieces[0],
         tiles=torch.cat([piece.tiles for piece in pieces], dim=1),
         full=torch.cat([piece.full for piece in pieces]),
@@ -371,6 +373,12 @@ def _exact_tables(request: Request, template: _Template) -> Plan:
         bits=joined,
         mask=max(piece.mask for piece in pieces),
     )
+    return _narrowed(whole)
+
+
+def _narrowed(plan: Plan) -> Plan:
+    """The plan without the bounds of rows in its full runs where no run has any."""
+    return plan if plan.mask == 2 else replace(plan, full=plan.full[:, :FULL_FIELDS].contiguous())
 
 
 def _tables(
@@ -391,6 +399,10 @@ def _tables(
     low = first_row // outer * outer
     high = last_row // outer * outer + outer
     segment = torch.where(low + outer < high, outer, ANY_SEGMENT)
+    # Where a tile meets the end of one segment, rows and columns before it and after it are apart.
+    end = low + outer
+    split = (high - low == 2 * outer) & (row_step == 1) & (zero == 0)
+    split &= torch.tensor(request.causal == "no", device=low.device)
     inner_low = first_row // inner.clamp(min=1) * inner
     low = torch.where(side > 0, inner_low + inner, low).clamp(min=request.columns[0])
     high = torch.where(side < 0, inner_low, high)
@@ -401,13 +413,17 @@ def _tables(
         high = torch.minimum(high, last_row + 1)
     if request.causal == "after":
         low = torch.maximum(low, first_row)
-    first = low + (residue - low) % divisor
     usable = (step > 0) & (zero == 0) & (tiles.rows.unsqueeze(-1) > 0)
     # Where few rows of a leaf are kept, most of its tiles have none.
     usable &= first_row + (row_residue - first_row) % row_step <= last_row
-    count = torch.where(usable, _count(low, high, residue, divisor), 0)
+    first = low + (residue - low) % divisor
+    stop = torch.where(split, torch.minimum(end, high), high)
+    count = torch.where(usable, _count(low, stop, residue, divisor), 0)
+    later = torch.maximum(end, low)
+    later_first = later + (residue - later) % divisor
+    later_count = torch.where(usable & split, _count(later, high, residue, divisor), 0)
 
-    masked_only = (segment != ANY_SEGMENT) | (row_step > 1)
+    masked_only = ((segment != ANY_SEGMENT) & ~split) | (row_step > 1)
     head = torch.zeros_like(count)
     seen = count
     if request.causal == "before":
@@ -418,10 +434,16 @@ def _tables(
     full = torch.where(masked_only, 0, (seen - head).clamp(min=0) // unit * unit)
     head = torch.where(full == 0, 0, head)
     tail = count - head - full
+    later_full = later_count // unit * unit
 
     log_weight = weight.to(torch.float32).log2()
     rows_seen = member, segment, row_residue, row_step
     masked = [_records(first + (head + full) * step, step, tail, log_weight, *rows_seen)]
+    masked.append(
+        _records(
+            later_first + later_full * step, step, later_count - later_full, log_weight, *rows_seen
+        )
+    )
     if request.causal == "after":
         masked.append(_records(first, step, head, log_weight, *rows_seen))
     if request.zero_keys:
@@ -436,7 +458,15 @@ def _tables(
         )
         one, none = (missing > 0).to(torch.int64), torch.zeros_like(step)
         masked.append(_records(start, none, one, missing.to(torch.float32).log2(), *rows_seen))
-    full_records = _records(first + head * step, step, full, log_weight, member)
+    none, every = torch.zeros_like(end), torch.full_like(end, ANY_SEGMENT)
+    until = torch.where(split, end, every)
+    full_records = torch.cat(
+        [
+            _records(first + head * step, step, full, log_weight, member, none, until),
+            _records(later_first, step, later_full, log_weight, member, end, every),
+        ],
+        dim=2,
+    )
     masked_records = torch.cat(masked, dim=2)
     narrow = request.blocks.masked
     masked_steps = ((masked_records[..., 2] + narrow - 1) // narrow).sum(-1)
@@ -444,14 +474,16 @@ def _tables(
     masked_records, masked_start = _compact(masked_records, exact)
     tile_table = torch.stack(
         [
-            tiles.first, tiles.step, tiles.rows, full.sum(-1), masked_steps, tiles.sequence,
+            tiles.first, tiles.step, tiles.rows, (full + later_full).sum(-1), masked_steps,
+            tiles.sequence,
             full_start, masked_start,
         ],
         dim=-1,
     )  # fmt: skip
     mask = template.mask
     if exact:
-        hidden = [masked_steps.sum(), ((count > 0) & masked_only).sum(), zero.sum()]
+        bounded = masked_only | (segment != ANY_SEGMENT)
+        hidden = [masked_steps.sum(), ((count > 0) & bounded).sum(), zero.sum()]
         some, general, zeros = (int(x) for x in torch.stack(hidden).tolist())
         mask = 2 if general or (zeros and some) else min(some, 1)
     return Plan(
@@ -510,5 +542,5 @@ def _compact(records: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         kept = records.gather(2, order.unsqueeze(-1).expand_as(records)).flatten(0, 2)
         starts = torch.arange(counts.numel(), device=counts.device).view(counts.shape)
         starts = starts * records.shape[2]
-    spare = torch.zeros((1, records.shape[-1]), dtype=torch.int32, device=records.device)
+    spare = torch.zeros((SPARE_RUNS, records.shape[-1]), dtype=torch.int32, device=records.device)
     return torch.cat([kept, spare]), starts
