@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilated_core import DilatedPattern
-from dilated_sparse import BlockLayout, layouts
+from dilated_sparse import BlockLayout, _longnet, layouts
 
 LENGTH = st.integers(0, 67)
 BLOCK = st.integers(1, 80)
@@ -154,6 +154,13 @@ def test_longnet(n, pattern, heads, is_causal, b):
     expected = shown[:, order][:, :, order]
     assert layout.to_dense().equal(expected)
     assert layout == BlockLayout.from_dense(expected, block_size=b)
+
+
+def test_longnet_of_more_branches_than_flags_fit_a_number(monkeypatch):
+    pattern = DilatedPattern([6, 12, 24], [1, 2, 6])
+    expected = layouts.longnet(53, pattern, heads=3, block_size=4)
+    monkeypatch.setattr(_longnet, "_BITS", 2)
+    assert layouts.longnet(53, pattern, heads=3, block_size=4) == expected
 
 
 def test_longnet_blocks_are_full_in_its_order():

@@ -10,6 +10,9 @@ from dilated_sparse import _checks
 from dilated_sparse._grid import Grid, from_prototypes, group, spread
 from dilated_sparse._layout import BlockLayout, make_grid
 
+# Branches whose flags go into one int32.
+_BITS = 31
+
 
 def longnet_order(
     length: int, pattern: DilatedPattern, *, device: torch.device | str = "cpu"
@@ -81,14 +84,20 @@ class _HeadBlocks:
         is_causal: bool,
         smallest: int,
     ) -> None:
-        self.row, self.column = _candidates(grid, order, branches)
+        self.row, self.column = _candidates(grid, order, branches, smallest)
+        whole = smallest % grid.block_size == 0
 
         def visible(i: Tensor, j: Tensor) -> Tensor:
             query, key = order[i], order[j]
+            # A whole number of blocks in a segment: all pairs of two blocks share one, or none.
+            ends = (query[:, :1], key[..., :1]) if whole else (query, key)
             seen = torch.zeros_like(query - key, dtype=torch.bool)
-            for w, r, s in branches:
-                kept = (query % w % r == s) & (key % w % r == s)
-                seen |= kept & (torch.div(query, w, rounding_mode="floor") == key // w)
+            for first in range(0, len(branches), _BITS):
+                some = branches[first : first + _BITS]
+                # One bit for each branch; segments are multiples of all rates.
+                shared = _bits([ends[0] // w == ends[1] // w for w, _, _ in some])
+                shown = (_bits([x % r == s for _, r, s in some]) for x in (query, key))
+                seen |= (next(shown) & shared & next(shown)) != 0
             return seen & (key <= query) if is_causal else seen
 
         alike = _alike(grid, self.row, self.column, [w for w, _, _ in branches], smallest)
@@ -96,6 +105,14 @@ class _HeadBlocks:
         row, column = self.row[example], self.column[example]
         self.prototypes = grid.evaluate(visible, row, column)
         self.edge = grid.edge(row, column)
+
+
+def _bits(flags: list[Tensor]) -> Tensor:
+    """Bit i of the result is flag i, for at most _BITS flags of one shape."""
+    total = flags[0].to(torch.int32)
+    for i, flag in enumerate(flags[1:], 1):
+        total = total | flag.to(torch.int32) << i
+    return total
 
 
 def _gather(grid: Grid, parts: list[_HeadBlocks]) -> BlockLayout:
@@ -116,22 +133,49 @@ def _gather(grid: Grid, parts: list[_HeadBlocks]) -> BlockLayout:
 
 
 def _candidates(
-    grid: Grid, order: Tensor, branches: list[tuple[int, int, int]]
+    grid: Grid, order: Tensor, branches: list[tuple[int, int, int]], smallest: int
 ) -> tuple[Tensor, Tensor]:
     """All pairs of blocks in which a branch keeps positions of one segment."""
-    pairs = [grid.arange(0)]
+    # Sorting narrow numbers is faster.
+    dtype = torch.int32 if grid.rows * grid.columns < 2**31 else torch.int64
+    pairs = [grid.arange(0).to(dtype)]
     for w, r, s in branches:
-        kept = (order % w % r == s).nonzero().squeeze(1)
-        segment = torch.div(order[kept], w, rounding_mode="floor")
-        touched = torch.unique_consecutive(segment * grid.rows + kept // grid.block_size)
-        block, segment = touched % max(1, grid.rows), touched // max(1, grid.rows)
+        block, segment = _touched(grid, order, w, r, s, smallest)
         ends = torch.bincount(segment).cumsum(0) if len(segment) else segment
         starts = torch.nn.functional.pad(ends, (1, 0))
         query, step = spread((ends - starts[:-1])[segment])
-        pairs.append(block[query] * grid.columns + block[starts[segment][query] + step])
-    places = torch.unique(torch.cat(pairs))
+        row = (block * grid.columns)[query]
+        pairs.append((row + block[starts[segment][query] + step]).to(dtype))
+    places = torch.unique(torch.cat(pairs)).to(torch.int64)
     row = torch.div(places, max(1, grid.columns), rounding_mode="floor")
     return row, places - row * grid.columns
+
+
+def _touched(
+    grid: Grid, order: Tensor, w: int, r: int, s: int, smallest: int
+) -> tuple[Tensor, Tensor]:
+    """The pairs (block, segment), rising, in which a branch keeps a position."""
+    b = grid.block_size
+    if smallest % b:
+        kept = (order % r == s).nonzero().squeeze(1)
+        # The order moves no position out of its smallest segment.
+        segment = torch.div(kept, w, rounding_mode="floor")
+        touched = torch.unique_consecutive(
+            segment * grid.rows + torch.div(kept, b, rounding_mode="floor")
+        )
+        return touched % max(1, grid.rows), torch.div(
+            touched, max(1, grid.rows), rounding_mode="floor"
+        )
+    # All smallest segments but a short last one have the same order.
+    cut = grid.length // smallest * smallest
+    first, last = (
+        torch.unique_consecutive((rows % r == s).nonzero().squeeze(1) // b)
+        for rows in (order[: min(cut, smallest)], order[cut:])
+    )
+    per_segment = smallest // b
+    regular = grid.arange(cut // smallest)[:, None] * per_segment + first
+    block = torch.cat([regular.flatten(), last + cut // b])
+    return block, torch.div(block * b, w, rounding_mode="floor")
 
 
 def _alike(grid: Grid, row: Tensor, column: Tensor, lengths: list[int], smallest: int) -> Tensor:
@@ -140,15 +184,17 @@ def _alike(grid: Grid, row: Tensor, column: Tensor, lengths: list[int], smallest
     if rest:
         return grid.arange(len(row))
     cut = grid.length // smallest * per_segment
-    sub_row, sub_column = row // per_segment, column // per_segment
-    code = (sub_row - sub_column).clamp(-1, 1) + 1
+    sub_row, sub_column = (torch.div(x, per_segment, rounding_mode="floor") for x in (row, column))
+    code = (sub_row - sub_column).clamp_(-1, 1).add_(1)
     for block in (row, column):
         # The last smallest segment, if short, has an order of its own.
         place = torch.where(block >= cut, block - cut + per_segment, block % per_segment)
         code = code * (2 * per_segment) + place
+    block = grid.arange(grid.rows)
     for w in sorted(set(lengths)):
-        step = w // smallest
-        code = code * 2 + (sub_row // step == sub_column // step)
+        segment = torch.div(block, w // grid.block_size, rounding_mode="floor")
+        same = segment.index_select(0, row) == segment.index_select(0, column)
+        code = code.mul_(2).add_(same)
     return code
 
 

@@ -68,11 +68,10 @@ class Place(NamedTuple):
             return runs[0]
         return torch.cat(runs, 1, out=space(self.heads.size, self.tile.columns, x.shape[-1]))
 
-    def add(self, total: Tensor, part: Tensor) -> None:
-        """Add (heads, m, D) to the rows of total (M, H_kv, D) that `pack` would take."""
+    def add(self, total: Tensor, part: Tensor, factor: float) -> None:
+        """Add factor * (heads, m, D) to the rows of total (M, H_kv, D) that `pack` would take."""
         for columns, run in self.columns():
-            view = self.heads.of_keys(total, run)
-            view += part[:, columns]
+            self.heads.of_keys(total, run).add_(part[:, columns], alpha=factor)
 
     def hide(self, scores: Tensor) -> None:
         """Set the scores (heads, n, m) of hidden pairs to -inf."""
@@ -148,7 +147,7 @@ def forward(options: Options, query: Tensor, key: Tensor, value: Tensor) -> Part
     query, key, value = _prepare(query, key, value)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = empty_lse(query).fill_(-math.inf)
-    spaces = [Workspace(query) for _ in range(2)]
+    spaces = [Workspace(query) for _ in range(4)]
     for place in _places(options, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
         part = _attend(place, heads.of(query[i], rows), key[i], value[i], spaces)
@@ -176,19 +175,18 @@ def backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     rows_lse = total.lse.transpose(1, 2)
     rows_grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
-    spaces = [Workspace(query) for _ in range(4)]
+    spaces = [Workspace(query) for _ in range(6)]
     for place in _places(options, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
-        q, do, out, dq_ = (heads.of(x[i], rows) for x in (query, grad_out, total.out, dq))
-        do_scaled = do * options.scale
-        delta = (do_scaled * out).sum(-1, keepdim=True)
+        q, do, out, lse = (heads.of(x[i], rows) for x in (query, grad_out, total.out, rows_lse))
+        do = spaces[4](*do.shape).copy_(do)
+        delta = (do * out).sum(-1, keepdim=True)
         if rows_grad_lse is not None:
-            delta -= heads.of(rows_grad_lse[i], rows).unsqueeze(-1) * options.scale
-        lse = heads.of(rows_lse[i], rows).unsqueeze(-1)
+            delta -= heads.of(rows_grad_lse[i], rows).unsqueeze(-1)
         # exp(score - inf) = 0: a row that sees nothing gives and gets no gradient.
-        shift = lse.masked_fill(lse == -math.inf, math.inf).div_(_LN_2)
-        grads = dq_, dk[i], dv[i]
-        _accumulate(place, (q, do, do_scaled, delta, shift), key[i], value[i], grads, spaces)
+        shift = lse.masked_fill(lse == -math.inf, math.inf).div_(_LN_2).unsqueeze(-1)
+        grads = heads.of(dq[i], rows), dk[i], dv[i]
+        _accumulate(place, q, do, delta, shift, key[i], value[i], grads, spaces)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -196,9 +194,9 @@ def _attend(
     place: Place, query: Tensor, key: Tensor, value: Tensor, spaces: Sequence[Workspace]
 ) -> Partial:
     """The partial of one tile: out (heads, n, D), lse (heads, n)."""
-    rows, packed = spaces
-    query = query * (place.options.scale / _LN_2)
-    scores = _product(query, place.pack(key, packed).transpose(1, 2), rows)
+    square, packed, products, scaled = spaces
+    query = torch.mul(query, place.options.scale / _LN_2, out=scaled(*query.shape))
+    scores = _product(query, place.pack(key, packed).transpose(1, 2), square)
     place.hide(scores)
     shift = scores.amax(-1, keepdim=True)
     shift.masked_fill_(shift == -math.inf, 0.0)
@@ -206,7 +204,7 @@ def _attend(
     total = weights.sum(-1, keepdim=True)
     if (factor := place.keep_factor(weights)) is not None:
         weights *= factor
-    out = torch.bmm(weights, place.pack(value, packed))
+    out = _product(weights, place.pack(value, packed), products)
     # A row that sees nothing has total 0 and out 0.
     out /= total.masked_fill(total == 0, 1.0)
     return Partial(out, (total.log2_() + shift).squeeze(-1) * _LN_2)
@@ -214,20 +212,22 @@ def _attend(
 
 def _accumulate(
     place: Place,
-    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    query: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    shift: Tensor,
     key: Tensor,
     value: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
     spaces: Sequence[Workspace],
 ) -> None:
     """Add one tile's gradients, taken against the merged lse."""
-    query, grad_out, scaled_grad, delta, shift = rows
     dq, dk, dv = grads
-    square, grad_square, packed, products = spaces
-    grad_scores = _product(scaled_grad, place.pack(value, packed).transpose(1, 2), grad_square)
+    square, grad_square, packed, products, _, scaled = spaces
+    query = torch.mul(query, place.options.scale / _LN_2, out=scaled(*query.shape))
+    grad_scores = _product(grad_out, place.pack(value, packed).transpose(1, 2), grad_square)
     keys = place.pack(key, packed)
-    scaled_query = query * (place.options.scale / _LN_2)
-    weights = _product(scaled_query, keys.transpose(1, 2), square)
+    weights = _product(query, keys.transpose(1, 2), square)
     place.hide(weights)
     weights.sub_(shift).exp2_()
     kept = weights
@@ -235,10 +235,11 @@ def _accumulate(
         kept = weights * factor
         grad_scores *= factor
     # Products, then sums: a product that accumulates is run head by head on a CPU.
-    place.add(dv, _product(kept.transpose(1, 2), grad_out, products))
+    place.add(dv, _product(kept.transpose(1, 2), grad_out, products), 1.0)
     grad_scores.sub_(delta).mul_(weights)
-    place.add(dk, _product(grad_scores.transpose(1, 2), query, products))
-    dq += _product(grad_scores, keys, products)
+    # `query` has the scale, and the 1 / ln 2 of exp2.
+    place.add(dk, _product(grad_scores.transpose(1, 2), query, products), _LN_2)
+    dq.add_(_product(grad_scores, keys, products), alpha=place.options.scale)
 
 
 def _product(a: Tensor, b: Tensor, space: Workspace) -> Tensor:
@@ -258,7 +259,10 @@ def _places(options: Options, query: Tensor, kv_heads: int) -> Iterator[Place]:
             else:
                 # Query heads that read different key heads share a product.
                 scores = (tile.queries[1] - tile.queries[0]) * tile.columns
-                most = max(1, _THREAD_SCORES * torch.get_num_threads() // scores)
+                threads = torch.get_num_threads()
+                most = max(1, _THREAD_SCORES * threads // scores)
+                # As many heads for each thread, where they are enough.
+                most -= most % threads if most > threads else 0
                 count = -(-kv_heads // most)
                 cuts = [i * kv_heads // count for i in range(count + 1)]
                 groups = [
