@@ -6,15 +6,18 @@
 Every rank has the same number of tokens. Candidates, each a forward and a backward:
 
 - alone: one rank's tokens by `dilated_attention`, with the LongNet pattern of that length.
+- local: the same with the LongNet pattern of the whole length, which has more branches: what a rank
+  does without the others.
 - ring: `ring_attention` of all ranks' tokens, with the LongNet pattern of the whole length.
 - no exchange: the same, but nothing moves and what should arrive is garbage.
 - all-gather: the same, but all keys and values are gathered before, and all their gradients, in
   float32, scattered after: what a rank pays that does not know its pattern.
-- dense ring, and lucidrains' ring where `ring_attention_pytorch` can be imported: every token sees
-  every token, at fewer tokens, since that work grows with their square.
+- dense ring and, with --lucidrains, that of `ring_attention_pytorch`: every token sees every token,
+  at fewer tokens, since that work grows with their square.
 
 Weak scaling is alone / ring; exposed is 1 - no exchange / ring. A time is that of the slowest rank;
-the candidates take turns, and the least of the rounds counts.
+the candidates of a row take turns, and the least of the rounds counts. Rows are written as they
+come, the ones of weak scaling first.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -53,6 +55,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--strategy", default="auto")
+    parser.add_argument(
+        "--lucidrains",
+        action="store_true",
+        help="also its ring, which ends the process where its kernels do not compile",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="write the results to this file")
     arguments = parser.parse_args()
@@ -67,14 +74,13 @@ def main() -> None:
         "torch": torch.__version__,
     }
     say(json.dumps(machine))
-    rows = []
-    for is_causal in (False, True):
-        row = measure(arguments, device, is_causal)
+    rows: list[dict[str, Any]] = []
+    for row in measure(arguments, device):
         say("  ".join(f"{name}={value}" for name, value in row.items()))
         rows.append(row)
-    if arguments.json and dist.get_rank() == 0:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+        if arguments.json and dist.get_rank() == 0:
+            with open(arguments.json, "w", encoding="utf-8") as file:
+                json.dump({"machine": machine, "rows": rows}, file, indent=1)
     dist.destroy_process_group()
 
 
@@ -85,7 +91,9 @@ def start(kind: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    # So that what is to be sent does not wait behind a kernel that fills the GPU.
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    dist.init_process_group("nccl", device_id=device, pg_options=options)
     return device
 
 
@@ -95,14 +103,34 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def measure(arguments: argparse.Namespace, device: torch.device, is_causal: bool) -> dict[str, Any]:
-    """One row of the table."""
-    tokens, world_size = arguments.tokens, dist.get_world_size()
-    inputs = random_inputs(arguments, tokens, device)
-    whole = DilatedPattern.longnet(tokens * world_size)
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of the table."""
+    kinds = [weak_scaling]
+    if dist.get_world_size() > 1:
+        kinds += [against_all_gather, *[dense] * (arguments.dense_tokens > 0)]
+    for kind in kinds:
+        for is_causal in (False, True):
+            yield {"row": kind.__name__, "causal": is_causal} | kind(arguments, device, is_causal)
+
+
+def dilated(
+    arguments: argparse.Namespace, device: torch.device, is_causal: bool
+) -> tuple[Inputs, DilatedPattern, Candidate]:
+    """This rank's inputs, the pattern of the whole length, and ring attention of both."""
+    inputs = random_inputs(arguments, arguments.tokens, device)
+    whole = DilatedPattern.longnet(arguments.tokens * dist.get_world_size())
     ring = partial(
         train, ring_attention, inputs, whole, is_causal=is_causal, strategy=arguments.strategy
     )
+    return inputs, whole, ring
+
+
+def weak_scaling(
+    arguments: argparse.Namespace, device: torch.device, is_causal: bool
+) -> dict[str, Any]:
+    """One rank's work alone, by all ranks, and without what moves between them."""
+    tokens, world_size = arguments.tokens, dist.get_world_size()
+    inputs, whole, ring = dilated(arguments, device, is_causal)
     one = DilatedPattern.longnet(tokens)
     candidates: dict[str, Candidate] = {
         "alone": partial(train, dilated_attention, inputs, one, is_causal=is_causal),
@@ -110,17 +138,41 @@ def measure(arguments: argparse.Namespace, device: torch.device, is_causal: bool
     }
     if world_size > 1:
         candidates["no exchange"] = partial(without_exchange, ring)
-        candidates["all-gather"] = partial(with_all_gather, inputs, ring)
-    candidates |= dense_candidates(arguments, device, is_causal)
+        candidates["local"] = partial(train, dilated_attention, inputs, whole, is_causal=is_causal)
     milliseconds = times(candidates, arguments.rounds, device)
-    row: dict[str, Any] = {"tokens a rank": tokens, "causal": is_causal}
-    row |= {f"{name} ms": round(ms, 3) for name, ms in milliseconds.items()}
+    row: dict[str, Any] = {"tokens a rank": tokens} | written(milliseconds)
     row["alone / ring"] = round(milliseconds["alone"] / milliseconds["ring"], 4)
     if world_size > 1:
+        row["local / ring"] = round(milliseconds["local"] / milliseconds["ring"], 4)
         row["exposed"] = round(1 - milliseconds["no exchange"] / milliseconds["ring"], 4)
         row["bytes"] = counted_bytes(ring)
         row["formula"] = formula(arguments, whole, inputs[0], is_causal)
     return row
+
+
+def against_all_gather(
+    arguments: argparse.Namespace, device: torch.device, is_causal: bool
+) -> dict[str, Any]:
+    """Ring attention, and what it takes with all keys and values gathered."""
+    inputs, _, ring = dilated(arguments, device, is_causal)
+    candidates: dict[str, Candidate] = {
+        "ring": ring,
+        "all-gather": partial(with_all_gather, inputs, ring),
+    }
+    milliseconds = times(candidates, arguments.rounds, device)
+    return {"tokens a rank": arguments.tokens} | written(milliseconds)
+
+
+def dense(arguments: argparse.Namespace, device: torch.device, is_causal: bool) -> dict[str, Any]:
+    """Every token sees every token."""
+    candidates = dense_candidates(arguments, device, is_causal)
+    milliseconds = times(candidates, arguments.rounds, device)
+    return {"tokens a rank": arguments.dense_tokens} | written(milliseconds)
+
+
+def written(milliseconds: dict[str, float]) -> dict[str, float]:
+    """Times as columns of a row."""
+    return {f"{name} ms": round(ms, 3) for name, ms in milliseconds.items()}
 
 
 def random_inputs(arguments: argparse.Namespace, tokens: int, device: torch.device) -> Inputs:
@@ -183,18 +235,16 @@ def with_all_gather(inputs: Inputs, ring: Candidate) -> None:
 def dense_candidates(
     arguments: argparse.Namespace, device: torch.device, is_causal: bool
 ) -> dict[str, Candidate]:
-    """Dense attention by our ring, and by lucidrains' if it is there."""
-    tokens, world_size = arguments.dense_tokens, dist.get_world_size()
-    if not tokens or world_size == 1:
-        return {}
+    """Dense attention by our ring and, if asked for, by lucidrains'."""
+    tokens = arguments.dense_tokens
     inputs = random_inputs(arguments, tokens, device)
-    pattern = DilatedPattern([tokens * world_size], [1])
+    pattern = DilatedPattern([tokens * dist.get_world_size()], [1])
     found: dict[str, Candidate] = {
         "dense ring": partial(
             train, ring_attention, inputs, pattern, is_causal=is_causal, strategy="ring"
         )
     }
-    if find_spec("ring_attention_pytorch"):
+    if arguments.lucidrains:
         if device.type == "cuda":
             from ring_attention_pytorch.ring_flash_attention_cuda import (
                 ring_flash_attn_cuda as other,
@@ -204,8 +254,6 @@ def dense_candidates(
         found["lucidrains"] = partial(
             train, other, inputs, None, is_causal, min(1024, tokens), ring_reduce_col=True
         )
-    else:
-        say("ring_attention_pytorch cannot be imported: not measured")
     return found
 
 

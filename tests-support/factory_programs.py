@@ -1,46 +1,101 @@
 """What ranks run in the tests of training on several processes."""
 
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dilated_factory.config import TrainConfig
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
-from dilated_factory.training.parallel import join
+from dilated_factory.training.parallel import DataParallel, join
 from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.sharded import ShardedMuon, whole
 from process_ranks import device
 
 
 def train(
-    path: Path, config: TrainConfig, sequence_parallel: int, stop_at: int | None = None
+    path: Path,
+    config: TrainConfig,
+    sequence_parallel: int,
+    stop_at: int | None = None,
+    data_parallel: DataParallel = "ddp",
 ) -> list[float]:
     """Train on all ranks, from the newest checkpoint if there is one; return the losses."""
-    trainer = _trainer(path, config, sequence_parallel)
+    trainer = _trainer(path, config, sequence_parallel, data_parallel)
     return _losses(trainer, stop_at)
 
 
-def train_exactly(path: Path, config: TrainConfig, sequence_parallel: int) -> list[float]:
+def train_exactly(
+    path: Path,
+    config: TrainConfig,
+    sequence_parallel: int,
+    data_parallel: DataParallel = "ddp",
+    stop_at: int | None = None,
+) -> list[float]:
     """Train in float64 with an optimizer that does not amplify rounding; return the losses."""
     torch.set_default_dtype(torch.float64)
     try:
-        trainer = _trainer(path, config, sequence_parallel)
-        trainer.optimizers = [torch.optim.SGD(trainer.model.parameters(), momentum=0.9)]
-        return _losses(trainer, None)
+        trainer = _trainer(path, config, sequence_parallel, data_parallel, optimizer=_sgd)
+        return _losses(trainer, stop_at)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def _trainer(path: Path, config: TrainConfig, sequence_parallel: int) -> Trainer:
+def _sgd(trainer: Trainer) -> None:
+    trainer.optimizers = [torch.optim.SGD(trainer.model.parameters(), momentum=0.9)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that this rank holds of the parameters and of the state of the optimizers."""
+
+    parameters: int
+    state: int
+
+
+def held(path: Path, config: TrainConfig, data_parallel: DataParallel) -> Held:
+    """Train, and tell what this rank holds afterwards."""
+    trainer = _trainer(path, config, 1, data_parallel)
+    _losses(trainer, None)
+    state = [
+        value
+        for optimizer in trainer.optimizers
+        for values in optimizer.state.values()
+        for value in values.values()
+    ]
+    return Held(_bytes(trainer.model.parameters()), _bytes(state))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    here = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+    return sum(x.nbytes for x in here)
+
+
+def _trainer(
+    path: Path,
+    config: TrainConfig,
+    sequence_parallel: int,
+    data_parallel: DataParallel,
+    *,
+    optimizer: Callable[[Trainer], None] = lambda trainer: None,
+) -> Trainer:
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    parallel = join(device(), sequence_parallel=sequence_parallel)
+    parallel = join(device(), sequence_parallel=sequence_parallel, data_parallel=data_parallel)
     corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
     if not (path / "config.json").exists():
-        return Trainer.start(path, config, corpus, parallel=parallel)
+        trainer = Trainer.start(path, config, corpus, parallel=parallel)
+        optimizer(trainer)
+        return trainer
     trainer = Trainer(RunFolder.open(path), corpus, parallel=parallel)
+    optimizer(trainer)
     trainer.restore()
     return trainer
 
@@ -60,3 +115,23 @@ def compare_digests(digests: list[str]) -> None:
     """Compare what each rank has read."""
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     join(device()).require_same("corpus", digests[dist.get_rank()])
+
+
+def muon_is_the_same(shape: tuple[int, int], nesterov: bool) -> bool:
+    """Whether Muon gives a matrix the same bits in parts as whole, its momentum too."""
+    generator = torch.Generator().manual_seed(3)
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    start, *grads = (torch.randn(shape, generator=generator).to(device()) for _ in range(4))
+    parts = torch.nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+    one = torch.nn.Parameter(start.clone())
+    options: dict[str, Any] = {"lr": 0.02, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = ShardedMuon([parts], **options), torch.optim.Muon([one], **options)
+    for grad in grads:
+        parts.grad, one.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    (sharded,), (expected,) = (list(optimizer.state.values()) for optimizer in optimizers)
+    momentum = sharded["momentum_buffer"]
+    assert momentum.placements == (Shard(0),)
+    pairs = (parts.detach(), one), (momentum, expected["momentum_buffer"])
+    return all(torch.equal(whole(found), wanted) for found, wanted in pairs)

@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -29,6 +30,8 @@ import torch.distributed as dist
 Pipe: TypeAlias = "Connection[Any, Any]"
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+# Seconds in which a rank must end after its last task; a busy machine tears CUDA down slowly.
+LEAVE_WITHIN = {"cpu": 5.0, "cuda": 20.0}
 # Imported once, in the server from which all ranks fork: importing torch takes seconds.
 PRELOADED = [
     *("torch", "torch._dynamo", "torch.distributed", "hypothesis", "pytest"),
@@ -82,6 +85,7 @@ class Ranks:
     def __init__(self, world: World | int, *, group_timeout: float = 30.0) -> None:
         self.world = world if isinstance(world, World) else World(world)
         self.group_timeout = group_timeout
+        self.hung: dict[int, str] = {}  # where the ranks stood that `close` had to kill
         self.processes: list[Any] = []
         self._pipes: list[Pipe] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -137,15 +141,19 @@ class Ranks:
         return [outcomes[rank] for rank in range(self.world.size)]
 
     def close(self) -> list[int]:
-        """End all processes: politely, then not. Return their exit codes, by rank."""
+        """End all processes: politely, then not. Return their exit codes, by rank.
+
+        `hung` then tells where those stood that would not leave.
+        """
         for pipe in self._pipes:
             pipe.close()  # the rank sees the end of its tasks and leaves
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + LEAVE_WITHIN[self.world.device]
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
+        alive = (rank for rank, process in enumerate(self.processes) if process.is_alive())
+        self.hung |= self._end(alive)
+        for process in self.processes:
+            process.join()
         codes = [process.exitcode for process in self.processes]
         self.processes, self._pipes = [], []
         if self._folder is not None:
@@ -157,6 +165,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.hung = {}
         for rank in range(self.world.size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -180,19 +189,25 @@ class Ranks:
         return outcome
 
     def _stuck(self, ranks: Iterable[int], timeout: float) -> dict[int, Outcome]:
-        """Ask the ranks that are not done where they stand, then end them."""
-        assert self._folder is not None
-        stacks = {rank: Path(self._folder.name, f"stack-{rank}") for rank in ranks}
-        for rank in stacks:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
-        if stacks:
-            time.sleep(1.0)  # a handler in C writes them within microseconds of being scheduled
-        for rank in stacks:
-            self.processes[rank].kill()
+        """End the ranks that are not done; tell where they stood."""
         return {
-            rank: Outcome(traceback=f"not done after {timeout} s, it stands at\n{path.read_text()}")
-            for rank, path in stacks.items()
+            rank: Outcome(traceback=f"not done after {timeout} s, it stands at\n{stack}")
+            for rank, stack in self._end(ranks).items()
         }
+
+    def _end(self, ranks: Iterable[int]) -> dict[int, str]:
+        """Ask ranks where they stand, then kill them."""
+        if not (asked := list(ranks)):
+            return {}
+        assert self._folder is not None
+        for rank in asked:
+            with suppress(ProcessLookupError):  # it may end just now
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(1.0)  # a handler in C writes its stack within microseconds of being scheduled
+        for rank in asked:
+            self.processes[rank].kill()
+        stacks = {rank: Path(self._folder.name, f"stack-{rank}").read_text() for rank in asked}
+        return {rank: stack or "no Python code: it is exiting" for rank, stack in stacks.items()}
 
 
 GetRanks = Callable[[World | int], Ranks]
@@ -202,27 +217,41 @@ def _serve(pipe: Pipe, world: World, rank: int, folder: str, timeout: float) -> 
     """The life of one rank: form the group, then run what comes until the pipe closes."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    with Path(folder, f"stack-{rank}").open("w") as stack:
-        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
-        device = None
-        if world.device == "cuda":
-            device = torch.device("cuda", rank)
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            BACKENDS[world.device],
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout),
-            device_id=device,
-        )
-        while True:
-            try:
-                task = pipe.recv_bytes()
-            except EOFError:
-                break
-            pipe.send_bytes(_outcome(task))
-        # Not destroyed: after a fault the others may be gone, and the process ends anyway.
+    # Never closed: it is written when the process does not end.
+    stack = Path(folder, f"stack-{rank}").open("w")  # noqa: SIM115  # see above
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+    device = None
+    if world.device == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        BACKENDS[world.device],
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device,
+    )
+    if device is not None:
+        _use_collectives(device)
+    while True:
+        try:
+            task = pipe.recv_bytes()
+        except EOFError:
+            break
+        pipe.send_bytes(_outcome(task))
+    # Not destroyed: after a fault the others may be gone, and the process ends anyway.
+
+
+def _use_collectives(device: torch.device) -> None:
+    """Use each collective once: NCCL loads kernels and connects ranks only then, in seconds."""
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    dist.broadcast(numbers, 0)
+    dist.all_gather([torch.empty_like(numbers) for _ in range(len(numbers))], numbers)
+    dist.all_to_all_single(torch.empty_like(numbers), numbers)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    numbers.tolist()  # wait: all ranks are then ready together
 
 
 def _outcome(task: bytes) -> bytes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dilated_core import DilatedPattern
 from dilated_ring import ring_attention
 from process_ranks import device
+from ring_programs import Members, group_of
 
 
 @dataclass
@@ -20,12 +21,16 @@ class Counts:
 
     Attributes:
         received: bytes received from other ranks, in the forward and the backward.
+        across: the part of them that comes from other nodes of a mesh.
+        passed: bytes that went around inside a node of a mesh in the forward, as they were sent.
         leased: the most bytes on loan at once, in the same.
         saved: bytes that the graph kept between the two.
         shapes: of the output and the three gradients.
     """
 
     received: list[int] = field(default_factory=lambda: [0, 0])
+    across: list[int] = field(default_factory=lambda: [0, 0])
+    passed: int = 0
     leased: list[int] = field(default_factory=lambda: [0, 0])
     saved: int = 0
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -76,17 +81,25 @@ def count(
     kv_heads: int,
     dtype: torch.dtype,
     options: dict[str, Any],
+    mesh: tuple[int, ...] = (),
 ) -> Counts:
-    """Run ring attention of this rank's (B, n, H, D) and count."""
+    """Run ring attention of this rank's (B, n, H, D), maybe in a mesh of nodes, and count."""
     counts, source, direction = Counts(), Source(), 0
     exact = dist.all_to_all_single
-    rank = dist.get_rank()
+    group = group_of(Members(mesh=mesh)) if mesh else None
+    node_size = mesh[1] if mesh else dist.get_world_size()
+    here = dist.get_rank() // node_size
 
     def counting(
         output: Tensor, given: Tensor, received: list[int], sent: list[int], **more: Any
     ) -> Any:
-        others = sum(received) - received[rank]
-        counts.received[direction] += others * (output.nbytes // max(1, len(output)))
+        ranks = dist.get_process_group_ranks(more["group"])
+        row = output.nbytes // max(1, len(output))
+        for other, rows in zip(ranks, received, strict=True):
+            counts.received[direction] += rows * row * (other != dist.get_rank())
+            counts.across[direction] += rows * row * (other // node_size != here)
+        if mesh and direction == 0 and len(ranks) < dist.get_world_size():
+            counts.passed += given.nbytes * all(other // node_size == here for other in ranks)
         return exact(output, given, received, sent, **more)
 
     dist.all_to_all_single = counting  # type: ignore[assignment]  # it is called just so
@@ -107,7 +120,7 @@ def count(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             query, key, value = tensors
             out = ring_attention(
-                query, key, value, pattern, buffers=source, enable_gqa=True, **options
+                query, key, value, pattern, group=group, buffers=source, enable_gqa=True, **options
             )
         assert isinstance(out, Tensor)
         counts.leased[0], source.peak, direction = source.peak, 0, 1

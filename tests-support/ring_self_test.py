@@ -1,5 +1,6 @@
 """What ranks run in the tests of the harness itself."""
 
+import threading
 import time
 
 import torch
@@ -26,3 +27,13 @@ def sleep_on(rank: int) -> None:
     """Do not come back on one rank."""
     if dist.get_rank() == rank:
         time.sleep(60)
+
+
+def stay_on(rank: int) -> None:
+    """Leave a thread behind that keeps the process of one rank from ending."""
+
+    def stay() -> None:
+        time.sleep(60)
+
+    if dist.get_rank() == rank:
+        threading.Thread(target=stay).start()

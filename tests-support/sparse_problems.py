@@ -24,35 +24,36 @@ class Problem:
     dropout_p: float = 0.0
     seed: int = 7
 
-    def tensors(self, dtype=torch.float64):
-        """Random q, k, v that require gradients."""
+    def tensors(self, dtype=torch.float64, device="cpu"):
+        """Random q, k, v that require gradients: the same numbers for every dtype and device."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = [(self.layout.length, self.heads)] + 2 * [(self.layout.key_length, self.kv_heads)]
         return tuple(
             torch.randn(self.batch, n, h, self.head_dim, dtype=torch.float64, generator=generator)
-            .to(dtype)
+            .to(device, dtype)
             .requires_grad_()
             for n, h in shapes
         )
 
-    def mask(self):
+    def mask(self, device="cpu"):
         """A random key padding mask, or None."""
         if not self.padding:
             return None
         generator = torch.Generator().manual_seed(self.seed + 1)
         drawn = torch.rand(self.batch, self.layout.key_length, generator=generator)
-        return drawn < self.padding
+        return (drawn < self.padding).to(device)
 
     def run(self, backend, tensors, *, lse_gradient=True, attention=block_sparse_attention):
         """Outputs and, for a random upstream gradient, the gradients."""
         torch.manual_seed(self.seed)
         out, lse = attention(
-            *tensors, self.layout, is_causal=self.is_causal, key_padding_mask=self.mask(),
-            dropout_p=self.dropout_p, enable_gqa=True, return_lse=True, backend=backend,
+            *tensors, self.layout, is_causal=self.is_causal,
+            key_padding_mask=self.mask(tensors[0].device), dropout_p=self.dropout_p,
+            enable_gqa=True, return_lse=True, backend=backend,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.seed + 2)
         upstream = [
-            torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype)
+            torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device, x.dtype)
             for x in (out, lse)
         ]
         upstream[1] = upstream[1].masked_fill(lse == -torch.inf, 0.0)

@@ -1,6 +1,7 @@
 """Ranks compare their arguments, and all raise the same error if these do not fit."""
 
 import pytest
+import torch
 
 import ring_fault_programs as programs
 from dilated_ring import RankMismatchError, RingError
@@ -117,7 +118,8 @@ def test_a_rank_that_skips_the_comparison_is_noticed(size: int) -> None:
 def test_ring_attention_moves_nothing_where_ranks_differ(
     ranks: GetRanks, world: World, what: str, named: str
 ) -> None:
-    error = alike(ranks(world).outcomes(programs.attend_differently, what))
+    group = ranks(world)
+    error = alike(group.outcomes(programs.attend_differently, what))
     assert isinstance(error, RankMismatchError)
     last = world.size - 1
     assert error.ranks == (last,)
@@ -126,3 +128,4 @@ def test_ring_attention_moves_nothing_where_ranks_differ(
     for word, value in words.items():
         named = named.replace(word, value)
     assert named in str(error)
+    assert group.run(programs.attend_differently, "nothing") == [torch.float32] * world.size

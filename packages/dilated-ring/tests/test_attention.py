@@ -22,13 +22,15 @@ def worst_error(
     ranks: GetRanks, world: World, problem: RingProblem, dtype: torch.dtype = torch.float64
 ) -> float:
     """The largest relative error of out, lse and gradients over the groups of the ranks."""
-    rounded = [x.detach().to(dtype).double().requires_grad_() for x in problem.whole.tensors()]
+    # On the ranks' device: another would draw another dropout mask from the same seed.
+    whole = problem.whole.tensors(device=world.device)
+    rounded = [x.detach().to(dtype).double().requires_grad_() for x in whole]
     expected = problem.whole.run("reference", tuple(rounded))
     parts = ranks(world).run(attend, problem, dtype)
     worst = 0.0
     for group in problem.members.groups or (tuple(range(world.size)),):
         actual = joined([parts[rank] for rank in group])
-        worst = max(worst, *(relative_error(actual[name], expected[name]) for name in expected))
+        worst = max(worst, *(relative_error(actual[name], x.cpu()) for name, x in expected.items()))
     return worst
 
 

@@ -49,7 +49,8 @@ def test_every_survivor_names_the_rank_and_the_step(
     for rank, outcome in enumerate(outcomes):
         if rank == 1 and not told:
             continue
-        assert codes[rank] == 0
+        assert outcome.finished, outcome.traceback
+        assert codes[rank] == 0, group.hung.get(rank)
         assert outcome.seconds < (0.75 * timeout if told else timeout)
         report = outcome.value
         assert isinstance(report, programs.Report), outcome.traceback

@@ -18,13 +18,15 @@ from dilated_ring import plan
 from dilated_testing import patterns
 from process_ranks import GetRanks, World, worlds
 
+PATTERN = DilatedPattern([5, 23, 1000], [1, 2, 3])
+
 
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("world", worlds(2, 3, 4))
 def test_its_bytes_are_those_of_a_run(ranks: GetRanks, world: World, strategy: str) -> None:
     for dtype in (torch.float32, torch.float64):
         for is_causal in (False, True):
-            pattern = DilatedPattern([5, 23, 1000], [1, 2, 3])
+            pattern = PATTERN
             shape = (2, 11, 6, 8)
             options: dict[str, Any] = {"strategy": strategy, "is_causal": is_causal}
             found = ranks(world).run(programs.count, pattern, shape, 3, dtype, options)
@@ -54,6 +56,85 @@ def test_its_bytes_are_those_of_a_run_that_trades_heads(ranks: GetRanks, world: 
                 head_dim=8, batch=2, dtype=torch.float32, rank=rank, **options,
             )  # fmt: skip
             assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+
+
+MESHES = [((2, 2), "gather"), ((2, 2), "ring"), ((2, 2), "heads"), ((1, 4), "gather"),
+          ((4, 1), "gather")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "strategy"), MESHES)
+@pytest.mark.parametrize("world", worlds(4))
+def test_its_bytes_are_those_of_a_run_in_a_mesh_of_nodes(
+    ranks: GetRanks, world: World, mesh: tuple[int, int], strategy: str
+) -> None:
+    traded = strategy == "heads"
+    pattern = DilatedPattern([4, 32, 1000], [1, 2, 4]) if traded else PATTERN
+    n, kv_heads = (16, 4) if traded else (11, 2)
+    for is_causal in (False, True):
+        options: dict[str, Any] = {"strategy": strategy, "is_causal": is_causal}
+        found = ranks(world).run(
+            programs.count, pattern, (2, n, 8, 8), kv_heads, torch.float32, options, mesh
+        )
+        for rank, counts in enumerate(found):
+            planned = plan(
+                pattern, length=4 * n, world_size=4, heads=8, kv_heads=kv_heads, head_dim=8,
+                batch=2, dtype=torch.float32, rank=rank, ranks_per_node=mesh[1],
+                bytes_per_second_across=1e9, **options,
+            )  # fmt: skip
+            assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+            assert counts.across == [planned.across.forward, planned.across.backward]
+            if traded:
+                continue
+            memory = planned.memory
+            assert sum(traffic.total for _, traffic in planned.branches) == planned.traffic.total
+            # What is passed on inside a node is a copy beside the leases.
+            forward, backward = counts.leased
+            assert [forward + counts.passed, backward] == [
+                memory.forward_messages, memory.backward_messages
+            ]  # fmt: skip
+            own = 2 * n * 8 * (8 * 4 + 4)
+            assert counts.saved == own + memory.kept
+
+
+def test_between_nodes_the_slower_link_and_the_second_step_are_exposed() -> None:
+    """One rank's rows S from another node, S of the neighbour and S that it passes on."""
+    job: dict[str, Any] = {"length": 2**16, "world_size": 4, "heads": 2, "head_dim": 64}
+    mesh = {"ranks_per_node": 2, "bytes_per_second": 8e9, "bytes_per_second_across": 1e9}
+    planned = plan(DilatedPattern([2**16], [1]), **job, **mesh, flops_per_second=1e12)
+    rows = 2 * 2**14 * 2 * 64 * 2
+    assert planned.strategy == "gather"
+    assert planned.reason == "a row crosses between nodes once for each node"
+    assert (planned.traffic.forward, planned.across.forward) == (3 * rows, rows)
+    assert (planned.traffic.backward, planned.across.backward) == (3 * 2 * rows, 2 * rows)
+    local = plan(DilatedPattern([2**16], [1]), **job, flops_per_second=1e12).forward.compute / 4
+    far, near = rows / 1e9, 2 * rows / 8e9
+    assert planned.forward.communication == pytest.approx(far + near)
+    assert planned.forward.exposed == pytest.approx(max(0.0, far - local) + near)
+    # Gradients are twice as wide and go inside the node first.
+    assert planned.backward.exposed == pytest.approx(max(0.0, 2 * near - 2.5 * local) + 2 * far)
+
+
+@given(patterns(), st.sampled_from([(2, 2), (2, 3), (3, 2)]), st.integers(1, 9), st.booleans())
+def test_what_all_ranks_of_a_mesh_receive_all_ranks_send(
+    pattern: DilatedPattern, mesh: tuple[int, int], shard: int, is_causal: bool
+) -> None:
+    """Keys and their gradients travel the same ways, once in each direction."""
+    nodes, size = mesh
+    job: dict[str, Any] = {
+        "length": shard * nodes * size, "world_size": nodes * size, "head_dim": 8,
+        "heads": 2 * len(pattern.branches), "is_causal": is_causal, "dtype": torch.float32,
+        "strategy": "gather",
+    }  # fmt: skip
+    across = {"ranks_per_node": size, "bytes_per_second_across": 1.0}
+    each = [plan(pattern, **job, **across, rank=rank) for rank in range(nodes * size)]
+    flat = [plan(pattern, **job, rank=rank) for rank in range(nodes * size)]
+    for kind in ("traffic", "across"):
+        traffic = [getattr(planned, kind) for planned in each]
+        assert sum(one.forward for one in traffic) == sum(one.backward for one in traffic)
+    for planned, without in zip(each, flat, strict=True):
+        assert without.across.total == 0
+        assert planned.memory.kept == without.memory.kept
+        assert planned.traffic.forward - planned.across.forward <= without.traffic.forward
 
 
 @given(patterns(), st.integers(1, 6), st.integers(1, 9), st.booleans())
@@ -160,6 +241,22 @@ assert memory.tensors == SHARD * HEADS * (4 * 2 * WIDTH + 4)
         ({"length": 13}, "length must be a multiple of world_size (4). Got 13."),
         ({"heads": 3}, "heads must be a multiple of kv_heads (2). Got 3."),
         ({"head_dim": 0}, "head_dim must be positive. Got 0."),
+        (
+            {"ranks_per_node": 3, "bytes_per_second_across": 1e9},
+            "ranks_per_node must divide world_size (4). Got 3.",
+        ),
+        (
+            {"ranks_per_node": 2},
+            "bytes_per_second_across must be given with ranks_per_node. Got None and 2.",
+        ),
+        (
+            {"bytes_per_second_across": 1e9},
+            "bytes_per_second_across must be given with ranks_per_node. Got 1000000000.0 and None.",
+        ),
+        (
+            {"ranks_per_node": 2, "bytes_per_second_across": 0.0},
+            "bytes_per_second_across must be positive. Got 0.0.",
+        ),
         ({"rank": 4}, "rank must be in [0, world_size=4). Got 4."),
         ({"strategy": "fast"}, "strategy must be one of"),
     ],

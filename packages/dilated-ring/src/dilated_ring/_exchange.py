@@ -62,7 +62,7 @@ def open_wire(ring: Ring, buffers: BufferSource | None, like: Tensor, name: str)
     with (
         torch.autocast(like.device.type, enabled=False),
         Leases(buffers, like.device) as leases,
-        Call(ring.group, like.device, name) as call,
+        Call(ring.group, like.device, name, ring.parts) as call,
     ):
         yield Wire(call, leases, ring.group)
 

@@ -128,6 +128,8 @@ def line_of(group: dist.ProcessGroup) -> Line:
 class Call:
     """One forward or backward on a group: `with Call(group, device, "forward") as call: ...`.
 
+    `parts` are groups of some of its ranks whose collectives the call starts as well.
+
     Set `step` to what is being done, and wait for collectives with `wait` alone. Any exception
     inside leaves as a RingError that names rank and step, on this rank and on those that wait for
     it. What all ranks raise together passes and leaves the group usable: a RankMismatchError, and
@@ -137,8 +139,15 @@ class Call:
         RingError: on entering, if an earlier call broke the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        name: str,
+        parts: Sequence[dist.ProcessGroup] = (),
+    ) -> None:
         self.group = group
+        self.parts = parts
         self.device = device
         self.name = name
         self.step = "start"
@@ -179,6 +188,7 @@ class Call:
         note = self._note_of(error)
         line.report(note)
         line.broken = note.error()
+        self._abort()
         if isinstance(error, Exception):
             raise line.broken from error
 
@@ -199,7 +209,7 @@ class Call:
             RingError: another rank failed, died or hangs.
         """
         started = time.monotonic()
-        timeout = timeout_of(self.group, self.device)
+        timeout = min(timeout_of(group, self.device) for group in self._groups)
         patience = PATIENCE * timeout
         said = False
         look, doubt = LOOK_EVERY, 2 * LOOK_EVERY
@@ -288,9 +298,21 @@ class Call:
         raise note.error() from cause
 
     def _abort(self) -> None:
-        """End the kernels of NCCL that wait forever; gloo's calls end by themselves."""
-        if self.device.type == "cuda":
-            self.group._get_backend(self.device).abort()
+        """End the kernels of NCCL that wait forever; gloo's calls end by themselves.
+
+        NCCL may wait until all ranks of a host abort, and one of them may be gone, so it is not
+        waited for longer than a grace.
+        """
+        if self.device.type != "cuda":
+            return
+        aborts = [_start(group._get_backend(self.device).abort) for group in self._groups]
+        end = time.monotonic() + GRACE
+        for abort in aborts:
+            abort.join(max(0.0, end - time.monotonic()))
+
+    @property
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [self.group, *self.parts]
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
@@ -310,7 +332,7 @@ def _done_on_cuda(work: Work, seconds: float) -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
+            pause = min(2 * pause, 1e-4)  # work on what arrives is launched only after it
     work.wait()
     return True
 
@@ -318,12 +340,17 @@ def _done_on_cuda(work: Work, seconds: float) -> bool:
 def _within(seconds: float, function: Callable[[], T]) -> T | None:
     """The result of a function, or None if it fails or is not done in time."""
     results: list[T] = []
+    _start(lambda: results.append(function())).join(seconds)
+    return results[0] if results else None
+
+
+def _start(function: Callable[[], object]) -> threading.Thread:
+    """Call a function in a thread that does not keep the process alive; what it raises is lost."""
 
     def call() -> None:
         with suppress(Exception):
-            results.append(function())
+            function()
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    return thread

@@ -177,7 +177,7 @@ def _agree(
         error = found
     facts = _facts(ring, query, key, value, key_padding_mask, options)
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    with Call(ring.group, device, "arguments") as call:
+    with Call(ring.group, device, "arguments", ring.parts) as call:
         agree(call, facts, error, validate)
         if not options.dropout_p:
             return None

@@ -8,6 +8,10 @@ Rows on this rank are kept as one tensor: those that leave the node, those that 
 need, those that arrived from other nodes.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -18,54 +22,115 @@ from dilated_ring._routes import Problem
 from dilated_ring._topology import Nodes
 
 
+@dataclass(frozen=True)
+class NodeRoutes:
+    """Which rows go where in a mesh of nodes, as one rank takes part in it.
+
+    Attributes:
+        place: the number of this rank in its node.
+        leaving: by node, what goes to the rank of this place there.
+        arriving: by node, what comes from there.
+        own: by place in this node, this rank's rows that go there.
+        passed: by place, what of `arriving` goes on there, by node; the part that stays too.
+        received: by place, what comes from there: its own rows, and those that it passes on.
+    """
+
+    place: int
+    leaving: dict[int, PackedRows]
+    arriving: dict[int, PackedRows]
+    own: dict[int, PackedRows]
+    passed: dict[int, dict[int, PackedRows]]
+    received: dict[int, list[PackedRows]]
+
+    @classmethod
+    def of(cls, problem: Problem, rank: int, size: int) -> Self:
+        """The routes of a rank where a node has `size` ranks."""
+        here, place = divmod(rank, size)
+        others = [node for node in range(problem.world_size // size) if node != here]
+        places = range(size)
+
+        def span(node: int) -> range:
+            return problem.span(node * size, (node + 1) * size - 1)
+
+        def foreign(to: int, through: int) -> dict[int, PackedRows]:
+            """The rows of other nodes that a place needs, and another one gets for the node."""
+            queries = problem.span(here * size + to)
+            return {node: problem.rows(queries, node * size + through) for node in others}
+
+        def near(to: int, source: int) -> PackedRows:
+            return problem.rows(problem.span(here * size + to), here * size + source)
+
+        return cls(
+            place,
+            {node: problem.rows(span(node), rank) for node in others},
+            {node: problem.rows(span(here), node * size + place) for node in others},
+            {to: near(to, place) for to in places if to != place},
+            {to: foreign(to, place) for to in places},
+            {
+                source: [near(place, source)] * (source != place)
+                + [*foreign(place, source).values()]
+                for source in places
+            },
+        )
+
+    @property
+    def sent_inside(self) -> list[int]:
+        """Rows that go to each place of this node; those that stay too."""
+        return [
+            (self.own[to].count if to in self.own else 0) + _count(passed.values())
+            for to, passed in self.passed.items()
+        ]
+
+    @property
+    def received_inside(self) -> list[int]:
+        """Rows that come from each place of this node; those that stay too."""
+        return [_count(rows) for rows in self.received.values()]
+
+    @property
+    def rows_leaving(self) -> int:
+        """Rows that go to other nodes."""
+        return _count(self.leaving.values())
+
+    @property
+    def rows_own(self) -> int:
+        """Rows of this rank that go to others in the node."""
+        return _count(self.own.values())
+
+    @property
+    def rows_arriving(self) -> int:
+        """Rows that come from other nodes."""
+        return _count(self.arriving.values())
+
+
 class NodeRows:
     """The rows of a mesh as one rank takes part in their exchange (as `Rows`)."""
 
     def __init__(self, problem: Problem, rank: int, nodes: Nodes) -> None:
         self.nodes = nodes
-        here, place = divmod(rank, nodes.size)
-        others = [node for node in range(problem.world_size // nodes.size) if node != here]
-        neighbours = range(here * nodes.size, (here + 1) * nodes.size)
-
-        def span(node: int) -> range:
-            return problem.span(node * nodes.size, (node + 1) * nodes.size - 1)
-
-        leaving = {node: problem.rows(span(node), rank) for node in others}
-        arriving = {node: problem.rows(span(here), node * nodes.size + place) for node in others}
-        own = {other: problem.rows(problem.span(other), rank) for other in neighbours
-               if other != rank}  # fmt: skip
-        self.packed = tuple(_inside(problem, rank, neighbours, others, nodes.size))
-        self._index = Index([*leaving.values(), *own.values()])
-        self._leaving = sum(rows.count for rows in leaving.values())
-        self._own = sum(rows.count for rows in own.values())
-        self._arriving = sum(rows.count for rows in arriving.values())
-        count = len(others) + 1
-        self._across = _splits(arriving, count), _splits(leaving, count)
+        routes = NodeRoutes.of(problem, rank, nodes.size)
+        self.packed = tuple(rows for source in routes.received.values() for rows in source)
+        self._index = Index([*routes.leaving.values(), *routes.own.values()])
+        self._leaving, self._own = routes.rows_leaving, routes.rows_own
+        self._held = self._leaving + self._own + routes.rows_arriving
+        count = len(routes.leaving) + 1
+        self._across = _splits(routes.arriving, count), _splits(routes.leaving, count)
+        self._within = routes.received_inside, routes.sent_inside
 
         # What is passed on to each neighbour, as places in the tensor after the rows that leave.
-        places, parts, sent = list[Tensor](), list[int](), dict[int, int]()
-        first_own = 0
-        for other in neighbours:
-            before = len(parts)
-            if other != rank:
-                places.append(torch.arange(first_own, first_own + own[other].count))
-                first_own += own[other].count
-                parts += own[other].parts
+        places, parts, first_own = list[Tensor](), list[int](), 0
+        for to, passed in routes.passed.items():
+            if to in routes.own:
+                own = routes.own[to]
+                places.append(torch.arange(first_own, first_own + own.count))
+                first_own += own.count
+                parts += own.parts
             first = self._own
-            for node, arrived in arriving.items():
-                rows = problem.rows(problem.span(other), node * nodes.size + place)
+            for node, rows in passed.items():
+                arrived = routes.arriving[node]
                 places.append(first + _find(rows, arrived, problem.kv_heads))
                 parts += rows.parts
                 first += arrived.count
-            sent[other - neighbours.start] = sum(parts[before:])
         self._passed, self._parts = torch.cat(places), parts
-        received = {
-            other - neighbours.start: sum(
-                rows.count for rows in _from(problem, rank, other, others, nodes.size)
-            )
-            for other in neighbours
-        }
-        self._within = list(received.values()), list(sent.values())
 
     def start(self, wire: Wire, keys: KeyRows, *, keep: bool) -> Flight:
         """Send rows of keys (B, n, H_kv, D) to where they are needed."""
@@ -117,10 +182,6 @@ class NodeRows:
         """Add gradients that came home to those of the keys and values (B, n, H_kv, D)."""
         self._index.add(home, grad_key, grad_value)
 
-    @property
-    def _held(self) -> int:
-        return self._leaving + self._own + self._arriving
-
     def _start_across(self, wire: Wire, held: Tensor) -> Work:
         arrived = held[self._leaving + self._own :]
         return wire.swap(arrived, held[: self._leaving], *self._across, self.nodes.across)
@@ -130,20 +191,8 @@ class NodeRows:
         return wire.swap(received, sent, *self._within, self.nodes.inside)
 
 
-def _inside(
-    problem: Problem, rank: int, neighbours: range, others: list[int], size: int
-) -> list[PackedRows]:
-    """What a rank gets from each of its node, itself included."""
-    return [rows for source in neighbours for rows in _from(problem, rank, source, others, size)]
-
-
-def _from(
-    problem: Problem, rank: int, source: int, others: list[int], size: int
-) -> list[PackedRows]:
-    """What a rank gets from one of its node: that one's own rows, and those it passes on."""
-    queries, place = problem.span(rank), source % size
-    own = [problem.rows(queries, source)] if source != rank else []
-    return own + [problem.rows(queries, node * size + place) for node in others]
+def _count(packed: Iterable[PackedRows]) -> int:
+    return sum(rows.count for rows in packed)
 
 
 def _splits(rows: dict[int, PackedRows], count: int) -> list[int]:

@@ -1,13 +1,15 @@
 """What ring attention costs, before there is a rank to run it on: bytes, memory, time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dilated_core import Branch, DilatedPattern
 from dilated_core.extending import accumulate_dtype
+from dilated_core.interfaces import PackedRows
 from dilated_ring._heads import Trade
+from dilated_ring._nodes import NodeRoutes
 from dilated_ring._routes import Problem, Route, gather_routes, ring_routes
 from dilated_ring._strategy import Strategy, check_strategy, choose_strategy
 
@@ -31,6 +33,9 @@ class Traffic:
     def total(self) -> int:
         """Bytes of a forward and its backward."""
         return self.forward + self.backward
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.forward + other.forward, self.backward + other.backward)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Seconds:
     Attributes:
         compute: of attention.
         communication: of the messages.
-        exposed: of communication, what attention to the rank's own keys does not hide.
+        exposed: of communication, what attention to the rank's own keys does not hide. With
+            "gather" between nodes, the second of two steps, which starts after that attention.
     """
 
     compute: float
@@ -84,6 +90,7 @@ class Plan:
         reason: why.
         branches: the pattern's branches, and the bytes that each moves.
         traffic: bytes that all of them move.
+        across: the part of `traffic` that comes from other nodes.
         memory: bytes that the rank holds.
         flops: floating-point operations of this rank's forward; the mean over ranks if not causal.
         forward: predicted time of a forward.
@@ -96,6 +103,7 @@ class Plan:
     reason: str
     branches: tuple[tuple[Branch, Traffic], ...]
     traffic: Traffic
+    across: Traffic
     memory: Memory
     flops: int
     forward: Seconds
@@ -121,7 +129,9 @@ def plan(
     is_causal: bool = False,
     strategy: str = "auto",
     rank: int | None = None,
+    ranks_per_node: int | None = None,
     bytes_per_second: float = 250e9,
+    bytes_per_second_across: float | None = None,
     flops_per_second: float = 300e12,
 ) -> Plan:
     """What `ring_attention` of a sequence costs one of its ranks.
@@ -138,7 +148,9 @@ def plan(
         is_causal: whether the keys after each query are hidden.
         strategy: as in `ring_attention`.
         rank: whose costs; the last rank, which has the most where it is causal, when None.
-        bytes_per_second: what a rank receives at most.
+        ranks_per_node: where the ranks are a mesh of nodes; one node when None.
+        bytes_per_second: what a rank receives at most, of the ranks of its node.
+        bytes_per_second_across: what it receives at most of other nodes; with `ranks_per_node`.
         flops_per_second: of attention on one rank.
 
     Raises:
@@ -146,18 +158,28 @@ def plan(
     """
     if not isinstance(pattern, DilatedPattern):
         raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+    if (ranks_per_node is None) != (bytes_per_second_across is None):
+        raise ValueError(
+            "bytes_per_second_across must be given with ranks_per_node. "
+            f"Got {bytes_per_second_across} and {ranks_per_node}."
+        )
     kv_heads = heads if kv_heads is None else kv_heads
     rank = world_size - 1 if rank is None else rank
+    size = world_size if ranks_per_node is None else ranks_per_node
+    across_speed = bytes_per_second if bytes_per_second_across is None else bytes_per_second_across
     sizes = {
         "length": length, "world_size": world_size, "heads": heads, "head_dim": head_dim,
-        "kv_heads": kv_heads, "batch": batch, "bytes_per_second": bytes_per_second,
+        "kv_heads": kv_heads, "batch": batch, "ranks_per_node": size,
+        "bytes_per_second": bytes_per_second, "bytes_per_second_across": across_speed,
         "flops_per_second": flops_per_second,
     }  # fmt: skip
-    for name, size in sizes.items():
-        if not size > 0:
-            raise ValueError(f"{name} must be positive. Got {size}.")
+    for name, value in sizes.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive. Got {value}.")
     if length % world_size:
         raise ValueError(f"length must be a multiple of world_size ({world_size}). Got {length}.")
+    if world_size % size:
+        raise ValueError(f"ranks_per_node must divide world_size ({world_size}). Got {size}.")
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}). Got {heads}.")
     if not 0 <= rank < world_size:
@@ -165,37 +187,59 @@ def plan(
     check_strategy(strategy)
     shard = length // world_size
     problem = Problem(pattern, shard, world_size, heads, kv_heads, is_causal)
-    choice = choose_strategy(problem)
-    picked, reason = choice.strategy, choice.reason
-    if strategy != "auto":
-        picked, reason = strategy, "it was asked for"  # type: ignore[assignment]  # checked above
-    costs = _Costs(batch, head_dim, dtype.itemsize, accumulate_dtype(dtype).itemsize)
-    branches = tuple(
+    picked, reason = _picked(problem, strategy, size)
+    costs = _Costs(rank, size, batch, head_dim, dtype.itemsize, accumulate_dtype(dtype).itemsize)
+    nothing = Traffic(0, 0), Traffic(0, 0)
+    parts = [
         # Segments that divide the shards need nothing from other ranks.
-        (branch, costs.traffic(alone, rank, picked) if shard % branch[0] else Traffic(0, 0))
+        (branch, costs.traffic(alone, picked) if shard % branch[0] else nothing)
         for branch, alone in _by_branch(problem)
-    )
-    traffic = Traffic(
-        sum(found.forward for _, found in branches), sum(found.backward for _, found in branches)
-    )
+    ]
+    inside = sum((near for _, (near, _) in parts), Traffic(0, 0))
+    across = sum((far for _, (_, far) in parts), Traffic(0, 0))
     flops = batch * _flops(problem, rank, head_dim)
     local = min(flops, batch * pattern.flops(shard, heads, head_dim, is_causal=is_causal))
     times = (
         _seconds(
             factor * flops / flops_per_second,
             factor * local / flops_per_second,
-            received / bytes_per_second,
+            *costs.steps(problem, picked, near / bytes_per_second, far / across_speed, home=home),
         )
-        for factor, received in ((1.0, traffic.forward), (_BACKWARD_FLOPS, traffic.backward))
+        for factor, near, far, home in (
+            (1.0, inside.forward, across.forward, False),
+            (_BACKWARD_FLOPS, inside.backward, across.backward, True),
+        )
     )
-    memory = costs.memory(problem, rank, picked)
-    return Plan(rank, shard, picked, reason, branches, traffic, memory, flops, *times)
+    return Plan(
+        rank,
+        shard,
+        picked,
+        reason,
+        tuple((branch, near + far) for branch, (near, far) in parts),
+        inside + across,
+        across,
+        costs.memory(problem, picked),
+        flops,
+        *times,
+    )
+
+
+def _picked(problem: Problem, strategy: str, size: int) -> tuple[Strategy, str]:
+    """How rows travel in nodes of some ranks, and why."""
+    if strategy == "auto" and 1 < size < problem.world_size:
+        return "gather", "a row crosses between nodes once for each node"
+    if strategy == "auto":
+        choice = choose_strategy(problem)
+        return choice.strategy, choice.reason
+    return strategy, "it was asked for"  # type: ignore[return-value]  # checked before
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """Bytes of what moves and of what is held."""
+    """Bytes of what moves to one rank, and of what it holds."""
 
+    rank: int
+    node_size: int
     batch: int
     head_dim: int
     item: int
@@ -205,37 +249,107 @@ class _Costs:
         """Packed rows of keys with their values, or of both gradients."""
         return rows * self.batch * 2 * self.head_dim * item
 
-    def traffic(self, problem: Problem, rank: int, strategy: Strategy) -> Traffic:
-        """What one rank receives."""
+    def traffic(self, problem: Problem, strategy: Strategy) -> tuple[Traffic, Traffic]:
+        """What the rank receives from others in its node, and from other nodes."""
         if strategy == "heads":
-            return self._trade_traffic(Trade(problem, rank))
-        routes = _routes(problem, rank, strategy)
-        rows = self.pairs(sum(route.rows_received for route in routes), self.item)
-        home = self.pairs(sum(route.rows_sent for route in routes), self.wide)
-        return Traffic(rows, home + (rows if strategy == "ring" else 0))
-
-    def _trade_traffic(self, trade: Trade) -> Traffic:
-        vector = self.batch * self.head_dim
-        moved = _from_others(trade, trade.message_rows[0])
-        results = _from_others(trade, trade.counts(trade.sent, 0))
-        queries = _from_others(trade, trade.counts(trade.received, 0))
-        home = _from_others(trade, trade.message_rows[1])
-        return Traffic(
-            (moved + results) * vector * self.item + results * self.batch * self.wide,
-            queries * (vector * self.item + 2 * self.batch * self.wide) + home * vector * self.wide,
+            trade = Trade(problem, self.rank)
+            return self._trade_traffic(trade, near=True), self._trade_traffic(trade, near=False)
+        if self._in_two_steps(problem, strategy):
+            return self._node_traffic(NodeRoutes.of(problem, self.rank, self.node_size))
+        routes = _routes(problem, self.rank, strategy)
+        return (
+            self._route_traffic(routes, strategy, near=True),
+            self._route_traffic(routes, strategy, near=False),
         )
 
-    def memory(self, problem: Problem, rank: int, strategy: Strategy) -> Memory:
-        """What one rank holds."""
+    def steps(
+        self, problem: Problem, strategy: Strategy, near: float, far: float, *, home: bool
+    ) -> tuple[float, float]:
+        """Time of messages before, or beside, and after attention to the rank's own keys.
+
+        Args:
+            problem: of the call.
+            strategy: how rows travel.
+            near: time of what comes from the node.
+            far: time of what comes from other nodes.
+            home: whether gradients travel, and not keys.
+        """
+        if self._in_two_steps(problem, strategy):
+            return (near, far) if home else (far, near)
+        # In a trade all links are busy at once; the hops of a ring follow each other.
+        return max(near, far) if strategy == "heads" else near + far, 0.0
+
+    def memory(self, problem: Problem, strategy: Strategy) -> Memory:
+        """What the rank holds."""
         n, heads, kv_heads = problem.shard, problem.heads, problem.kv_heads
         vectors = self.batch * n * self.head_dim
         tensors = vectors * 2 * (heads + kv_heads) * self.item + self.batch * n * heads * self.wide
         gradients = vectors * (heads + 2 * kv_heads) * self.wide
         if strategy == "heads":
-            kept, forward, backward = self._trade_memory(Trade(problem, rank))
+            kept, forward, backward = self._trade_memory(Trade(problem, self.rank))
+        elif self._in_two_steps(problem, strategy):
+            nodes = NodeRoutes.of(problem, self.rank, self.node_size)
+            kept, forward, backward = self._node_memory(nodes)
         else:
-            kept, forward, backward = self._route_memory(_routes(problem, rank, strategy), strategy)
+            routes = _routes(problem, self.rank, strategy)
+            kept, forward, backward = self._route_memory(routes, strategy)
         return Memory(tensors, kept, forward, backward, gradients)
+
+    def _in_two_steps(self, problem: Problem, strategy: Strategy) -> bool:
+        """Whether rows go between nodes and then inside them."""
+        return strategy == "gather" and 1 < self.node_size < problem.world_size
+
+    def _from(self, other: int, *, near: bool) -> bool:
+        """Whether a rank is another one in this node, or is one of another node."""
+        same = other // self.node_size == self.rank // self.node_size
+        return other != self.rank and same == near
+
+    def _route_traffic(self, routes: Sequence[Route], strategy: Strategy, *, near: bool) -> Traffic:
+        def moved(ranks: Sequence[int], packed: Sequence[PackedRows]) -> int:
+            found = zip(ranks, packed, strict=True)
+            return sum(rows.count for other, rows in found if self._from(other, near=near))
+
+        received = sum(moved(route.sources, route.received) for route in routes)
+        sent = sum(moved(route.destinations, route.sent) for route in routes)
+        rows, home = self.pairs(received, self.item), self.pairs(sent, self.wide)
+        return Traffic(rows, home + (rows if strategy == "ring" else 0))
+
+    def _node_traffic(self, routes: NodeRoutes) -> tuple[Traffic, Traffic]:
+        """Rows come from other nodes and then inside; their gradients go the other way."""
+        received, sent = (
+            sum(rows) - rows[routes.place] for rows in (routes.received_inside, routes.sent_inside)
+        )
+        return (
+            Traffic(self.pairs(received, self.item), self.pairs(sent, self.wide)),
+            Traffic(
+                self.pairs(routes.rows_arriving, self.item),
+                self.pairs(routes.rows_leaving, self.wide),
+            ),
+        )
+
+    def _trade_traffic(self, trade: Trade, *, near: bool) -> Traffic:
+        def moved(rows: list[int]) -> int:
+            return sum(count for other, count in enumerate(rows) if self._from(other, near=near))
+
+        vector = self.batch * self.head_dim
+        rows = moved(trade.message_rows[0])
+        results = moved(trade.counts(trade.sent, 0))
+        queries = moved(trade.counts(trade.received, 0))
+        home = moved(trade.message_rows[1])
+        return Traffic(
+            (rows + results) * vector * self.item + results * self.batch * self.wide,
+            queries * (vector * self.item + 2 * self.batch * self.wide) + home * vector * self.wide,
+        )
+
+    def _node_memory(self, routes: NodeRoutes) -> tuple[int, int, int]:
+        """Kept rows, and messages at once in a forward and in a backward."""
+        received, sent = sum(routes.received_inside), sum(routes.sent_inside)
+        held = routes.rows_leaving + routes.rows_own + routes.rows_arriving
+        return (
+            self.pairs(received, self.item),
+            self.pairs(held + sent, self.item),
+            self.pairs(received + sent + held, self.wide),
+        )
 
     def _route_memory(self, routes: tuple[Route, ...], strategy: Strategy) -> tuple[int, int, int]:
         """Kept rows, and messages at once in a forward and in a backward."""
@@ -263,10 +377,6 @@ class _Costs:
             vector * self.item + 2 * self.batch * self.wide
         )
         return received * vector * self.item, forward, backward
-
-
-def _from_others(trade: Trade, rows: list[int]) -> int:
-    return sum(rows) - rows[trade.rank]
 
 
 def _routes(problem: Problem, rank: int, strategy: Strategy) -> tuple[Route, ...]:
@@ -303,5 +413,6 @@ def _flops(problem: Problem, rank: int, head_dim: int) -> int:
     return until - before
 
 
-def _seconds(compute: float, local: float, communication: float) -> Seconds:
-    return Seconds(compute, communication, max(0.0, communication - local))
+def _seconds(compute: float, local: float, hidden: float, after: float) -> Seconds:
+    """Times of a pass, whose messages travel beside attention to own keys, and after it."""
+    return Seconds(compute, hidden + after, max(0.0, hidden - local) + after)

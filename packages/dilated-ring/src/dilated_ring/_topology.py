@@ -37,6 +37,11 @@ class Ring:
     world_size: int
     nodes: Nodes | None = None
 
+    @property
+    def parts(self) -> tuple[dist.ProcessGroup, ...]:
+        """The groups of some of its ranks."""
+        return () if self.nodes is None else (self.nodes.across, self.nodes.inside)
+
 
 def find_ring(group: dist.ProcessGroup | DeviceMesh | None) -> Ring | None:
     """The ranks of a `group` argument, or None where one process has the whole sequence.
