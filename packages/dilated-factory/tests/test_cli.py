@@ -131,6 +131,8 @@ def test_resume_finishes_a_stopped_run(
         (["--dropout", "1.5"], "dropout"),
         (["--num-heads", "3"], "embed_dim must be a multiple of 2 * num_heads"),
         (["--checkpoint-every", "0"], "'--checkpoint-every'"),
+        (["--data-parallel", "fsdp"], "--data-parallel fsdp needs several processes"),
+        (["--data-parallel", "zero"], "'--data-parallel'"),
         (["--seed", "-1"], "seed"),
         (["--wat"], "--wat"),
     ],

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 import factory_programs as programs
 from dilated_factory import InputError, LongNetConfig, TrainConfig
 from dilated_factory.training.loop import Trainer
-from dilated_factory.training.parallel import Parallel, join
+from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
 from process_ranks import Ranks, World
 
@@ -45,34 +47,85 @@ def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]
     assert losses(found) == pytest.approx(losses(expected), rel=1e-3)
 
 
+both_kinds = pytest.mark.parametrize("data_parallel", ["ddp", "fsdp"])
+
+
+class Kind(NamedTuple):
+    """How processes train together."""
+
+    world_size: int
+    sequence_parallel: int = 1
+    data_parallel: DataParallel = "ddp"
+
+    def __str__(self) -> str:
+        return f"{self.world_size}-{self.sequence_parallel}-{self.data_parallel}"
+
+
 @pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(World(4)) as group:
-        yield group
+def get_ranks() -> Iterator[Callable[[int], Ranks]]:
+    """One pool of processes for each world size."""
+    with ExitStack() as stack:
+        yield cache(lambda world_size: stack.enter_context(Ranks(world_size)))
 
 
+@pytest.fixture(scope="module")
+def four(get_ranks: Callable[[int], Ranks]) -> Ranks:
+    return get_ranks(4)
+
+
+@both_kinds
 @pytest.mark.parametrize("sequence_parallel", [1, 2, 4])
 def test_four_processes_train_like_one(
-    config: TrainConfig, alone: Trainer, four: Ranks, tmp_path: Path, sequence_parallel: int
+    config: TrainConfig,
+    alone: Trainer,
+    four: Ranks,
+    tmp_path: Path,
+    sequence_parallel: int,
+    data_parallel: str,
 ) -> None:
-    curves = four.run(programs.train, tmp_path / "run", config, sequence_parallel, timeout=120)
+    path = tmp_path / "run"
+    curves = four.run(
+        programs.train, path, config, sequence_parallel, None, data_parallel, timeout=120
+    )
     run = RunFolder.open(tmp_path / "run")
     metrics = run.read_metrics()
     assert curves == [losses(metrics)] * 4
     assert_same_curve(metrics, alone.run.read_metrics())
     files = {path.name for path in run.path.rglob("*") if path.is_file()}
     assert sum(name.startswith("shard-") for name in files) >= 4
-    assert {Path(name).suffix for name in files} == {".json", ".jsonl", ".safetensors"}
+    kinds = {Path(name).suffix for name in files - {"lock"}}
+    assert kinds == {".json", ".jsonl", ".safetensors"}
 
 
+@pytest.fixture(scope="module")
+def exact(
+    config: TrainConfig,
+    get_ranks: Callable[[int], Ranks],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunFolder:
+    """What one process does in float64."""
+    path = tmp_path_factory.mktemp("exact") / "run"
+    get_ranks(1).run(programs.train_exactly, path, config, 1, timeout=120)
+    return RunFolder.open(path)
+
+
+@both_kinds
 @pytest.mark.parametrize("sequence_parallel", [1, 2, 4])
 def test_in_float64_four_processes_are_one(
-    config: TrainConfig, four: Ranks, tmp_path: Path, sequence_parallel: int
+    config: TrainConfig,
+    exact: RunFolder,
+    four: Ranks,
+    tmp_path: Path,
+    sequence_parallel: int,
+    data_parallel: str,
 ) -> None:
-    with Ranks(1) as one:
-        one.run(programs.train_exactly, tmp_path / "one", config, 1, timeout=120)
-    four.run(programs.train_exactly, tmp_path / "four", config, sequence_parallel, timeout=120)
-    one_run, four_run = (RunFolder.open(tmp_path / name) for name in ("one", "four"))
+    path = tmp_path / "run"
+    four.run(programs.train_exactly, path, config, sequence_parallel, data_parallel, timeout=120)
+    assert_same_run(RunFolder.open(path), exact)
+
+
+def assert_same_run(four_run: RunFolder, one_run: RunFolder) -> None:
+    """Equal in float64, in every step and in the last checkpoint."""
     for expected, found in zip(one_run.read_metrics(), four_run.read_metrics(), strict=True):
         # Without the norm, a wrong scale of the gradients would hide behind its clipping.
         for name in ("step", "loss", "gradient_norm", "learning_rate", "bytes_read", "progress"):
@@ -88,17 +141,125 @@ def test_in_float64_four_processes_are_one(
             torch.testing.assert_close(found_tensors[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("first", "then"), [(4, 1), (4, 2), (1, 4)])
-def test_another_number_of_processes_goes_on(
-    config: TrainConfig, alone: Trainer, tmp_path: Path, first: int, then: int
+KINDS = [
+    (Kind(4, 2, "fsdp"), Kind(1)),
+    (Kind(4, 4), Kind(1)),
+    (Kind(1), Kind(4, 2, "fsdp")),
+    (Kind(1), Kind(4, 4)),
+    (Kind(4, 2, "fsdp"), Kind(4, 1, "ddp")),
+    (Kind(4, 4), Kind(2, 2)),
+    (Kind(2, 1, "fsdp"), Kind(4, 4, "fsdp")),
+    (Kind(4, 1, "fsdp"), Kind(2, 1, "fsdp")),
+    (Kind(2, 2, "ddp"), Kind(4, 1, "fsdp")),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), KINDS[::2], ids=str)
+def test_another_number_and_kind_of_processes_goes_on(
+    config: TrainConfig,
+    alone: Trainer,
+    get_ranks: Callable[[int], Ranks],
+    tmp_path: Path,
+    first: Kind,
+    then: Kind,
 ) -> None:
     path = tmp_path / "run"
-    for count, stop_at in ((first, 5), (then, None)):
-        with Ranks(count) as group:
-            group.run(programs.train, path, config, count, stop_at, timeout=120)
+    for kind, stop_at in ((first, 5), (then, None)):
+        get_ranks(kind.world_size).run(
+            programs.train, path, config, kind.sequence_parallel, stop_at, kind.data_parallel,
+            timeout=120,
+        )  # fmt: skip
     metrics = RunFolder.open(path).read_metrics()
     assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
     assert_same_curve(metrics, alone.run.read_metrics())
+
+
+@pytest.mark.parametrize(("first", "then"), KINDS, ids=str)
+def test_in_float64_they_go_on_as_if_they_had_done_it_all(
+    config: TrainConfig,
+    exact: RunFolder,
+    get_ranks: Callable[[int], Ranks],
+    tmp_path: Path,
+    first: Kind,
+    then: Kind,
+) -> None:
+    path = tmp_path / "run"
+    for kind, stop_at in ((first, 5), (then, None)):
+        get_ranks(kind.world_size).run(
+            programs.train_exactly, path, config, kind.sequence_parallel, kind.data_parallel,
+            stop_at, timeout=120,
+        )  # fmt: skip
+    assert_same_run(RunFolder.open(path), exact)
+
+
+def test_a_run_stopped_before_its_first_step_goes_on(
+    config: TrainConfig, exact: RunFolder, get_ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    """Its checkpoint has no state of an optimizer."""
+    path = tmp_path / "run"
+    for world_size, data_parallel, stop_at in ((2, "fsdp", 0), (4, "fsdp", 0), (1, "ddp", None)):
+        get_ranks(world_size).run(
+            programs.train_exactly, path, config, 1, data_parallel, stop_at, timeout=120
+        )
+    assert_same_run(RunFolder.open(path), exact)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_each_rank_holds_its_part_of_weights_and_optimizers(
+    config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path, world_size: int
+) -> None:
+    ranks = get_ranks(world_size)
+    whole, *others = ranks.run(programs.held, tmp_path / "ddp", config, "ddp", timeout=120)
+    assert all(other == whole for other in others)
+    parts = ranks.run(programs.held, tmp_path / "fsdp", config, "fsdp", timeout=120)
+    assert sum(part.parameters for part in parts) == whole.parameters
+    for part in parts:
+        # All sizes are multiples of 4. AdamW counts the steps of each parameter on every rank.
+        assert part.parameters * world_size == whole.parameters
+        assert part.state * world_size == pytest.approx(whole.state, rel=0.01)
+
+
+def test_ranks_may_have_no_part_of_a_small_tensor(
+    config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    """Five rows on four ranks are 2, 2, 1 and none."""
+    model = config.model.model_copy(update={"ffn_dim": 5})
+    small = config.model_copy(update={"model": model, "steps": 3})
+    runs = {}
+    for name, world_size, data_parallel in (("one", 1, "ddp"), ("four", 4, "fsdp")):
+        get_ranks(world_size).run(
+            programs.train_exactly, tmp_path / name, small, 1, data_parallel, timeout=120
+        )
+        runs[name] = RunFolder.open(tmp_path / name)
+    assert_same_run(runs["four"], runs["one"])
+
+
+def test_mixed_precision_is_that_of_whole_weights(
+    config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    mixed = config.model_copy(update={"dtype": "bfloat16"})
+    whole, parts = (
+        get_ranks(2).run(programs.train, tmp_path / kind, mixed, 1, None, kind, timeout=120)[0]
+        for kind in ("ddp", "fsdp")
+    )
+    assert parts[:2] == pytest.approx(whole[:2], rel=1e-5)
+    assert parts == pytest.approx(whole, rel=1e-2)
+
+
+@pytest.mark.multi_gpu
+@both_kinds
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_two_gpus_train_like_one(
+    config: TrainConfig, tmp_path: Path, sequence_parallel: int, data_parallel: str
+) -> None:
+    curves = []
+    for world_size, *kind in ((1, 1, None, "ddp"), (2, sequence_parallel, None, data_parallel)):
+        with Ranks(World(world_size, "cuda")) as ranks:
+            path = tmp_path / str(world_size)
+            curves.append(ranks.run(programs.train, path, config, *kind, timeout=120)[0])
+    one, two = curves
+    assert two[:2] == pytest.approx(one[:2], rel=1e-4)
+    assert two == pytest.approx(one, rel=1e-2)
 
 
 def test_what_cannot_be_shared_evenly_is_refused(
@@ -122,11 +283,15 @@ def test_what_cannot_be_shared_evenly_is_refused(
     assert not any(tmp_path.iterdir())
 
 
-def test_one_process_cannot_share_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_cannot_share_a_sequence_or_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join(torch.device("cpu")) == Parallel(torch.device("cpu"))
     with pytest.raises(InputError, match="torchrun --nproc-per-node 2 -m dilated_factory train"):
         join(torch.device("cpu"), sequence_parallel=2)
+    with pytest.raises(InputError, match="--data-parallel fsdp needs several processes"):
+        join(torch.device("cpu"), data_parallel="fsdp")
+    with pytest.raises(InputError, match="data_parallel must be 'ddp' or 'fsdp'"):
+        join(torch.device("cpu"), data_parallel="zero")  # type: ignore[arg-type]  # the wrong value
 
 
 def test_ranks_that_read_different_data_all_say_so(four: Ranks) -> None:

@@ -52,7 +52,7 @@ def load_trained(path: str | Path, *, device: torch.device | str = "cpu") -> Tra
     run = RunFolder.open(path)
     checkpoint = run.load()
     model = initial_model(run.config)
-    load_model(model, checkpoint)
+    load_model(model, checkpoint.model)
     device = torch.device(device)
     return TrainedModel(run, model.to(device).eval(), checkpoint.state, device)
 

@@ -16,7 +16,7 @@ from dilated_factory.errors import RunError
 from dilated_factory.figures import save_loss_curve
 from dilated_factory.training.corpus import Corpus, load_corpus
 from dilated_factory.training.loop import ALONE, Trainer, select_device
-from dilated_factory.training.parallel import Parallel, join, leave, was_restarted
+from dilated_factory.training.parallel import DataParallel, Parallel, join, leave, was_restarted
 from dilated_factory.training.run_folder import RunFolder
 
 DEFAULT_MINUTES = 10.0
@@ -80,13 +80,20 @@ def train(
             help="Processes that share each sequence, under torchrun; the rest share the batch.",
         ),
     ] = 1,
+    data_parallel: Annotated[
+        DataParallel,
+        typer.Option(
+            help="Under torchrun: all weights on every process (ddp), or a part of them and of the "
+            "optimizers on each (fsdp)."
+        ),
+    ] = "ddp",
 ) -> int:
     """Train a LongNet language model on the bytes of files.
 
     One file in twenty is held out for `dilated evaluate`. Ctrl-C or SIGTERM saves and exits with
     code 130 or 143; `--resume` goes on as if nothing had happened. Under `torchrun` the processes
-    share the batch, or with `--sequence-parallel` its sequences; the losses are those of one
-    process.
+    share the batch, or with `--sequence-parallel` its sequences, and with `--data-parallel fsdp`
+    the weights; the losses are those of one process. A folder takes one run at a time.
 
     Examples:
         dilated train --minutes 5
@@ -97,6 +104,8 @@ def train(
         dilated train --out runs/mine --resume
 
         torchrun --nproc-per-node 4 -m dilated_factory train --sequence-parallel 4
+
+        torchrun --nproc-per-node 4 -m dilated_factory train --batch-size 4 --data-parallel fsdp
     """
     model = {
         "context": context,
@@ -119,7 +128,9 @@ def train(
         "dtype": dtype,
         "seed": seed,
     }
-    parallel = join(select_device(device), sequence_parallel=sequence_parallel)
+    parallel = join(
+        select_device(device), sequence_parallel=sequence_parallel, data_parallel=data_parallel
+    )
     console = plain_console() if parallel.is_main else silent_console()
     if resume or (was_restarted() and (out / "config.json").exists()):
         run = RunFolder.open(out)

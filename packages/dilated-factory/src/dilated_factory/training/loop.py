@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -16,16 +16,19 @@ from dilated_factory.layers import AttentionFactory
 from dilated_factory.longnet import LongNetLM
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
 from dilated_factory.training.corpus import Corpus
+from dilated_factory.training.lock import FolderLock
 from dilated_factory.training.optimizer import (
     build_optimizers,
+    is_optimizer_name,
     load_optimizer_tensors,
+    make_room,
     optimizer_tensors,
     set_learning_rate,
 )
 from dilated_factory.training.parallel import Parallel
-from dilated_factory.training.run_folder import Checkpoint, RunFolder, RunState
+from dilated_factory.training.run_folder import RunFolder, RunState, read_tensors, tensor_folder
 from dilated_factory.training.schedule import learning_rate_factor
-from dilated_factory.training.shards import save_shards
+from dilated_factory.training.shards import forms_in, load_shards, save_shards
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ ALONE = Parallel(torch.device("cpu"))
 class Trainer:
     """One run in memory: model, optimizers and the step they stand at.
 
+    From `start` or `restore` until `train` is done, no other process can write in its folder.
+
     Args:
         run: the folder that everything is written to; its ``config`` decides the loss curve.
         corpus: what to train on.
@@ -90,9 +95,13 @@ class Trainer:
         self.elapsed_seconds = 0.0
         parallel.require_fit(run.config)
         parallel.require_same("corpus", corpus.digest)
-        self.model = initial_model(run.config, parallel.attention(run.config)).to(parallel.device)
-        self.optimizers: list[Optimizer] = build_optimizers(self.model, run.config)
+        self.model = initial_model(run.config, parallel.attention(run.config))
         self._loss = parallel.loss_of(self.model)
+        self.optimizers: list[Optimizer] = build_optimizers(
+            self.model, run.config, sharded=parallel.is_sharded
+        )
+        self._holds_folder = False
+        self._lock: FolderLock | None = None  # on the main rank
 
     @classmethod
     def start(
@@ -126,26 +135,35 @@ class Trainer:
             RunFolder.create(path, config)
         parallel.barrier()
         run = RunFolder.open(path)
-        return cls(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
+        trainer = cls(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
+        trainer._hold_folder()
+        return trainer
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run, or to the start if it has none.
 
         Raises:
-            RunError: the checkpoint is damaged, or the corpus is not the one it was trained on.
+            RunError: the checkpoint is damaged, the corpus is not the one it was trained on, or
+                another process trains in the folder.
         """
-        step = 0
+        self._hold_folder()
+        try:
+            self._go_back()
+        except BaseException:
+            self._leave_folder()
+            raise
+
+    def _go_back(self) -> None:
+        self.step = 0
         if self.run.checkpoints():
-            checkpoint = self.run.load()
-            if checkpoint.state.corpus_digest != self.corpus.digest:
+            folder, state = self.run.newest()
+            if state.corpus_digest != self.corpus.digest:
                 raise RunError("the corpus has changed since this run was started.")
-            load_model(self.model, checkpoint)
-            load_optimizer_tensors(self.model, self.optimizers, checkpoint.optimizer)
-            step, self.elapsed_seconds = checkpoint.state.step, checkpoint.state.elapsed_seconds
-        self.step = step
+            self._load(folder)
+            self.step, self.elapsed_seconds = state.step, state.elapsed_seconds
         self.parallel.barrier()
         if self.parallel.is_main:
-            self.run.truncate_metrics(step)
+            self.run.truncate_metrics(self.step)
 
     def train(
         self,
@@ -158,17 +176,21 @@ class Trainer:
         It stops on all ranks once it should on any. The global random state of torch is left as it
         was found.
         """
+        self._hold_folder()
         self.model.train()
         device = self.parallel.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            while not self._agree(should_stop()) and self.progress < 1:
-                metrics = self._take_step()
-                if self.parallel.is_main:
-                    self.run.append_metrics(asdict(metrics))
-                on_step(metrics)
-                if self.step % self.checkpoint_every == 0:
-                    self.save()
-        self.save()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                while not self._agree(should_stop()) and self.progress < 1:
+                    metrics = self._take_step()
+                    if self.parallel.is_main:
+                        self.run.append_metrics(asdict(metrics))
+                    on_step(metrics)
+                    if self.step % self.checkpoint_every == 0:
+                        self.save()
+            self.save()
+        finally:
+            self._leave_folder()
         return self.progress >= 1
 
     @property
@@ -203,6 +225,38 @@ class Trainer:
         self.parallel.barrier()
         return self.run.checkpoints()[-1]
 
+    def _load(self, checkpoint: Path) -> None:
+        """Fill model and optimizers from a checkpoint; of sharded ones, this rank's part."""
+        if self.parallel.mesh is None:
+            load_model(self.model, read_tensors(checkpoint, "model"))
+            found = read_tensors(checkpoint, "optimizer")
+            load_optimizer_tensors(self.model, self.optimizers, found)
+            return
+        load_shards(tensor_folder(checkpoint, "model"), model_tensors(self.model))
+        folder = tensor_folder(checkpoint, "optimizer")
+        forms = {name: form for name, form in forms_in(folder).items() if is_optimizer_name(name)}
+        load_shards(folder, make_room(self.model, self.optimizers, forms))
+
+    def _hold_folder(self) -> None:
+        """Lock the run folder, on one rank for all; do nothing if this trainer has locked it."""
+        if self._holds_folder:
+            return
+        error: RunError | None = None
+        if self.parallel.is_main:
+            try:
+                self._lock = self.run.lock()
+            except RunError as found:
+                error = found
+        (failed,) = self.parallel.mean([float(error is not None)])
+        if failed:
+            raise error or self.run.in_use()
+        self._holds_folder = True
+
+    def _leave_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock, self._holds_folder = None, False
+
     def _agree(self, stop: bool) -> bool:
         """Whether any rank stops; the clock is the mean of all, so that all see the same."""
         stopping, self.elapsed_seconds = self.parallel.mean([float(stop), self.elapsed_seconds])
@@ -234,7 +288,7 @@ class Trainer:
                 "Try a lower learning rate."
             )
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        norm = self.parallel.clip_gradients(self.model, config.gradient_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -245,7 +299,7 @@ class Trainer:
             loss=nats,
             bits_per_byte=nats / math.log(2),
             learning_rate=rate,
-            gradient_norm=norm.item(),
+            gradient_norm=norm,
             bytes_read=self.step * config.batch_size * config.model.context,
             elapsed_seconds=self.elapsed_seconds,
             progress=self.progress,
@@ -267,9 +321,9 @@ def model_tensors(model: LongNetLM) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_model(model: LongNetLM, checkpoint: Checkpoint) -> None:
+def load_model(model: LongNetLM, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put the weights of a checkpoint into a model of the same configuration."""
-    tensors = dict(checkpoint.model)
+    tensors = dict(tensors)
     if model.config.tie_embeddings and "embedding.weight" in tensors:
         tensors["head.weight"] = tensors["embedding.weight"]
     try:

@@ -1,6 +1,7 @@
 """Optimizers of a LongNetLM and their state as flat tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,35 @@ from dilated_factory.config import TrainConfig
 from dilated_factory.longnet import LongNetLM
 
 
-def build_optimizers(model: LongNetLM, config: TrainConfig) -> list[Optimizer]:
+class Form(NamedTuple):
+    """What a tensor is, without its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def build_optimizers(
+    model: LongNetLM, config: TrainConfig, *, sharded: bool = False
+) -> list[Optimizer]:
     """Muon for the matrices inside the blocks; AdamW for embedding, head, norms and biases.
 
     Muon (Jordan 2024) orthogonalises the update of a matrix; its step is scaled to the root mean
     square of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both. Only
     matrices decay.
+
+    Args:
+        model: whose parameters they change.
+        config: of the run.
+        sharded: whether the parameters are DTensors.
     """
+    muon = Muon
+    if sharded:
+        from dilated_factory.training.sharded import ShardedMuon as muon  # noqa: N813 - either one
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     return [
-        Muon(
+        muon(
             matrices,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -47,28 +65,50 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict
     return tensors
 
 
+def is_optimizer_name(name: str) -> bool:
+    """Whether a tensor in a checkpoint is of an optimizer; no parameter has such a name."""
+    return "/" in name
+
+
 def load_optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[Optimizer], tensors: dict[str, Tensor]
+    model: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what :func:`optimizer_tensors` returned, exactly.
+    """Put back what :func:`optimizer_tensors` returned, exactly; raises as `make_room`."""
+    forms = {name: Form(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name, place in make_room(model, optimizers, forms).items():
+        place.copy_(tensors[name])
+
+
+def make_room(
+    model: nn.Module, optimizers: Sequence[Optimizer], forms: Mapping[str, Form]
+) -> dict[str, Tensor]:
+    """Give the optimizers state of these forms; return its tensors by name, to be filled.
+
+    A tensor is sharded where its parameter is.
 
     Raises:
-        KeyError: the tensors name a parameter that the model lacks.
+        KeyError: the names hold a parameter that the model lacks.
         ValueError: a tensor has neither its parameter's shape nor none.
     """
     owners = {
         name: (parameter, optimizer) for name, parameter, optimizer in _owned(model, optimizers)
     }
-    for full_name, tensor in tensors.items():
+    made: dict[str, Tensor] = {}
+    for full_name, (shape, dtype) in forms.items():
         name, key = full_name.rsplit("/", 1)
         parameter, optimizer = owners[name]
-        if tensor.ndim and tensor.shape != parameter.shape:
+        if shape and shape != parameter.shape:
             raise ValueError(
-                f"{full_name} must have shape {tuple(parameter.shape)}. Got {tuple(tensor.shape)}."
+                f"{full_name} must have shape {tuple(parameter.shape)}. Got {tuple(shape)}."
             )
         # AdamW counts steps in a tensor that stays on the CPU.
-        device = parameter.device if tensor.ndim else torch.device("cpu")
-        optimizer.state[parameter][key] = tensor.to(device, copy=True)
+        place = (
+            torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            if shape
+            else torch.empty(shape, dtype=dtype)
+        )
+        made[full_name] = optimizer.state[parameter][key] = place
+    return made
 
 
 def _owned(

@@ -1,9 +1,9 @@
 """Training on several processes: which share of a batch each has, and what they do together.
 
 The processes form a mesh of (data, sequence): a row of the mesh shares the sequences of one part of
-the batch, each rank with a contiguous part of every sequence. The weights are on every rank, and
-their gradients are averaged over all of them (DistributedDataParallel), so that a step is the step
-that one process would have taken with the whole batch.
+the batch, each rank with a contiguous part of every sequence. Gradients are averaged over all of
+them, so that a step is the step that one process would have taken with the whole batch. The weights
+are on every rank (DistributedDataParallel), or each rank has a part of them (FSDP2).
 """
 
 # Shapes: B batch, N length; b and n are those of a share.
@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from dilated_factory.config import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
 from dilated_factory.layers import AttentionFactory
 from dilated_factory.longnet import LongNetLM
+
+DataParallel = Literal["ddp", "fsdp"]
 
 _MEETING_SECONDS = 600.0  # for the processes of all nodes to start
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -54,15 +56,22 @@ class Parallel:
     Attributes:
         device: where this rank computes.
         mesh: of two dimensions, (data, sequence), or None where there is one process.
+        data_parallel: "ddp" has all weights on every rank, "fsdp" a part of them; of several.
     """
 
     device: torch.device
     mesh: DeviceMesh | None = None
+    data_parallel: DataParallel = "ddp"
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes the run folder and talks."""
         return self.mesh is None or dist.get_rank() == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank has a part of each weight only."""
+        return self.mesh is not None and self.data_parallel == "fsdp"
 
     def require_fit(self, config: TrainConfig) -> None:
         """Refuse a configuration that cannot be shared out evenly.
@@ -99,9 +108,31 @@ class Parallel:
         return lambda: RingDilatedAttention(pattern, dropout=dropout, group=group)
 
     def loss_of(self, model: LongNetLM) -> nn.Module:
-        """A module that takes a `Share` and returns its mean loss; backward averages gradients."""
+        """Move a model here; return a module that takes a `Share` and returns its mean loss.
+
+        Its backward averages gradients over the ranks. Where the weights are sharded, the model's
+        parameters are others afterwards (DTensors): make optimizers later.
+        """
         loss = _Loss(model)
+        if self.is_sharded:
+            # To import DTensors takes half as long as to import torch; other training needs none.
+            from dilated_factory.training.sharded import shard_weights
+
+            # Ranks that share a sequence have the same weights too, so all ranks divide them.
+            all_ranks = init_device_mesh(self.device.type, (dist.get_world_size(),))
+            shard_weights(loss, model.blocks, all_ranks)
+            return loss
+        loss.to(self.device)
         return loss if self.mesh is None else DistributedDataParallel(loss)
+
+    def clip_gradients(self, model: LongNetLM, limit: float) -> float:
+        """Scale all gradients down to a norm of at most `limit`; return the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        if self.is_sharded:
+            from dilated_factory.training.sharded import whole
+
+            norm = whole(norm)
+        return norm.item()
 
     def share(self, windows: Tensor) -> Share:
         """This rank's part of the windows (B, N + 1) of a step."""
@@ -175,21 +206,31 @@ class _Loss(nn.Module):
         return self.model.loss(tokens, targets, positions=positions)
 
 
-def join(device: torch.device, *, sequence_parallel: int = 1) -> Parallel:
+def join(
+    device: torch.device, *, sequence_parallel: int = 1, data_parallel: DataParallel = "ddp"
+) -> Parallel:
     """Train with the other processes that `torchrun` started, if it started this one.
 
     Args:
         device: where to compute; of several CUDA devices each process takes its own.
         sequence_parallel: how many ranks share each sequence; the others share the batch.
+        data_parallel: "ddp" to have all weights on every rank, "fsdp" to have a part on each.
 
     Raises:
         InputError: the processes cannot be divided so, or there is only one.
     """
+    if data_parallel not in get_args(DataParallel):
+        raise InputError(f"data_parallel must be 'ddp' or 'fsdp'. Got {data_parallel!r}.")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if sequence_parallel > 1 and world_size == 1:
         raise InputError(
             f"--sequence-parallel {sequence_parallel} needs as many processes: "
             f"torchrun --nproc-per-node {sequence_parallel} -m dilated_factory train ..."
+        )
+    if data_parallel == "fsdp" and world_size == 1:
+        raise InputError(
+            "--data-parallel fsdp needs several processes to divide the weights among: "
+            "torchrun --nproc-per-node 2 -m dilated_factory train ..."
         )
     if world_size % sequence_parallel:
         raise InputError(
@@ -214,7 +255,7 @@ def join(device: torch.device, *, sequence_parallel: int = 1) -> Parallel:
         )
     shape = (world_size // sequence_parallel, sequence_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
-    return Parallel(device, mesh)
+    return Parallel(device, mesh, data_parallel)
 
 
 def _name_of_attempt(store: Store, rank: int, world_size: int) -> str:

@@ -3,6 +3,7 @@
 Layout::
 
     config.json                      the TrainConfig, written once
+    lock                             who writes here
     metrics.jsonl                    one line per step
     curves.png                       loss against bytes read
     checkpoint-00000400/             the newest two are kept
@@ -12,7 +13,7 @@ Layout::
 
 Of several processes each writes a part of the tensors, into files in ``model/`` and ``optimizer/``,
 through torch.distributed.checkpoint and its Hugging Face (safetensors) storage. Any number of
-processes can read either.
+processes can read either, whether they have whole weights or parts of them.
 
 A checkpoint is written under a temporary name and renamed last, so a folder named
 ``checkpoint-*`` is always complete.
@@ -22,18 +23,20 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dilated_factory.config import FrozenConfig, TrainConfig, describe_invalid
 from dilated_factory.errors import RunError
 from dilated_factory.training.atomic import sync, write_text
+from dilated_factory.training.lock import FolderLock, holder
+from dilated_factory.training.shards import read_shards
 
 KEPT_CHECKPOINTS = 2
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
@@ -113,6 +116,34 @@ class RunFolder:
             raise RunError(f"{str(file)!r} is damaged or of another version: {reason}") from None
         return cls(path, config)
 
+    def lock(self) -> FolderLock | None:
+        """Keep other processes from writing here, until it is released or this process ends.
+
+        Returns:
+            The lock, or None, with a warning, where the file system has no locks.
+
+        Raises:
+            RunError: another has it.
+        """
+        try:
+            return FolderLock(self.path)
+        except BlockingIOError:
+            raise self.in_use() from None
+        except OSError as error:
+            warnings.warn(
+                f"run folder {str(self.path)!r} cannot be locked ({error.strerror}): take care "
+                "that no other process trains in it.",
+                stacklevel=2,
+            )
+            return None
+
+    def in_use(self) -> RunError:
+        """The error that says who trains in this folder."""
+        return RunError(
+            f"run folder {str(self.path)!r} is in use by {holder(self.path)}: wait until that "
+            "ends, or stop it."
+        )
+
     @property
     def metrics_path(self) -> Path:
         """Where the metrics are, one JSON line per step."""
@@ -165,8 +196,8 @@ class RunFolder:
             shutil.rmtree(old)
         return final
 
-    def load(self) -> Checkpoint:
-        """Read the newest checkpoint.
+    def newest(self) -> tuple[Path, RunState]:
+        """The folder of the newest checkpoint, whose files are undamaged, and its state.
 
         Raises:
             RunError: there is none, or it is damaged.
@@ -174,7 +205,12 @@ class RunFolder:
         checkpoints = self.checkpoints()
         if not checkpoints:
             raise RunError(f"run folder {str(self.path)!r} holds no checkpoint yet.")
-        return _read_checkpoint(checkpoints[-1], has_older=len(checkpoints) > 1)
+        return checkpoints[-1], _checked_state(checkpoints[-1], has_older=len(checkpoints) > 1)
+
+    def load(self) -> Checkpoint:
+        """Read the newest checkpoint; raises as `newest`."""
+        folder, state = self.newest()
+        return Checkpoint(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), state)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to the metrics."""
@@ -203,20 +239,37 @@ class RunFolder:
         write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _read_checkpoint(folder: Path, *, has_older: bool) -> Checkpoint:
+def tensor_folder(checkpoint: Path, name: str) -> Path:
+    """Where the files with the tensors of the "model" or of the "optimizer" are.
+
+    One process writes both into one folder, and tells them apart by the names of the files.
+    """
+    return checkpoint / name if (checkpoint / name).is_dir() else checkpoint
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of the "model" or of the "optimizer", whole."""
+    folder = tensor_folder(checkpoint, name)
+    if folder == checkpoint:
+        return load_file(checkpoint / f"{name}.safetensors")
+    return read_shards(folder)
+
+
+def _checked_state(checkpoint: Path, *, has_older: bool) -> RunState:
+    """The state of a checkpoint whose files have their checksums."""
     advice = "; remove this folder to go on from the one before it" if has_older else ""
     try:
-        state = RunState.model_validate_json((folder / "state.json").read_bytes())
-        model: dict[str, Tensor] = {}
-        optimizer: dict[str, Tensor] = {}
-        for name, checksum in state.checksums.items():
-            if _checksum(folder / name) != checksum:
-                raise RunError(f"checkpoint {str(folder)!r} is damaged: {name}{advice}.")
-            (model if name.startswith("model") else optimizer).update(load_file(folder / name))
-    except (OSError, ValidationError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"checkpoint {str(folder)!r} is damaged: {reason}{advice}.") from None
-    return Checkpoint(model, optimizer, state)
+        state = RunState.model_validate_json((checkpoint / "state.json").read_bytes())
+        damaged = [
+            name
+            for name, digest in state.checksums.items()
+            if _checksum(checkpoint / name) != digest
+        ]
+    except (OSError, ValidationError) as error:
+        damaged = [str(error).splitlines()[0]]
+    if damaged:
+        raise RunError(f"checkpoint {str(checkpoint)!r} is damaged: {damaged[0]}{advice}.")
+    return state
 
 
 def _checksum(file: Path) -> str:

@@ -1,18 +1,74 @@
 """Checkpoints of several processes: each writes a part of the tensors, as safetensors."""
 
+# torch.distributed.checkpoint takes half as long to import as torch, so it is imported where it is
+# used: one process rarely needs it.
+
+import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from dilated_factory.errors import RunError
+from dilated_factory.training.optimizer import Form
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors that all ranks hold alike, each by one of them; a collective call.
+    """Write tensors that all ranks hold, alike or in parts, each once; a collective call.
 
     Nothing is pickled: torch's default storage would pickle its index.
     """
-    # To import these takes as long as to import torch; one process never needs them.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     save(dict(tensors), storage_writer=writer)
+
+
+def load_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fill tensors from the files of a folder, of any number of processes; a collective call.
+
+    Args:
+        folder: where the files are.
+        tensors: by name; of a DTensor only this rank's part is read.
+        alone: whether this process makes the call without the others.
+
+    Raises:
+        RunError: on all ranks, if a tensor is missing or has another shape in the files.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        with warnings.catch_warnings():
+            # torch warns that it loads without others even where that is asked for.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(dict(tensors), storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        reason = " ".join(str(cause).split())
+        raise RunError(f"the checkpoint does not fit its configuration: {reason}") from None
+
+
+def forms_in(folder: Path) -> dict[str, Form]:
+    """What the whole tensors in the files of a folder are, by name."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: Form(entry.size, entry.properties.dtype)
+        for name, entry in found.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors in the files of a folder, by name; for one process alone."""
+    tensors = {
+        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in forms_in(folder).items()
+    }
+    load_shards(folder, tensors, alone=True)
+    return tensors
