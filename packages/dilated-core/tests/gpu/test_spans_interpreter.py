@@ -7,7 +7,7 @@ import pytest
 from triton_interpreter import case_names, interpret
 
 # One process runs all cases, for one worker.
-pytestmark = pytest.mark.xdist_group("triton_interpreter")
+pytestmark = pytest.mark.xdist_group("triton_interpreter_spans")
 SCRIPT = Path(__file__).with_name("interpreted_spans.py")
 FAULTS = ("its own partial", "heads of the first group", "no gradient of lse")
 NAMES = [name for name in case_names(SCRIPT) if name not in FAULTS]
