@@ -402,7 +402,8 @@ def _tables(
     # Where a tile meets the end of one segment, rows and columns before it and after it are apart.
     end = low + outer
     split = (high - low == 2 * outer) & (row_step == 1) & (zero == 0)
-    split &= torch.tensor(request.causal == "no", device=low.device)
+    if request.causal != "no":
+        split = torch.zeros_like(split)
     inner_low = first_row // inner.clamp(min=1) * inner
     low = torch.where(side > 0, inner_low + inner, low).clamp(min=request.columns[0])
     high = torch.where(side < 0, inner_low, high)
