@@ -258,10 +258,13 @@ def dense_candidates(
 
 
 def times(candidates: dict[str, Candidate], rounds: int, device: torch.device) -> dict[str, float]:
-    """Least milliseconds of each, on the slowest rank; the first round only warms up."""
+    """Least milliseconds of each, on the slowest rank; the first round only warms up.
+
+    Every other round goes backwards: what ran just before leaves caches and memory behind.
+    """
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
-        for name, candidate in candidates.items():
+        for name, candidate in list(candidates.items())[:: -1 if number % 2 else 1]:
             wait_for_all(device)
             started = time.perf_counter()
             candidate()

@@ -3,18 +3,20 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dilated_core import DilatedPattern
+from dilated_core._spans import DilatedSpans
 from dilated_core.interfaces import SpanAttention
-from dilated_ring import RingError, ring_attention
+from dilated_ring import RingError, _exchange, ring_attention
 from dilated_ring._agreement import Fact, Validate, agree
 from dilated_ring._faults import Call, Work, line_of
 from process_ranks import device
@@ -123,15 +125,16 @@ class Report:
     kept: int
 
 
-def attend(faulty: int, place: str, fault: str, strategy: str) -> Report:
-    """Forward and backward of ring attention; something happens to one rank at a place of it."""
+def attend(faulty: int, place: str, fault: str, strategy: str, healthy: int = 0) -> Report:
+    """Forward and backward of ring attention; something happens to one rank at a place of it.
+
+    Before that come `healthy` steps in which nothing does: they load kernels.
+    """
     pattern: Any = DilatedPattern([4, 1000], [1, 2])
     source = Source(None)
     torch.manual_seed(dist.get_rank())
     query, key, value = (torch.randn(2, 8, 4, 8, device=device()).requires_grad_() for _ in "qkv")
-    if device().type == "cuda":
-        # A kernel is loaded by its first call, and CUDA may wait with that for one of NCCL that
-        # waits for a rank that is gone. So the fault does not come in the first step.
+    for _ in range(healthy):
         cast(Tensor, ring_attention(query, key, value, pattern, strategy=strategy)).sum().backward()
     if dist.get_rank() == faulty:
         if place.startswith("lease"):
@@ -150,6 +153,31 @@ def attend(faulty: int, place: str, fault: str, strategy: str) -> Report:
         error = caught
     kept = sum(not lease.released for lease in source.leases)
     return Report(error, repr(error and error.__cause__), len(source.leases), kept)
+
+
+def order_of_waits(strategy: str, at_first_launch: bool) -> list[list[str]]:
+    """What two calls do in turn: "wait" for a message, "attend" to this rank's own keys."""
+    pattern = DilatedPattern([4, 1000], [1, 2])
+    query = torch.randn(1, 8, 4, 8, device=device())
+    done: list[str] = []
+
+    def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            done.append(name)
+            return function(*arguments)
+
+        return call
+
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_exchange, "loads_at_launch", lambda _: at_first_launch)
+        patch.setattr(DilatedSpans, "attend_span", note("attend", DilatedSpans.attend_span))
+        patch.setattr(Call, "wait", note("wait", Call.wait))
+        for _ in range(2):
+            ring_attention(query, query, query, pattern, strategy=strategy, validate="off")
+            calls.append(done.copy())
+            done.clear()
+    return calls
 
 
 def exchange_twice(faulty: int, fault: str) -> list[float]:

@@ -27,20 +27,26 @@ BACKWARD = ["attend_span_backward", "attend_packed_backward"]
     ],
 )
 @pytest.mark.parametrize(
-    ("strategy", "world"),
+    ("strategy", "world", "healthy"),
     [
-        ("gather", World(2)),
-        ("ring", World(3)),
-        pytest.param("gather", World(2, "cuda"), marks=pytest.mark.multi_gpu),
+        ("gather", World(2), 0),
+        ("ring", World(3), 0),
+        # On a GPU messages overlap with the attention only after the first step.
+        *(
+            pytest.param("gather", World(2, "cuda"), steps, marks=pytest.mark.multi_gpu)
+            for steps in (0, 1)
+        ),
     ],
     ids=str,
 )
 def test_every_survivor_names_the_rank_and_the_step(
-    place: str, fault: str, strategy: str, world: World
+    place: str, fault: str, strategy: str, world: World, healthy: int
 ) -> None:
     timeout = TIMEOUT if world.device == "cpu" else TIMEOUT_ON_GPU
     with Ranks(world, group_timeout=timeout) as group:
-        outcomes = group.outcomes(programs.attend, 1, place, fault, strategy, timeout=timeout + 2)
+        outcomes = group.outcomes(
+            programs.attend, 1, place, fault, strategy, healthy, timeout=timeout + 2
+        )
         started = time.monotonic()
         codes = group.close()
         assert time.monotonic() - started < timeout
@@ -75,6 +81,16 @@ def test_without_a_fault_buffers_are_lent_and_given_back() -> None:
                 assert report.error is None
                 assert report.lent >= 6
                 assert report.kept == 0
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring", "heads"])
+def test_kernels_are_not_loaded_while_a_message_is_under_way(strategy: str) -> None:
+    with Ranks(2, group_timeout=TIMEOUT) as group:
+        for first, second in group.run(programs.order_of_waits, strategy, True):
+            assert first.index("attend") > first.index("wait")
+            assert second.index("attend") < second.index("wait")
+        for first, second in group.run(programs.order_of_waits, strategy, False):
+            assert first == second
 
 
 def test_a_slow_rank_is_waited_for() -> None:

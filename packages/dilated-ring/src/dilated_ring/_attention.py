@@ -75,7 +75,7 @@ class Job:
     def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[Kept]]:
         """The merged partial of all keys, and the rows to keep."""
         kept: list[Kept] = []
-        with open_wire(self.ring, self.buffers, query, "forward") as wire:
+        with open_wire(self.ring, self.buffers, query, keys, self.call, "forward") as wire:
             flight = self._start(wire, 0, keys, keep=self.keeps)
             wire.call.step = "attention to this rank's keys"
             total = self.spans.attend_span(self.call, query, keys)
@@ -93,7 +93,8 @@ class Job:
 
     def backward(self, upstream: Upstream, kept: Sequence[Kept]) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to this rank's query, key and value, wide."""
-        with open_wire(self.ring, self.buffers, upstream.query, "backward") as wire:
+        query, keys = upstream.query, upstream.keys
+        with open_wire(self.ring, self.buffers, query, keys, self.call, "backward") as wire:
             homeward = _Homeward()
             if kept:
                 # Foreign rows first: their gradients travel while the rest is computed.
@@ -101,13 +102,13 @@ class Job:
                     self._send_home(wire, homeward, rows, upstream, unpack(message, padding))
                 flight = None
             else:
-                flight = self._start(wire, 0, upstream.keys, keep=False)
+                flight = self._start(wire, 0, keys, keep=False)
             wire.call.step = "gradients of this rank's keys"
             dq, dk, dv = self.spans.attend_span_backward(self.call, *upstream)
             for i, rows in enumerate(() if kept else self.rounds):
                 assert flight is not None
                 arrived = flight.wait(f"exchange {i + 1} of keys and values")
-                flight = self._start(wire, i + 1, upstream.keys, keep=False)
+                flight = self._start(wire, i + 1, keys, keep=False)
                 homeward.land(dq, dk, dv)
                 self._send_home(wire, homeward, rows, upstream, arrived.keys())
                 arrived.release()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from dilated_core.interfaces import BufferSource, KeyRows, PackedRows
+from dilated_core.interfaces import BufferSource, KeyRows, PackedRows, SpanCall
 from dilated_ring._faults import Call, Work
 from dilated_ring._leases import Leases
 from dilated_ring._routes import Route
@@ -30,11 +30,13 @@ class Wire:
         call: waits for collectives, and turns faults into errors on all ranks.
         leases: where messages that end with the call live.
         group: the ranks.
+        at_once: whether to wait for each message before anything else is done.
     """
 
     call: Call
     leases: Leases
     group: dist.ProcessGroup
+    at_once: bool
 
     def swap(
         self,
@@ -52,19 +54,44 @@ class Wire:
             received, sent, rows_received, rows_sent, group=group or self.group, async_op=True
         )
         assert work is not None
+        if self.at_once:
+            self.call.wait(work)
         return work
 
 
 @contextmanager
-def open_wire(ring: Ring, buffers: BufferSource | None, like: Tensor, name: str) -> Iterator[Wire]:
+def open_wire(
+    ring: Ring,
+    buffers: BufferSource | None,
+    query: Tensor,
+    keys: KeyRows,
+    options: SpanCall,
+    name: str,
+) -> Iterator[Wire]:
     """What a forward or backward computes in: faults end on all ranks, and leases with it."""
+    device = query.device
     # Leases end last: what a fault leaves in flight is done with its memory by then.
     with (
-        torch.autocast(like.device.type, enabled=False),
-        Leases(buffers, like.device) as leases,
-        Call(ring.group, like.device, name, ring.parts) as call,
+        torch.autocast(device.type, enabled=False),
+        Leases(buffers, device) as leases,
+        Call(ring.group, device, name, ring.parts) as call,
     ):
-        yield Wire(call, leases, ring.group)
+        kernels = (
+            *(name, device, query.dtype, query.shape[2:], keys.key.shape[2]),
+            *(keys.padding is None, options.is_causal, options.dropout_p > 0),
+        )
+        first = kernels not in call.line.launched
+        yield Wire(call, leases, ring.group, first and loads_at_launch(device))
+        call.line.launched.add(kernels)
+
+
+def loads_at_launch(device: torch.device) -> bool:
+    """Whether the first launch of a kernel loads it.
+
+    CUDA may wait with that until running kernels end, and one of NCCL runs until all ranks have
+    come: where one of them is gone, the launch would hang, and with it the rank that should tell.
+    """
+    return device.type == "cuda"
 
 
 class Index:

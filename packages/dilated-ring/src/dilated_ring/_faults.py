@@ -12,7 +12,7 @@ import json
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -91,6 +91,7 @@ class Line:
         self.agreed = False  # whether the ranks have compared their arguments once
         self.refused = False  # whether the note on the board is about arguments of this rank
         self.broken: RingError | None = None
+        self.launched: set[Hashable] = set()  # kinds of calls whose kernels are loaded
 
     def fault(self) -> Note | None:
         """The note that another rank left."""

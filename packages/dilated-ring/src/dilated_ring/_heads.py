@@ -228,7 +228,7 @@ class HeadsJob:
         """The merged partial of all keys, and what arrived."""
         index = self.trade.on(query.device)
         dtype = accumulate_dtype(query.dtype)
-        with open_wire(self.ring, self.buffers, query, "forward") as wire:
+        with open_wire(self.ring, self.buffers, query, keys, self.call, "forward") as wire:
             swap = _Swap(wire, self.trade, index)
             arrive = swap.start_rows(query, keys)
             total = self._attend_local(query, keys, dtype)
@@ -252,7 +252,7 @@ class HeadsJob:
 
     def backward(self, upstream: Upstream, kept: Sequence[Kept]) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to this rank's query, key and value, wide."""
-        grad_out, grad_lse, query, _, total = upstream
+        grad_out, grad_lse, query, keys, total = upstream
         dtype = accumulate_dtype(query.dtype)
         index = self.trade.on(query.device)
         ((rows, padding),) = kept
@@ -260,7 +260,7 @@ class HeadsJob:
         delta = (grad_out.to(dtype) * total.out.to(dtype)).sum(-1).transpose(1, 2)
         if grad_lse is not None:
             delta = delta - grad_lse
-        with open_wire(self.ring, self.buffers, query, "backward") as wire:
+        with open_wire(self.ring, self.buffers, query, keys, self.call, "backward") as wire:
             swap = _Swap(wire, self.trade, index)
             row, head = index.sent_queries
             at = (slice(None), head, row)
