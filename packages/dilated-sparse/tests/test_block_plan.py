@@ -148,6 +148,23 @@ def test_tiles_of_a_block_row_share_its_runs_and_causal_ones_do_not():
     assert by_row[:, 3].tolist() == [64 * i for i in range(16)]
 
 
+def test_partial_blocks_are_masked_only_where_rows_differ():
+    # A row sees as many as 99 columns past its own; blocks are cut into quarters of 64 by 64.
+    layout = layouts.sliding_window(256, 99, block_size=128)
+    plan = plan_of(layout, blocks=(64, 64, 32))
+    assert plan.tiles[0][plan.tiles[0, :, 0].argsort()][:, 3:5].tolist() == [
+        [64, 2 * 2], [64, 3 * 2], [64, 3 * 2], [64, 2 * 2],
+    ]  # fmt: skip
+    whole = layouts.prefix(256, 256, block_size=128)
+    assert plan_of(layout & whole, blocks=(64, 64, 32)).full.tolist() == plan.full.tolist()
+    # A block of which one tile of rows sees nothing.
+    dense = torch.zeros(128, 128, dtype=torch.bool)
+    dense[70, 5] = True
+    plan = plan_of(BlockLayout.from_dense(dense, block_size=128), blocks=(64, 64, 32))
+    assert sorted(plan.tiles[0, :, 3:5].tolist()) == [[0, 0], [0, 2]]
+    assert plan.masked[:-SPARE_RUNS, :3].tolist() == [[0, 1, 64]]
+
+
 def test_members_walk_runs_of_their_own():
     dense = torch.zeros(4, 64, 64, dtype=torch.bool)
     for head in range(4):

@@ -1,8 +1,10 @@
 """From a layout to a plan of the GPU kernels: tiles of query rows, runs of key columns.
 
 A run of full blocks is one full run of the plan, cut to a multiple of the columns that a step
-takes; what is left of it, and what causal order may hide, is a masked run. A partial block is a
-masked run with bits. The tiles of a block row share its runs, unless causal order tells them apart.
+takes; what is left of it, and what causal order may hide, is a masked run. A partial block is cut
+into chunks of columns: one that all rows see is a full run, one that no row sees is left out, and
+any other is a masked run with bits. The tiles of a block row share its runs, unless causal order or
+partial blocks tell them apart.
 Backward to keys it is the same on the transposed layout. O(runs and partial blocks), on the device.
 
 R block rows and b block_size of the layout, or of its transpose by key.
@@ -99,22 +101,28 @@ def build(layout: BlockLayout, sizes: Sizes, by_key: bool, blocks: Blocks) -> Pl
     layout = layout.transpose() if by_key else layout
     tiles = -(-layout.block_size // blocks.rows)
     positions = sizes.first_query, sizes.first_key
-    parts = (tiles, blocks.rows) if sizes.is_causal else (1, layout.block_size)
+    differ = sizes.is_causal or len(layout.table) > 0
+    parts = (tiles, blocks.rows) if differ else (1, layout.block_size)
     axes = _Axes(layout, *(positions[::-1] if by_key else positions), *parts)
     words = 2 * -(-layout.block_size // (2 * _WORD))
     # Runs without bits of their own read these ones; the longest has a step and a block.
     ones = (blocks.columns + layout.block_size) // _WORD + 2
     order: _Order = ("after" if by_key else "before") if sizes.is_causal else "no"
-    full, rest = _full_runs(axes, order, blocks.columns)
-    partial = _partial_runs(axes, order, words, ones)
-    masked = _Records(*(torch.cat(x) for x in zip(rest, partial, strict=True)))
+    found = (
+        _full_runs(axes, order, blocks.columns),
+        _partial_runs(axes, order, words, ones, max(blocks.columns, _WORD)),
+    )
+    full, masked = (
+        _Records(*(torch.cat(x) for x in zip(*kind, strict=True)))
+        for kind in zip(*found, strict=True)
+    )
     size = sizes.heads // sizes.kv_heads if by_key else 1
     heads = sizes.heads // size
     classes = 1 if layout.heads == 1 else heads
     full_table = _compress(axes, full, full.columns, size, classes, 5)
     steps = -(-masked.columns // blocks.masked)
     masked_table = _compress(axes, masked, steps, size, classes, 8)
-    has_bits = len(partial.group) > 0
+    has_bits = len(found[1][1].group) > 0
     head_class = torch.arange(heads, dtype=torch.int32, device=layout.device)
     tile_table, early = _tiles(axes, full_table, masked_table, tiles, classes, blocks)
     return Plan(
@@ -154,26 +162,60 @@ def _full_runs(axes: _Axes, order: _Order, unit: int) -> tuple[_Records, _Record
     return full.take(real & (columns > 0)), rest.take(real & (left > 0))
 
 
-def _partial_runs(axes: _Axes, order: _Order, words: int, ones: int) -> _Records:
-    """The partial blocks."""
+def _partial_runs(
+    axes: _Axes, order: _Order, words: int, ones: int, chunk: int
+) -> tuple[_Records, _Records]:
+    """Chunks of partial blocks: those that all rows see, and those that some do."""
     runs = axes.layout.runs
     partial = (runs.mask != FULL).nonzero().squeeze(1)
     index, step = spread(runs.count[partial])
     block = partial[index]
     group, which = _groups(axes, runs.row[block])
-    column = (runs.column[block] + step)[which]
-    start, end = axes.columns(column, torch.ones_like(column))
-    first_row, last_row = axes.rows(group)
-    seen = last_row >= first_row
+    start, end = axes.columns((runs.column[block] + step)[which], torch.ones_like(group))
+    mask = runs.mask[block][which]
+    seen, whole = (x[mask, group % axes.parts] for x in _chunks(axes, chunk))
+    number = torch.arange(seen.shape[1], device=seen.device)
+    begin = start[:, None] + number * chunk
+    stop = torch.minimum(begin + chunk, end[:, None])
+    first_row, last_row = (x[:, None] for x in axes.rows(group))
+    seen = seen & (last_row >= first_row)
     if order == "before":
-        end = torch.minimum(end, last_row + 1)
+        whole = whole & (stop <= first_row + 1)
+        stop = torch.minimum(stop, last_row + 1)
     if order == "after":
-        seen = seen & (end > first_row)
+        whole = whole & (begin >= last_row)
+        seen = seen & (stop > first_row)
+    seen = seen & (stop > begin)
+    whole = seen & whole & (stop - begin == chunk)
     b, rows = axes.layout.block_size, axes.layout.grid.rows
-    word = ones + runs.mask[block][which] * (b * words)
     origin = runs.row[block][which] % max(1, rows) * b + axes.first_row
-    found = _Records(group, start, end - start, word, origin, torch.full_like(word, words))
-    return found.take(seen & (end > start))
+    word = (ones + mask * (b * words))[:, None] + number * (chunk // _WORD)
+
+    def records(chosen: Tensor) -> _Records:
+        at, _ = chosen.nonzero(as_tuple=True)
+        columns = (stop - begin)[chosen]
+        found = word[chosen], origin[at], torch.full_like(at, words)
+        return _Records(group[at], begin[chosen], columns, *found)
+
+    return records(whole), records(seen & ~whole)
+
+
+def _chunks(axes: _Axes, chunk: int) -> tuple[Tensor, Tensor]:
+    """Whether any row of a part sees anything of a chunk, and whether all see all of it.
+
+    (masks, parts, chunks) bool each, for each mask of the layout.
+    """
+    table, b = axes.layout.table, axes.layout.block_size
+    size = chunk // 8
+    count = -(-b // chunk)
+    margin = 0, count * size - table.shape[2], 0, axes.parts * axes.part_rows - b
+    shape = len(table), axes.parts, axes.part_rows, count, size
+    # Rows and columns that a block does not have are not seen, and hide nothing.
+    seen, hidden = (
+        torch.nn.functional.pad(table, margin, value=filling).view(shape) != filling
+        for filling in (0, 255)
+    )
+    return seen.any(4).any(2), ~hidden.any(4).any(2)
 
 
 def _groups(axes: _Axes, row: Tensor) -> tuple[Tensor, Tensor]:
