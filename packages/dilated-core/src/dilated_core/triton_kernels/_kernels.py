@@ -76,23 +76,25 @@ def _row_pointers(base, start, step, offsets, stride, dims, WIDE: tl.constexpr):
 
 @triton.jit
 def _load_run(run, AHEAD: tl.constexpr, PHASE: tl.constexpr, MASK: tl.constexpr):
-    """Start, step, columns, log2 weight, first row and end of rows of the run AHEAD of `run`."""
-    first_row, end_row = 0, 0
+    """The run AHEAD of `run`: start, step, columns, log2 weight, and what tells who sees it.
+
+    That is three fields and, where there are bits, the start once more; 0 what is not needed.
+    """
+    first, second, third, origin = 0, 0, 0, 0
     if PHASE == 1:
         run += AHEAD * MASKED_FIELDS
+        if MASK >= 2:
+            first, second, third = tl.load(run + 5), tl.load(run + 6), tl.load(run + 7)
     elif MASK == 2:
         run += AHEAD * BOUNDED_FIELDS
-        first_row, end_row = tl.load(run + 5), tl.load(run + 6)
+        first, second = tl.load(run + 5), tl.load(run + 6)
     else:
         run += AHEAD * FULL_FIELDS
-    return (
-        tl.load(run),
-        tl.load(run + 1),
-        tl.load(run + 2),
-        tl.load(run + 3).to(tl.float32, bitcast=True),
-        first_row,
-        end_row,
-    )
+    start = tl.load(run)
+    if PHASE == 1 and MASK == 3:
+        origin = start
+    weight = tl.load(run + 3).to(tl.float32, bitcast=True)
+    return start, tl.load(run + 1), tl.load(run + 2), weight, first, second, third, origin
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _next(
     With LOOK_AHEAD the next run is `then`, and the one after it is read at once, so that it is
     there when it is needed. That takes registers.
     """
-    start, step, left, weight, first_row, end_row = now
+    start, step, left, weight, first, second, third, origin = now
     ends = left <= BLOCK
     if PHASE == 1:
         run += tl.where(ends, MASKED_FIELDS, 0)
@@ -114,17 +116,20 @@ def _next(
     else:
         run += tl.where(ends, FULL_FIELDS, 0)
     if LOOK_AHEAD:
-        new_start, new_step, new_left, new_weight, new_first_row, new_end_row = then
+        new = then
         then = _load_run(run, 1, PHASE, MASK)
-        step = tl.where(ends, new_step, step)
-        weight = tl.where(ends, new_weight, weight)
-        first_row = tl.where(ends, new_first_row, first_row)
-        end_row = tl.where(ends, new_end_row, end_row)
+        step = tl.where(ends, new[1], step)
+        weight = tl.where(ends, new[3], weight)
+        first = tl.where(ends, new[4], first)
+        second = tl.where(ends, new[5], second)
+        third = tl.where(ends, new[6], third)
+        origin = tl.where(ends, new[7], origin)
     else:
-        new_start, step, new_left, weight, first_row, end_row = _load_run(run, 0, PHASE, MASK)
-    start = tl.where(ends, new_start, start + BLOCK * now[1])
-    left = tl.where(ends, new_left, left - BLOCK)
-    return run, (start, step, left, weight, first_row, end_row), then
+        new = _load_run(run, 0, PHASE, MASK)
+        _, step, _, weight, first, second, third, origin = new
+    start = tl.where(ends, new[0], start + BLOCK * now[1])
+    left = tl.where(ends, new[2], left - BLOCK)
+    return run, (start, step, left, weight, first, second, third, origin), then
 
 
 @triton.jit
@@ -212,27 +217,38 @@ def _reload_rows(tile, offsets):
 
 
 @triton.jit
-def _bit_mask(bits, run, start, rows, lanes):
-    """(rows, columns) bits of a masked run of step 1, from its column `start` on."""
-    offset = start - tl.load(run)
-    words = bits + tl.load(run + 5) + offset // 32
-    words += (rows - tl.load(run + 6)) * tl.load(run + 7)
-    word = tl.load(words)[:, None]
-    # A step of 32 or 64 columns starts at a word.
-    tl.static_assert(lanes.shape[0] <= 64)
-    if lanes.shape[0] == 64:
-        word = tl.where((lanes < 32)[None, :], word, tl.load(words + 1)[:, None])
-    if lanes.shape[0] < 32:
-        lanes = offset % 32 + lanes
-    return ((word >> (lanes % 32)[None, :]) & 1) != 0
+def _load_words(bits, now, rows, lanes, PHASE: tl.constexpr, MASK: tl.constexpr):
+    """Which columns of a step each row sees, as bits of one word and of the next.
+
+    To be called long before they are needed: they come from far.
+    """
+    low, high = rows, rows
+    if PHASE == 1 and MASK == 3:
+        offset = now[0] - now[7]
+        words = bits + now[4] + offset // 32 + (rows - now[5]) * now[6]
+        # Only a step of fewer than 32 columns may start within a word.
+        low = _lowest(tl.load(words) >> offset % 32, now[2])
+        tl.static_assert(lanes.shape[0] <= 64)
+        high = low
+        if lanes.shape[0] == 64:
+            high = _lowest(tl.load(words + 1), now[2] - 32)
+    return low, high
 
 
 @triton.jit
-def _visible(run, start, rows, columns, lanes, present, bits, CAUSAL: tl.constexpr,
+def _lowest(word, count):
+    """The word with only its lowest bits, as many as `count`."""
+    last = tl.minimum(tl.maximum(count, 1), 32) - 1
+    return tl.where(count > 0, word & ((2 << last) - 1), 0)
+
+
+@triton.jit
+def _visible(now, words, rows, columns, lanes, present, CAUSAL: tl.constexpr,
              BY_KEY: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """(rows, columns) mask of a masked run from its column `start` on."""
-    # A column that is not there is one that no row sees: after all rows, or before them.
-    columns = tl.where(present, columns, FAR if CAUSAL and not BY_KEY else -1)
+    """(rows, columns) mask of one step of a masked run."""
+    if MASK != 3:
+        # A column that is not there is one that no row sees: after all rows, or before them.
+        columns = tl.where(present, columns, FAR if CAUSAL and not BY_KEY else -1)
     if not CAUSAL:
         mask = (columns >= 0)[None, :]
     elif BY_KEY:
@@ -240,12 +256,17 @@ def _visible(run, start, rows, columns, lanes, present, bits, CAUSAL: tl.constex
     else:
         mask = rows[:, None] >= columns[None, :]
     if MASK == 2:
-        segment = tl.load(run + 5)
+        segment, residue, step = now[4], now[5], now[6]
         into_segment = columns[None, :] - (rows // segment * segment)[:, None]
         mask = mask & (into_segment >= 0) & (into_segment < segment)
-        mask = mask & ((rows - tl.load(run + 6)) % tl.load(run + 7) == 0)[:, None]
+        mask = mask & ((rows - residue) % step == 0)[:, None]
     if MASK == 3:
-        mask = mask & _bit_mask(bits, run, start, rows, lanes)
+        # One comparison each; a column that is not there has no bit.
+        word = words[0][:, None]
+        if lanes.shape[0] == 64:
+            word = tl.where((lanes < 32)[None, :], word, words[1][:, None])
+        shown = (word & (1 << lanes % 32)[None, :]) != 0
+        mask = mask & shown if CAUSAL else shown
     return mask
 
 
@@ -319,7 +340,8 @@ def _walk(
         now = _load_run(run, 0, phase, MASK)
         then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
-            start, stride, left, weight, first_row, end_row = now
+            start, stride, left, weight, first_row, end_row, _, _ = now
+            words = _load_words(bits, now, rows, columns, phase, MASK)
             positions = start + stride * columns
             # A run of step 0 is a zero key: it counts, but has no row.
             present = (columns < left) & (stride > 0)
@@ -333,40 +355,44 @@ def _walk(
                     phase == 1, WIDE,
                 )  # fmt: skip
                 s = _add_dot(q_tail, tl.trans(k_tail), s, IEEE)
-            if phase == 1 or PADDED:
+            if phase == 1:
+                mask = _visible(
+                    now, words, rows, positions, columns, columns < left, CAUSAL, False, MASK
+                )
+            elif MASK == 2:
+                bounded = _between(rows, first_row, end_row)
+            new_high = high
+            shift = high
+            if CAREFUL and (phase == 1 or PADDED):
                 s = s * scale + weight
                 if phase == 1:
-                    mask = _visible(
-                        run, start, rows, positions, columns, columns < left, bits, CAUSAL, False,
-                        MASK,
-                    )  # fmt: skip
                     s = tl.where(mask, s, float("-inf"))
                 elif MASK == 2:
-                    s = tl.where(_between(rows, first_row, end_row)[:, None], s, float("-inf"))
+                    s = tl.where(bounded[:, None], s, float("-inf"))
                 if PADDED:
                     ignored = tl.load(padding + positions, mask=present, other=0)
                     s = tl.where((ignored != 0)[None, :], float("-inf"), s)
-                new_high = high
-                shift = high
-                if CAREFUL:
-                    new_high = tl.maximum(high, tl.max(s, 1))
-                    shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+                new_high = tl.maximum(high, tl.max(s, 1))
+                shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                 p = tl.exp2(s - shift[:, None])
             else:
-                new_high = high
-                if MASK == 2:
-                    bounded = _between(rows, first_row, end_row)
                 if CAREFUL:
                     highest = tl.max(s, 1) * scale + weight
                     if MASK == 2:
                         highest = tl.where(bounded, highest, float("-inf"))
                     new_high = tl.maximum(high, highest)
-                shift = new_high
+                    shift = new_high
                 from_row = new_high - weight
-                if MASK == 2:
+                if MASK == 2 and phase == 0:
                     shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                     from_row = tl.where(bounded, from_row, float("inf"))
-                p = tl.exp2(s * scale - from_row[:, None])
+                exponent = s * scale - from_row[:, None]
+                # Which is cheaper depends on how long the mask has to be kept.
+                if phase == 1 and MASK != 3:
+                    exponent = tl.where(mask, exponent, float("-inf"))
+                p = tl.exp2(exponent)
+                if phase == 1 and MASK == 3:
+                    p = tl.where(mask, p, 0.0)
             if CAREFUL:
                 alpha = tl.exp2(high - shift)
                 sums = sums * alpha[:, None]
@@ -460,7 +486,7 @@ def forward_kernel(
         # Any score of a row will do as its shift unless the others are far above or below it, so
         # the greatest is not followed: one of a few keys is taken, and where a sum of weights tells
         # that it will not do, all is done again with care.
-        start, stride, left, weight, _, _ = _load_run(full_runs, 0, 0, 0)
+        start, stride, left, weight, _, _, _, _ = _load_run(full_runs, 0, 0, 0)
         few = tl.arange(0, FEW)
         there = (few < left) & (full_columns > 0)
         k = _load_columns(key, start, stride, few, stride_kn, dims, there, D, BLOCK_D, True, WIDE)
@@ -597,7 +623,8 @@ def query_gradient_kernel(
         now = _load_run(run, 0, phase, MASK)
         then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
-            start, stride, left, weight, first_row, end_row = now
+            start, stride, left, weight, first_row, end_row, _, _ = now
+            words = _load_words(bits, now, rows, columns, phase, MASK)
             positions = start + stride * columns
             present = (columns < left) & (stride > 0)
             k = _load_columns(
@@ -625,9 +652,7 @@ def query_gradient_kernel(
                 from_row = tl.where(_between(rows, first_row, end_row), from_row, float("inf"))
             p = tl.exp2(s * scale - from_row[:, None])
             if phase == 1:
-                mask = _visible(
-                    run, start, rows, positions, columns, present, bits, CAUSAL, False, MASK
-                )
+                mask = _visible(now, words, rows, positions, columns, present, CAUSAL, False, MASK)
                 p = tl.where(mask, p, 0.0)
             if PADDED:
                 ignored = tl.load(padding + positions, mask=present, other=0)
@@ -728,10 +753,11 @@ def key_gradient_kernel(
         now = _load_run(run, 0, phase, MASK)
         then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
-            start, stride, left, weight, first_row, end_row = now
+            start, stride, left, weight, first_row, end_row, _, _ = now
             member = tl.zeros((), tl.int64)
             if GROUP > 1:
                 member = tl.load(run + 4).to(tl.int64)
+            words = _load_words(bits, now, rows, columns, phase, MASK)
             positions = start + stride * columns
             present = columns < left
             q = _load_columns(
@@ -762,9 +788,7 @@ def key_gradient_kernel(
             if phase == 0 and MASK == 2:
                 p = tl.where(_between(rows, first_row, end_row)[:, None], p, 0.0)
             if phase == 1:
-                mask = _visible(
-                    run, start, rows, positions, columns, present, bits, CAUSAL, True, MASK
-                )
+                mask = _visible(now, words, rows, positions, columns, present, CAUSAL, True, MASK)
                 p = tl.where(mask, p, 0.0)
             if PADDED:
                 p = tl.where(ignored[:, None], 0.0, p)
