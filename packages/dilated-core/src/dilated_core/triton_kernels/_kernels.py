@@ -83,7 +83,7 @@ def _load_run(run, AHEAD: tl.constexpr, PHASE: tl.constexpr, MASK: tl.constexpr)
     first, second, third, origin = 0, 0, 0, 0
     if PHASE == 1:
         run += AHEAD * MASKED_FIELDS
-        if MASK >= 2:
+        if MASK == 3:
             first, second, third = tl.load(run + 5), tl.load(run + 6), tl.load(run + 7)
     elif MASK == 2:
         run += AHEAD * BOUNDED_FIELDS
@@ -217,21 +217,26 @@ def _reload_rows(tile, offsets):
 
 
 @triton.jit
-def _load_words(bits, now, rows, lanes, PHASE: tl.constexpr, MASK: tl.constexpr):
+def _load_words(
+    bits, now, rows, lanes, BY_KEY: tl.constexpr, PHASE: tl.constexpr, MASK: tl.constexpr
+):
     """Which columns of a step each row sees, as bits of one word and of the next.
 
-    To be called long before they are needed: they come from far.
+    Columns that are not there have no bit, but BY_KEY they may have any: there it is cheaper to
+    hide them later. To be called long before they are needed: words come from far.
     """
     low, high = rows, rows
     if PHASE == 1 and MASK == 3:
         offset = now[0] - now[7]
         words = bits + now[4] + offset // 32 + (rows - now[5]) * now[6]
         # Only a step of fewer than 32 columns may start within a word.
-        low = _lowest(tl.load(words) >> offset % 32, now[2])
+        low = tl.load(words) >> offset % 32
         tl.static_assert(lanes.shape[0] <= 64)
         high = low
         if lanes.shape[0] == 64:
-            high = _lowest(tl.load(words + 1), now[2] - 32)
+            high = tl.load(words + 1)
+        if not BY_KEY:
+            low, high = _lowest(low, now[2]), _lowest(high, now[2] - 32)
     return low, high
 
 
@@ -243,10 +248,10 @@ def _lowest(word, count):
 
 
 @triton.jit
-def _visible(now, words, rows, columns, lanes, present, CAUSAL: tl.constexpr,
+def _visible(run, words, rows, columns, lanes, present, CAUSAL: tl.constexpr,
              BY_KEY: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """(rows, columns) mask of one step of a masked run."""
-    if MASK != 3:
+    if MASK != 3 or BY_KEY:
         # A column that is not there is one that no row sees: after all rows, or before them.
         columns = tl.where(present, columns, FAR if CAUSAL and not BY_KEY else -1)
     if not CAUSAL:
@@ -256,17 +261,17 @@ def _visible(now, words, rows, columns, lanes, present, CAUSAL: tl.constexpr,
     else:
         mask = rows[:, None] >= columns[None, :]
     if MASK == 2:
-        segment, residue, step = now[4], now[5], now[6]
+        segment, residue, step = tl.load(run + 5), tl.load(run + 6), tl.load(run + 7)
         into_segment = columns[None, :] - (rows // segment * segment)[:, None]
         mask = mask & (into_segment >= 0) & (into_segment < segment)
         mask = mask & ((rows - residue) % step == 0)[:, None]
     if MASK == 3:
-        # One comparison each; a column that is not there has no bit.
+        # One comparison each.
         word = words[0][:, None]
         if lanes.shape[0] == 64:
             word = tl.where((lanes < 32)[None, :], word, words[1][:, None])
         shown = (word & (1 << lanes % 32)[None, :]) != 0
-        mask = mask & shown if CAUSAL else shown
+        mask = mask & shown if CAUSAL or BY_KEY else shown
     return mask
 
 
@@ -341,7 +346,7 @@ def _walk(
         then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
             start, stride, left, weight, first_row, end_row, _, _ = now
-            words = _load_words(bits, now, rows, columns, phase, MASK)
+            words = _load_words(bits, now, rows, columns, False, phase, MASK)
             positions = start + stride * columns
             # A run of step 0 is a zero key: it counts, but has no row.
             present = (columns < left) & (stride > 0)
@@ -357,13 +362,14 @@ def _walk(
                 s = _add_dot(q_tail, tl.trans(k_tail), s, IEEE)
             if phase == 1:
                 mask = _visible(
-                    now, words, rows, positions, columns, columns < left, CAUSAL, False, MASK
+                    run, words, rows, positions, columns, columns < left, CAUSAL, False, MASK
                 )
             elif MASK == 2:
                 bounded = _between(rows, first_row, end_row)
             new_high = high
             shift = high
-            if CAREFUL and (phase == 1 or PADDED):
+            # What costs least depends on how long a mask is kept.
+            if PADDED or (phase == 1 and (CAREFUL or MASK == 2)):
                 s = s * scale + weight
                 if phase == 1:
                     s = tl.where(mask, s, float("-inf"))
@@ -372,8 +378,9 @@ def _walk(
                 if PADDED:
                     ignored = tl.load(padding + positions, mask=present, other=0)
                     s = tl.where((ignored != 0)[None, :], float("-inf"), s)
-                new_high = tl.maximum(high, tl.max(s, 1))
-                shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+                if CAREFUL:
+                    new_high = tl.maximum(high, tl.max(s, 1))
+                    shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                 p = tl.exp2(s - shift[:, None])
             else:
                 if CAREFUL:
@@ -383,15 +390,11 @@ def _walk(
                     new_high = tl.maximum(high, highest)
                     shift = new_high
                 from_row = new_high - weight
-                if MASK == 2 and phase == 0:
+                if MASK == 2:
                     shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                     from_row = tl.where(bounded, from_row, float("inf"))
-                exponent = s * scale - from_row[:, None]
-                # Which is cheaper depends on how long the mask has to be kept.
-                if phase == 1 and MASK != 3:
-                    exponent = tl.where(mask, exponent, float("-inf"))
-                p = tl.exp2(exponent)
-                if phase == 1 and MASK == 3:
+                p = tl.exp2(s * scale - from_row[:, None])
+                if phase == 1:
                     p = tl.where(mask, p, 0.0)
             if CAREFUL:
                 alpha = tl.exp2(high - shift)
@@ -624,7 +627,7 @@ def query_gradient_kernel(
         then = _load_run(run, 1, phase, MASK)
         for _ in range(steps):
             start, stride, left, weight, first_row, end_row, _, _ = now
-            words = _load_words(bits, now, rows, columns, phase, MASK)
+            words = _load_words(bits, now, rows, columns, False, phase, MASK)
             positions = start + stride * columns
             present = (columns < left) & (stride > 0)
             k = _load_columns(
@@ -652,7 +655,7 @@ def query_gradient_kernel(
                 from_row = tl.where(_between(rows, first_row, end_row), from_row, float("inf"))
             p = tl.exp2(s * scale - from_row[:, None])
             if phase == 1:
-                mask = _visible(now, words, rows, positions, columns, present, CAUSAL, False, MASK)
+                mask = _visible(run, words, rows, positions, columns, present, CAUSAL, False, MASK)
                 p = tl.where(mask, p, 0.0)
             if PADDED:
                 ignored = tl.load(padding + positions, mask=present, other=0)
@@ -742,6 +745,7 @@ def key_gradient_kernel(
     if TAIL:
         dk_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
         dv_tail = tl.zeros([BLOCK_ROWS, TAIL], tl.float32)
+    CARRIED: tl.constexpr = 1 if MASK == 3 else MASK
     for phase in tl.static_range(2 if MASK else 1):
         if phase == 0:
             run = full_runs
@@ -750,14 +754,13 @@ def key_gradient_kernel(
             run = masked_runs
             steps = masked_steps
         columns = tl.arange(0, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS)
-        now = _load_run(run, 0, phase, MASK)
-        then = _load_run(run, 1, phase, MASK)
+        now = _load_run(run, 0, phase, CARRIED)
+        then = _load_run(run, 1, phase, CARRIED)
         for _ in range(steps):
             start, stride, left, weight, first_row, end_row, _, _ = now
             member = tl.zeros((), tl.int64)
             if GROUP > 1:
                 member = tl.load(run + 4).to(tl.int64)
-            words = _load_words(bits, now, rows, columns, phase, MASK)
             positions = start + stride * columns
             present = columns < left
             q = _load_columns(
@@ -788,7 +791,11 @@ def key_gradient_kernel(
             if phase == 0 and MASK == 2:
                 p = tl.where(_between(rows, first_row, end_row)[:, None], p, 0.0)
             if phase == 1:
-                mask = _visible(now, words, rows, positions, columns, present, CAUSAL, True, MASK)
+                # Read anew where it is: carried along, it would cost registers.
+                at_bits = _load_run(run, 0, phase, MASK)
+                here = start, stride, left, weight, at_bits[4], at_bits[5], at_bits[6], at_bits[7]
+                words = _load_words(bits, here, rows, columns, True, phase, MASK)
+                mask = _visible(run, words, rows, positions, columns, present, CAUSAL, True, MASK)
                 p = tl.where(mask, p, 0.0)
             if PADDED:
                 p = tl.where(ignored[:, None], 0.0, p)
@@ -809,7 +816,7 @@ def key_gradient_kernel(
             if TAIL:
                 dk_tail = _add_dot(ds.to(q.dtype), q_tail, dk_tail, IEEE)
             run, now, then = _next(
-                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, MASK, True
+                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, CARRIED, True
             )
 
     rows, inside = _reload_rows(tile, offsets)
