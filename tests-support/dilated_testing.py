@@ -102,19 +102,26 @@ class Problem:
 
 
 @st.composite
+def nested_patterns(draw: st.DrawFn, least_branches: int = 1) -> DilatedPattern:
+    """A small pattern of doubling rates, each branch's segments whole ones of the one before."""
+    branches = draw(st.integers(least_branches, 4))
+    first = draw(st.integers(1, 2))
+    rates = [first * 2**k for k in range(branches)]
+    lengths = [rates[-1] * draw(st.integers(1, 2))]
+    for _ in rates[1:]:
+        lengths.append(lengths[-1] * draw(st.integers(2, 3)))
+    return DilatedPattern(lengths, rates)
+
+
+@st.composite
 def patterns(draw: st.DrawFn, max_segment: int = 23, max_rate: int = 7) -> DilatedPattern:
     """Any small pattern: rates that do not divide segments, above them, repeated, unordered.
 
     One in four nests with doubling rates, for which there are schedules of their own.
     """
-    branches = draw(st.integers(1, 4))
     if draw(st.integers(0, 3)) == 0:
-        first = draw(st.integers(1, 2))
-        rates = [first * 2**k for k in range(branches)]
-        lengths = [rates[-1] * draw(st.integers(1, 2))]
-        for _ in rates[1:]:
-            lengths.append(lengths[-1] * draw(st.integers(2, 3)))
-        return DilatedPattern(lengths, rates)
+        return draw(nested_patterns())
+    branches = draw(st.integers(1, 4))
     return DilatedPattern(
         draw(st.lists(st.integers(1, max_segment), min_size=branches, max_size=branches)),
         draw(st.lists(st.integers(1, max_rate), min_size=branches, max_size=branches)),

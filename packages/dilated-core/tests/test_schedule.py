@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dilated_core import DilatedPattern
 from dilated_core._nested import nests, visit_once
 from dilated_core._schedule import schedule
-from dilated_testing import patterns
+from dilated_testing import nested_patterns, patterns
 
 
 def shown(tasks, length, key_length, heads):
@@ -55,11 +55,10 @@ def test_tasks_are_the_definition(pattern, length, key_length, is_causal):
         assert torch.equal(zero_keys, pattern.zero_keys(length, heads, key_length=key_length))
 
 
-@given(patterns(), st.integers(1, 41))
+@given(nested_patterns(least_branches=2), st.integers(1, 41))
 def test_a_pair_that_nests_visits_each_key_once(pattern, length):
     pair = pattern.branches[:2]
-    assume(len(pair) == 2)
-    assume(nests(pattern, 5, *pair))
+    assert nests(pattern, 5, *pair)
     once = [replace(task, multiplicity=1) for task in visit_once(pattern, *pair, length, 5, 5)]
     count, _ = shown(once, length, length, 5)
     both = DilatedPattern(*zip(*pair, strict=True))

@@ -180,6 +180,7 @@ def test_every_result_is_as_exact_as_fused_attention(
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_spans_of_a_sequence_make_the_whole(is_causal: bool) -> None:
+    torch.manual_seed(0)
     length, heads, head_dim = 1100, 4, 64
     spans = [range(first, min(length, first + 400)) for first in range(0, length, 400)]
     inputs = draw(1, length, length, heads, heads, head_dim, torch.bfloat16)
@@ -218,8 +219,10 @@ def test_spans_of_a_sequence_make_the_whole(is_causal: bool) -> None:
     options = Options(NESTED, is_causal, head_dim**-0.5)
     expected = run(reference, options, [x.double() for x in inputs], upstream)
     rounded = rounded_attention(options, inputs, upstream)
+    fused, _ = fused_errors(head_dim, torch.bfloat16, 512)
     for name in NAMES:
-        assert error(whole[name], expected[name]) <= 2 * error(rounded[name], expected[name]), name
+        allowed = 2 * max(error(rounded[name], expected[name]), fused[name])
+        assert error(whole[name], expected[name]) <= allowed, name
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
