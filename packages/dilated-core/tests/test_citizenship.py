@@ -94,6 +94,30 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(OPERATORS.backward, arguments)
 
 
+def test_second_derivatives_are_refused_not_wrong():
+    q, k, v = qkv()
+    out = dilated_attention(q, k, v, PATTERN, backend="torch")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@compiling
+# torch.compile looks at `out` where its graph breaks, which is at the backward.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_step_that_is_compiled_with_its_backward():
+    def step(q, k, v):
+        out = dilated_attention(q, k, v, PATTERN, backend="torch")
+        out.square().sum().backward()
+        return out.detach()
+
+    inputs = qkv()
+    copies = [x.detach().clone().requires_grad_() for x in inputs]
+    assert torch.equal(torch.compile(step, backend="eager")(*inputs), step(*copies))
+    for x, y in zip(inputs, copies, strict=True):
+        assert torch.equal(x.grad, y.grad)
+
+
 @compiling
 def test_export_of_a_module():
     layer = MultiheadDilatedAttention(48, 6, PATTERN).eval()

@@ -5,10 +5,13 @@ Shapes: query (B, N, H, D), key and value (B, M, H_kv, D), lse (B, H, N).
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
 
 from dilated_core._partial import Partial
 
@@ -57,7 +60,6 @@ def define(
             gradients in query's dtype.
         empty_lse: makes an lse for a query, uninitialised, laid out as forward's.
     """
-    tensors = form.schema.count("Tensor")
     inputs = "Tensor query, Tensor key, Tensor value"
 
     def run_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -74,45 +76,90 @@ def define(
         with torch.autocast(query.device.type, enabled=False):
             return backward(call, grad_out, grad_lse, query, key, value, total)
 
-    forward_op = torch.library.custom_op(
-        f"{name}_forward", run_forward, mutates_args=(),
-        schema=f"({inputs}, {form.schema}) -> (Tensor, Tensor)",
-    )  # fmt: skip
-    backward_op = torch.library.custom_op(
-        f"{name}_backward", run_backward, mutates_args=(),
-        schema=f"(Tensor grad_out, Tensor? grad_lse, {inputs}, Tensor out, Tensor lse, "
-        f"{form.schema}) -> (Tensor, Tensor, Tensor)",
-    )  # fmt: skip
-
-    @forward_op.register_fake
-    def _(query: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
+    def fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _empty(query), empty_lse(query)
 
-    @backward_op.register_fake
-    def _(
-        grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        *_args: Any,
+    def fake_backward(
+        _grad_out: Tensor, _grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+        *_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return _empty(query), _empty(key), _empty(value)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + tensors])
-        ctx.rest = inputs[3 + tensors :]
-        ctx.set_materialize_grads(False)
-
-    def gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        query, *saved = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(query)
-        grads = backward_op(grad_out, grad_lse, query, *saved, *ctx.rest)
-        return (*grads, *(None for _ in range(tensors)), *(None for _ in ctx.rest))
-
-    forward_op.register_autograd(gradients, setup_context=save)
+    forward_op = _register(
+        f"{name}_forward", f"({inputs}, {form.schema}) -> (Tensor, Tensor)",
+        run_forward, fake_forward,
+    )  # fmt: skip
+    backward_op = _register(
+        f"{name}_backward",
+        f"(Tensor grad_out, Tensor? grad_lse, {inputs}, Tensor out, Tensor lse, {form.schema})"
+        " -> (Tensor, Tensor, Tensor)",
+        run_backward, fake_backward,
+    )  # fmt: skip
+    _differentiate(forward_op, backward_op, 3 + form.schema.count("Tensor"))
 
     def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         return Partial(*forward_op(query, key, value, *form.pack(call)))
 
     return Operators(attend, forward_op, backward_op)
+
+
+def _register(
+    name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    """Make an operator of a function, for all devices."""
+    namespace, short = name.split("::")
+    library = _library(namespace)
+    library.define(short + schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(short, _disable_dynamo(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=library)
+    return getattr(getattr(torch.ops, namespace), short).default
+
+
+def _differentiate(forward: Any, backward: Any, tensors: int) -> None:
+    """Give an operator gradients by another one; `tensors` of its arguments are or may be some.
+
+    As `torch.library.register_autograd` would, without its conversions of a schema in each call,
+    which take as long as all else on the host.
+    """
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = forward(*inputs)
+            ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:tensors])
+            ctx.rest = inputs[tensors:]
+            ctx.set_materialize_grads(False)
+            return out, lse
+
+        @staticmethod
+        @once_differentiable
+        @_disable_dynamo  # which sees it where only a part of a step is compiled
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+            query, *saved = ctx.saved_tensors
+            if grad_out is None:
+                grad_out = torch.zeros_like(query)
+            grads = backward(grad_out, grad_lse, query, *saved, *ctx.rest)
+            return (*grads, *(None for _ in range(tensors - 3 + len(ctx.rest))))
+
+    apply: Callable[..., tuple[Tensor, Tensor]] = Attend.apply
+
+    @_disable_dynamo
+    def differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+            return apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = forward(*inputs)
+        return out, lse
+
+    namespace, short = forward.name().split("::")
+    _library(namespace).impl(short, differentiable, "Autograd")
+
+
+@cache
+def _library(namespace: str) -> torch.library.Library:
+    """Where operators are registered; they live as long as it."""
+    return torch.library.Library(namespace, "FRAGMENT")
 
 
 def _empty(x: Tensor) -> Tensor:
