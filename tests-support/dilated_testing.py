@@ -110,7 +110,8 @@ def nested_patterns(draw: st.DrawFn, least_branches: int = 1) -> DilatedPattern:
     lengths = [rates[-1] * draw(st.integers(1, 2))]
     for _ in rates[1:]:
         lengths.append(lengths[-1] * draw(st.integers(2, 3)))
-    return DilatedPattern(lengths, rates)
+    offsets = draw(st.sampled_from(["interleaved", "blocked"]))
+    return DilatedPattern(lengths, rates, head_offsets=offsets)
 
 
 @st.composite

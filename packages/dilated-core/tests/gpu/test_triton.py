@@ -178,9 +178,10 @@ def test_every_result_is_as_exact_as_fused_attention(
         assert difference <= 2 * max(same_scores, fused[name] * norm, least[name]), name
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_spans_of_a_sequence_make_the_whole(is_causal: bool) -> None:
-    torch.manual_seed(0)
+def test_spans_of_a_sequence_make_the_whole(is_causal: bool, seed: int) -> None:
+    torch.manual_seed(seed)
     length, heads, head_dim = 1100, 4, 64
     spans = [range(first, min(length, first + 400)) for first in range(0, length, 400)]
     inputs = draw(1, length, length, heads, heads, head_dim, torch.bfloat16)
@@ -219,10 +220,8 @@ def test_spans_of_a_sequence_make_the_whole(is_causal: bool) -> None:
     options = Options(NESTED, is_causal, head_dim**-0.5)
     expected = run(reference, options, [x.double() for x in inputs], upstream)
     rounded = rounded_attention(options, inputs, upstream)
-    fused, _ = fused_errors(head_dim, torch.bfloat16, 512)
-    for name in NAMES:
-        allowed = 2 * max(error(rounded[name], expected[name]), fused[name])
-        assert error(whole[name], expected[name]) <= allowed, name
+    ratios = {n: error(whole[n], expected[n]) / error(rounded[n], expected[n]) for n in NAMES}
+    assert max(ratios.values()) <= 2, ratios
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
