@@ -156,8 +156,11 @@ def attend(faulty: int, place: str, fault: str, strategy: str, healthy: int = 0)
 
 
 def order_of_waits(strategy: str, at_first_launch: bool) -> list[list[str]]:
-    """What two calls do in turn: "wait" for a message, "attend" to this rank's own keys."""
-    pattern = DilatedPattern([4, 1000], [1, 2])
+    """What calls do in turn: "wait" for a message, "attend" to this rank's own keys.
+
+    Two calls with one pattern, and one with another.
+    """
+    pattern, other = DilatedPattern([4, 1000], [1, 2]), DilatedPattern([8, 1000], [1, 2])
     query = torch.randn(1, 8, 4, 8, device=device())
     done: list[str] = []
 
@@ -173,8 +176,8 @@ def order_of_waits(strategy: str, at_first_launch: bool) -> list[list[str]]:
         patch.setattr(_exchange, "loads_at_launch", lambda _: at_first_launch)
         patch.setattr(DilatedSpans, "attend_span", note("attend", DilatedSpans.attend_span))
         patch.setattr(Call, "wait", note("wait", Call.wait))
-        for _ in range(2):
-            ring_attention(query, query, query, pattern, strategy=strategy, validate="off")
+        for given in (pattern, pattern, other):
+            ring_attention(query, query, query, given, strategy=strategy, validate="off")
             calls.append(done.copy())
             done.clear()
     return calls

@@ -63,6 +63,7 @@ class Job:
         rounds: the exchanges of packed rows, one after the other.
         keeps: whether rows that arrive are kept for the backward, rather than sent again.
         buffers: where messages live; torch when None.
+        kind: the pattern, and how rows travel.
     """
 
     spans: SpanAttention
@@ -71,11 +72,12 @@ class Job:
     rounds: Sequence[Rows | NodeRows]
     keeps: bool
     buffers: BufferSource | None
+    kind: tuple[str, str]
 
     def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[Kept]]:
         """The merged partial of all keys, and the rows to keep."""
         kept: list[Kept] = []
-        with open_wire(self.ring, self.buffers, query, keys, self.call, "forward") as wire:
+        with open_wire(self, query, keys, "forward") as wire:
             flight = self._start(wire, 0, keys, keep=self.keeps)
             wire.call.step = "attention to this rank's keys"
             total = self.spans.attend_span(self.call, query, keys)
@@ -94,7 +96,7 @@ class Job:
     def backward(self, upstream: Upstream, kept: Sequence[Kept]) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to this rank's query, key and value, wide."""
         query, keys = upstream.query, upstream.keys
-        with open_wire(self.ring, self.buffers, query, keys, self.call, "backward") as wire:
+        with open_wire(self, query, keys, "backward") as wire:
             homeward = _Homeward()
             if kept:
                 # Foreign rows first: their gradients travel while the rest is computed.

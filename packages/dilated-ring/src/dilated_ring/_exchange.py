@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -59,25 +59,38 @@ class Wire:
         return work
 
 
+class Asked(Protocol):
+    """What one call is asked, beside its tensors."""
+
+    @property
+    def call(self) -> SpanCall:
+        """The span of this rank, scale, dropout."""
+
+    @property
+    def ring(self) -> Ring:
+        """The ranks."""
+
+    @property
+    def buffers(self) -> BufferSource | None:
+        """Where messages live; torch when None."""
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """The pattern, and how rows travel: with other ones go other kernels."""
+
+
 @contextmanager
-def open_wire(
-    ring: Ring,
-    buffers: BufferSource | None,
-    query: Tensor,
-    keys: KeyRows,
-    options: SpanCall,
-    name: str,
-) -> Iterator[Wire]:
+def open_wire(asked: Asked, query: Tensor, keys: KeyRows, name: str) -> Iterator[Wire]:
     """What a forward or backward computes in: faults end on all ranks, and leases with it."""
-    device = query.device
+    ring, options, device = asked.ring, asked.call, query.device
     # Leases end last: what a fault leaves in flight is done with its memory by then.
     with (
         torch.autocast(device.type, enabled=False),
-        Leases(buffers, device) as leases,
+        Leases(asked.buffers, device) as leases,
         Call(ring.group, device, name, ring.parts) as call,
     ):
         kernels = (
-            *(name, device, query.dtype, query.shape[2:], keys.key.shape[2]),
+            *(name, asked.kind, device, query.dtype, query.shape[2:], keys.key.shape[2]),
             *(keys.padding is None, options.is_causal, options.dropout_p > 0),
         )
         first = kernels not in call.line.launched

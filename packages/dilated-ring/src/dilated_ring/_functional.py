@@ -235,12 +235,13 @@ def _job(
         float(options.dropout_p),
         seed,
     )
+    kind = options.pattern.code, strategy
     if strategy == "heads":
-        return HeadsJob(call, ring, _trade(problem, ring.rank), options.buffers)
+        return HeadsJob(call, ring, _trade(problem, ring.rank), options.buffers, kind)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     keeps = trains and strategy == "gather"
     rounds = _rounds(problem, ring, strategy)
-    return Job(options.pattern.spans, call, ring, rounds, keeps, options.buffers)
+    return Job(options.pattern.spans, call, ring, rounds, keeps, options.buffers, kind)
 
 
 @lru_cache(maxsize=64)

@@ -223,12 +223,13 @@ class HeadsJob:
     ring: Ring
     trade: Trade
     buffers: BufferSource | None
+    kind: tuple[str, str]
 
     def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[Kept]]:
         """The merged partial of all keys, and what arrived."""
         index = self.trade.on(query.device)
         dtype = accumulate_dtype(query.dtype)
-        with open_wire(self.ring, self.buffers, query, keys, self.call, "forward") as wire:
+        with open_wire(self, query, keys, "forward") as wire:
             swap = _Swap(wire, self.trade, index)
             arrive = swap.start_rows(query, keys)
             total = self._attend_local(query, keys, dtype)
@@ -260,7 +261,7 @@ class HeadsJob:
         delta = (grad_out.to(dtype) * total.out.to(dtype)).sum(-1).transpose(1, 2)
         if grad_lse is not None:
             delta = delta - grad_lse
-        with open_wire(self.ring, self.buffers, query, keys, self.call, "backward") as wire:
+        with open_wire(self, query, keys, "backward") as wire:
             swap = _Swap(wire, self.trade, index)
             row, head = index.sent_queries
             at = (slice(None), head, row)
