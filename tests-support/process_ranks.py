@@ -30,7 +30,9 @@ import torch.distributed as dist
 Pipe: TypeAlias = "Connection[Any, Any]"
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-# Seconds in which a rank must end after its last task; a busy machine tears CUDA down slowly.
+# Seconds in which all ranks must be ready for a first task; a busy machine sets CUDA up slowly.
+START_WITHIN = {"cpu": 60.0, "cuda": 120.0}
+# Seconds in which a rank must end after its last task; CUDA is torn down slowly, too.
 LEAVE_WITHIN = {"cpu": 5.0, "cuda": 20.0}
 # Imported once, in the server from which all ranks fork: importing torch takes seconds.
 PRELOADED = [
@@ -116,6 +118,8 @@ class Ranks:
     ) -> list[Outcome]:
         """Call the function on every rank at once; tell what became of it, by rank.
 
+        The time runs from when all ranks are ready.
+
         After anything but a value on every rank the group may be unusable: call `close`.
         """
         if not self.processes:
@@ -177,6 +181,7 @@ class Ranks:
             theirs.close()
             self.processes.append(process)
             self._pipes.append(ours)
+        self.run(os.getpid, timeout=START_WITHIN[self.world.device])
 
     def _receive(self, pipe: Pipe) -> Outcome:
         try:

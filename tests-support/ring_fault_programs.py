@@ -16,7 +16,7 @@ from torch import Tensor
 from dilated_core import DilatedPattern
 from dilated_core._spans import DilatedSpans
 from dilated_core.interfaces import SpanAttention
-from dilated_ring import RingError, _exchange, ring_attention
+from dilated_ring import RingError, _exchange, _faults, ring_attention
 from dilated_ring._agreement import Fact, Validate, agree
 from dilated_ring._faults import Call, Work, line_of
 from process_ranks import device
@@ -117,12 +117,14 @@ class Report:
         cause: the text of its cause.
         lent: how many buffers were lent.
         kept: how many were not given back.
+        waited: the longest wait for one message, in seconds.
     """
 
     error: BaseException | None
     cause: str
     lent: int
     kept: int
+    waited: float
 
 
 def attend(faulty: int, place: str, fault: str, strategy: str, healthy: int = 0) -> Report:
@@ -142,17 +144,38 @@ def attend(faulty: int, place: str, fault: str, strategy: str, healthy: int = 0)
         else:
             pattern = FaultyPattern(pattern, place, fault)
     error: BaseException | None = None
+    waits: list[float] = []
     try:
-        for _ in range(2):  # a rank that needs nothing more in the first call knows in the second
-            out = cast(
-                Tensor,
-                ring_attention(query, key, value, pattern, strategy=strategy, buffers=source),
-            )
-            out.square().sum().backward()
+        with timed_waits(waits):
+            for _ in range(2):  # a rank that needs nothing more in the first call knows in the next
+                out = cast(
+                    Tensor,
+                    ring_attention(query, key, value, pattern, strategy=strategy, buffers=source),
+                )
+                out.square().sum().backward()
     except RingError as caught:
         error = caught
     kept = sum(not lease.released for lease in source.leases)
-    return Report(error, repr(error and error.__cause__), len(source.leases), kept)
+    return Report(
+        error, repr(error and error.__cause__), len(source.leases), kept, max(waits, default=0.0)
+    )
+
+
+@contextmanager
+def timed_waits(seconds: list[float]) -> Iterator[None]:
+    """Note how long each wait for a message takes, whether or not it arrives."""
+    wait = Call.wait
+
+    def timed(call: Call, work: Work) -> None:
+        started = time.monotonic()
+        try:
+            wait(call, work)
+        finally:
+            seconds.append(time.monotonic() - started)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Call, "wait", timed)
+        yield
 
 
 def order_of_waits(strategy: str, at_first_launch: bool) -> list[list[str]]:
@@ -199,6 +222,30 @@ def lose_store_and(faulty: int, fault: str) -> list[float]:
     assert dist.group.WORLD is not None
     line_of(dist.group.WORLD).board._store = None  # type: ignore[assignment]  # nothing answers
     return exchange_twice(faulty, fault)
+
+
+def wait_where_aborts_hang(timeout: float) -> None:
+    """On rank 0, wait as on CUDA for what never comes."""
+    assert dist.group.WORLD is not None
+    if dist.get_rank() != 0:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_faults, "timeout_of", lambda *_: timeout)
+        patch.setattr(_faults, "_done_on_cuda", lambda _, seconds: time.sleep(seconds))
+        patch.setattr(Call, "_groups", [HangingGroup()])
+        with Call(dist.group.WORLD, torch.device("cuda"), "forward") as call:
+            call.wait(cast(Work, None))
+
+
+class HangingGroup:
+    """A process group whose aborts wait for ranks that are gone."""
+
+    def _get_backend(self, _: torch.device) -> "HangingGroup":
+        return self
+
+    def abort(self) -> None:
+        """Wait."""
+        time.sleep(60)
 
 
 def suffer(fault: str) -> None:

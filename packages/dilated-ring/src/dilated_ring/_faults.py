@@ -31,7 +31,8 @@ T = TypeVar("T")
 _LOST = "lost a connection"
 
 LOOK_EVERY = 1.0  # seconds of waiting between two looks at the store
-GRACE = 5.0  # seconds for the others to tell that they, too, lost a connection
+# Seconds for the others to tell that they, too, lost a connection; and for NCCL to abort.
+GRACE = 5.0
 PATIENCE = 0.9  # share of the group's timeout: torch's own watchdog ends the process after it
 
 
@@ -210,7 +211,7 @@ class Call:
             RingError: another rank failed, died or hangs.
         """
         started = time.monotonic()
-        timeout = min(timeout_of(group, self.device) for group in self._groups)
+        timeout = self._timeout - self._aborting
         patience = PATIENCE * timeout
         said = False
         look, doubt = LOOK_EVERY, 2 * LOOK_EVERY
@@ -301,15 +302,24 @@ class Call:
     def _abort(self) -> None:
         """End the kernels of NCCL that wait forever; gloo's calls end by themselves.
 
-        NCCL may wait until all ranks of a host abort, and one of them may be gone, so it is not
-        waited for longer than a grace.
+        NCCL may wait until all ranks of a host abort, and one of them may be gone.
         """
         if self.device.type != "cuda":
             return
         aborts = [_start(group._get_backend(self.device).abort) for group in self._groups]
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + self._aborting
         for abort in aborts:
             abort.join(max(0.0, end - time.monotonic()))
+
+    @property
+    def _timeout(self) -> float:
+        """Seconds after which a collective of the call gives up."""
+        return min(timeout_of(group, self.device) for group in self._groups)
+
+    @property
+    def _aborting(self) -> float:
+        """Seconds of the timeout that are kept for `_abort`."""
+        return min(GRACE, self._timeout / 4) if self.device.type == "cuda" else 0.0
 
     @property
     def _groups(self) -> list[dist.ProcessGroup]:
