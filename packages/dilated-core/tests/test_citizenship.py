@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_core import (
     DilatedAttention,
@@ -100,6 +102,57 @@ def test_second_derivatives_are_refused_not_wrong():
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@compiling
+def test_tangents_are_refused_not_dropped():
+    q, k, v = (x.detach() for x in qkv())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            dilated_attention(dual, k, v, PATTERN, backend="torch")
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda x: dilated_attention(x, k, v, PATTERN), (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_mode_sees_each_call_as_one_operator(needs_grad):
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.names.append(function.name())
+            return function(*arguments, **(options or {}))
+
+    q, k, v = (x.detach().requires_grad_(needs_grad) for x in qkv())
+    with Names() as forward:
+        out = dilated_attention(q, k, v, PATTERN, backend="torch")
+    assert forward.names.count("dilated_core::torch_forward") == 1
+    if needs_grad:
+        out = dilated_attention(q, k, v, PATTERN, backend="torch")
+        grad_out = Tagged(torch.ones_like(out))
+        with Names() as backward:
+            torch.autograd.grad(out, q, grad_out)
+        assert backward.names.count("dilated_core::torch_backward") == 1
+
+
+class Tagged(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_lazily_negated_tensors():
+    q, k, v = qkv()
+    minus = torch._neg_view(q.detach()).requires_grad_()
+    assert minus.is_neg()
+    ones = torch.ones_like(q)
+    expected = dilated_attention(-q, k, v, PATTERN, backend="torch")
+    actual = dilated_attention(minus, k, v, PATTERN, backend="torch")
+    assert torch.equal(actual, expected)
+    (from_view,) = torch.autograd.grad(actual, minus, torch._neg_view(ones))
+    (from_copy,) = torch.autograd.grad(expected, q, ones)
+    assert torch.equal(from_view, from_copy)
 
 
 @compiling

@@ -5,17 +5,23 @@ Shapes: query (B, N, H, D), key and value (B, M, H_kv, D), lse (B, H, N).
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import maybe_current_level
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from dilated_core._partial import Partial
 
 Call = TypeVar("Call")
+_NOTHING = nullcontext()
 
 
 class Form(NamedTuple, Generic[Call]):
@@ -63,8 +69,7 @@ def define(
     inputs = "Tensor query, Tensor key, Tensor value"
 
     def run_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        # Autocast stays on inside an operator and would lower the products of a wide accumulator.
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query):
             out, lse = forward(form.unpack(query, key, *rest), query, key, value)
         return out, lse
 
@@ -73,7 +78,7 @@ def define(
         out: Tensor, lse: Tensor, *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         call, total = form.unpack(query, key, *rest), Partial(out, lse)
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query):
             return backward(call, grad_out, grad_lse, query, key, value, total)
 
     def fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -95,10 +100,20 @@ def define(
         " -> (Tensor, Tensor, Tensor)",
         run_backward, fake_backward,
     )  # fmt: skip
-    _differentiate(forward_op, backward_op, 3 + form.schema.count("Tensor"))
+    tensors = 3 + form.schema.count("Tensor")
+    namespace, short = forward_op.name().split("::")
+    differentiable = _differentiable(forward_op, backward_op, tensors)
+    _library(namespace).impl(short, _disable_dynamo(differentiable), "Autograd")
+
+    def backward_of_direct(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
+        given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
+        return (run_backward if _is_eager(*given) else backward_op)(grad_out, grad_lse, *rest)
+
+    direct = _differentiable(run_forward, backward_of_direct, tensors)
 
     def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-        return Partial(*forward_op(query, key, value, *form.pack(call)))
+        compute = direct if _is_eager(query, key, value) else forward_op
+        return Partial(*compute(query, key, value, *form.pack(call)))
 
     return Operators(attend, forward_op, backward_op)
 
@@ -115,8 +130,8 @@ def _register(
     return getattr(getattr(torch.ops, namespace), short).default
 
 
-def _differentiate(forward: Any, backward: Any, tensors: int) -> None:
-    """Give an operator gradients by another one; `tensors` of its arguments are or may be some.
+def _differentiable(forward: Any, backward: Any, tensors: int) -> Callable[..., Any]:
+    """A forward with gradients by a backward; `tensors` of its arguments are or may be some.
 
     As `torch.library.register_autograd` would, without its conversions of a schema in each call,
     which take as long as all else on the host.
@@ -144,22 +159,41 @@ def _differentiate(forward: Any, backward: Any, tensors: int) -> None:
 
     apply: Callable[..., tuple[Tensor, Tensor]] = Attend.apply
 
-    @_disable_dynamo
     def differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
             return apply(*inputs)
+        if forward_ad._current_level >= 0:
+            return apply(*inputs)  # which refuses tangents
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = forward(*inputs)
         return out, lse
 
-    namespace, short = forward.name().split("::")
-    _library(namespace).impl(short, differentiable, "Autograd")
+    return differentiable
+
+
+def _is_eager(*inputs: Tensor) -> bool:
+    """Whether nothing but autograd takes part in a call, so that it need not be an operator.
+
+    Through torch's dispatcher a call takes the host longer by a half.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or maybe_current_level() is not None
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta or x.is_neg() for x in inputs)
+    )
 
 
 @cache
 def _library(namespace: str) -> torch.library.Library:
     """Where operators are registered; they live as long as it."""
     return torch.library.Library(namespace, "FRAGMENT")
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """It stays on inside an operator and would lower the products of a wide accumulator."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ _SINGLE: dict[int, Pair] = {
 overrides: dict[Pass, Config] = {}
 
 
+@lru_cache(maxsize=1024)
 def head_dim_blocks(which: Pass, head_dim: int) -> tuple[int, int]:
     """The widths of one block, or two, that hold a head_dim.
 
@@ -89,9 +90,14 @@ def config(which: Pass, schedule: Schedule, sizes: Sizes, query: Tensor) -> Conf
     """The block sizes for these inputs; they do not depend on the length."""
     if which in overrides:
         return overrides[which]
-    table = _SINGLE if query.dtype == torch.float32 else _HALF[which]
-    width = sum(head_dim_blocks(which, query.shape[-1]))
-    return schedule.choose(which, sizes, table[min(size for size in table if size >= width)])
+    return schedule.choose(which, sizes, _pair(which, query.shape[-1], query.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _pair(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
+    table = _SINGLE if dtype == torch.float32 else _HALF[which]
+    width = sum(head_dim_blocks(which, head_dim))
+    return table[min(size for size in table if size >= width)]
 
 
 @lru_cache(maxsize=1024)
