@@ -19,6 +19,12 @@ from dilated_core.triton_kernels._driving import Config, Pair, Pass, Schedule, S
 from dilated_core.triton_kernels._plan import Blocks, Plan, Request, packed_plan, plan
 from dilated_core.triton_kernels._strips import work
 
+
+def _same(config: Config) -> Pair:
+    """Tiles of one height for everything."""
+    return Pair(config, config)
+
+
 _FORWARD_64 = Pair(Config(128, 64, 4, 4, 32), Config(64, 64, 4, 3, 32, 128), 0.92)
 _KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
 # By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
@@ -27,36 +33,36 @@ _HALF: dict[Pass, dict[int, Pair]] = {
     "forward": {
         64: _FORWARD_64,
         80: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92),
-        96: Pair(Config(128, 64, 4, 3, 64), Config(128, 64, 4, 3, 64)),
+        96: _same(Config(128, 64, 4, 3, 64)),
         128: Pair(Config(128, 64, 4, 2, 64), Config(64, 64, 4, 3, 64), 0.92),
-        192: Pair(Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
-        256: Pair(Config(128, 32, 8, 3), Config(128, 32, 8, 3)),
+        192: _same(Config(128, 64, 8, 3)),
+        256: _same(Config(128, 32, 8, 3)),
     },
     "query": {
-        32: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        32: _same(Config(64, 64, 4, 3)),
         48: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 3), 0.94),
         64: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 3), 0.94),
-        96: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        96: _same(Config(64, 64, 4, 2)),
         128: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 2, 64), 0.93),
         192: Pair(Config(128, 32, 8, 3), Config(64, 32, 4, 2)),
-        256: Pair(Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
+        256: _same(Config(128, 32, 8, 2)),
     },
     "key": {
         32: _KEY_64,
         48: Pair(Config(64, 64, 4, 3, 32, 168), Config(64, 64, 4, 2, 64, 168)),
         64: _KEY_64,
-        96: Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-        128: Pair(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-        192: Pair(Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
-        256: Pair(Config(64, 32, 8, 2, 16), Config(64, 32, 8, 2, 16)),
+        96: _same(Config(64, 64, 4, 3)),
+        128: _same(Config(64, 64, 4, 2)),
+        192: _same(Config(64, 32, 4, 2)),
+        256: _same(Config(64, 32, 8, 2, 16)),
     },
 }
 # float32 products are exact, so they run on the ordinary units and want small tiles.
 _SINGLE: dict[int, Pair] = {
-    32: Pair(Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
-    64: Pair(Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    128: Pair(Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
-    256: Pair(Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    32: _same(Config(64, 32, 8, 1)),
+    64: _same(Config(32, 32, 8, 1)),
+    128: _same(Config(32, 16, 8, 1)),
+    256: _same(Config(16, 16, 8, 1)),
 }
 # Block sizes to use instead, for tests and measurements.
 overrides: dict[Pass, Config] = {}
