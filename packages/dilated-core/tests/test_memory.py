@@ -2,50 +2,18 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_core import DilatedPattern, dilated_attention
+from live_bytes import LiveBytes
 
 HEADS, HEAD_DIM = 4, 16
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators make and that still live: now and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.now, self.peak, self.largest = {}, 0, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.drop_dead()
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.live:
-                    self.live[storage.data_ptr()] = (
-                        torch.multiprocessing.reductions.StorageWeakRef(storage),
-                        storage.nbytes(),
-                    )
-        total = sum(size for _, size in self.live.values())
-        self.peak = max(self.peak, total)
-        self.largest = max([self.largest, *(size for _, size in self.live.values())])
-        return result
-
-    def drop_dead(self):
-        self.live = {p: (ref, n) for p, (ref, n) in self.live.items() if not ref.expired()}
 
 
 def measure(pattern, length, is_causal, *, backward):
     """(Peak bytes above inputs, largest single allocation) of a call."""
     tensors = [torch.randn(1, length, HEADS, HEAD_DIM, requires_grad=True) for _ in "qkv"]
     upstream = torch.randn(1, length, HEADS, HEAD_DIM)
-    with LiveBytes() as mode:
-        for tensor in (*tensors, upstream):
-            mode.live[tensor.untyped_storage().data_ptr()] = (
-                torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage()),
-                0,
-            )
+    with LiveBytes(*tensors, upstream) as mode:
         out = dilated_attention(*tensors, pattern, is_causal=is_causal)
         if backward:
             torch.autograd.grad(out, tensors, upstream)

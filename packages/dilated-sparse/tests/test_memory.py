@@ -1,7 +1,6 @@
 """Memory and time: nothing of size N x N, layouts of a million positions in O(nnz)."""
 
 import time
-import weakref
 
 import pytest
 import torch
@@ -9,43 +8,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_core import DilatedPattern
 from dilated_sparse import block_sparse_attention, layouts, select
+from live_bytes import LiveBytes
 
 LENGTH, HEADS, HEAD_DIM = 8192, 2, 16
 ROWS = LENGTH * HEADS * HEAD_DIM * 4
-
-
-class Largest(TorchDispatchMode):
-    """The largest storage that any operator makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_allocates_nothing_of_the_square_of_the_length(is_causal):
     tensors = [torch.randn(1, LENGTH, HEADS, HEAD_DIM, requires_grad=True) for _ in "qkv"]
     layout = layouts.longformer(LENGTH, 128, 64, block_size=64)
-    with Largest() as largest:
+    with LiveBytes() as made:
         out = block_sparse_attention(*tensors, layout, is_causal=is_causal)
         torch.autograd.grad(out.sum(), tensors)
     # One head's scores of all pairs would be 256 MiB, a tile's are at most 4 MiB.
-    assert largest.bytes <= max(ROWS, 4 << 20)
+    assert made.largest <= max(ROWS, 4 << 20)
 
 
 def test_selection_allocates_nothing_of_the_square_of_the_length():
     query, key = (torch.randn(1, LENGTH, HEADS, HEAD_DIM) for _ in "qk")
-    with Largest() as largest:
+    with LiveBytes() as made:
         select.top_k_blocks(query, key, 4, is_causal=True)
         select.threshold_blocks(query, key, 0.5, is_causal=True)
-    assert largest.bytes <= LENGTH * LENGTH // 4
+    assert made.largest <= LENGTH * LENGTH // 4
 
 
 MILLION = 1 << 20
@@ -71,34 +56,6 @@ WORK = {
     "random_blocks": 19, "bigbird": 28, "longformer": 21, "document": 330, "hierarchical": 165,
     "longnet": 500, "prefix": 3.8, "fixed_uneven": 980, "longnet_heads": 3300,
 }  # fmt: skip
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that live at once in storages that operators make."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def add(self, storage):
-        name, size = storage.data_ptr(), storage.nbytes()
-        if size and name not in self.known:
-            self.known.add(name)
-            self.now += size
-            weakref.finalize(storage, self.drop, name, size)
-
-    def drop(self, name, size):
-        self.known.discard(name)
-        self.now -= size
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
