@@ -138,6 +138,16 @@ def test_a_mode_sees_each_call_as_one_operator(needs_grad):
         assert backward.names.count("dilated_core::torch_backward") == 1
 
 
+@compiling
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes become constants
+def test_a_trace_has_one_operator():
+    q, k, v = (x.detach() for x in qkv())
+    traced = torch.jit.trace(lambda *x: dilated_attention(*x, PATTERN, backend="torch"), (q, k, v))
+    assert str(traced.graph).count("dilated_core::torch_forward") == 1
+    doubled = traced(2 * q, k, v)
+    assert torch.equal(doubled, dilated_attention(2 * q, k, v, PATTERN, backend="torch"))
+
+
 class Tagged(torch.Tensor):
     """A tensor of a class of its own."""
 

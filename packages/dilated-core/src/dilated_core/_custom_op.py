@@ -178,6 +178,7 @@ def _is_eager(*inputs: Tensor) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or _len_torch_dispatch_stack()
         or maybe_current_level() is not None
         or any(type(x) not in (Tensor, Parameter) or x.is_meta or x.is_neg() for x in inputs)
