@@ -51,14 +51,7 @@ def main() -> None:
     parser.add_argument("--png", help="draw time, TFLOP/s and memory against length to this file")
     parser.add_argument("--quick", action="store_true", help="skip the longest lengths")
     arguments = parser.parse_args()
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    print(json.dumps(machine), flush=True)
+    machine = print_machine()
     parts = {
         "errors": errors(),
         "dense": dense_rates(),
@@ -73,6 +66,19 @@ def main() -> None:
                 json.dump({"machine": machine, **results}, file, indent=1)
     if arguments.png:
         draw(results["lengths"], machine, arguments.png)
+
+
+def print_machine() -> dict[str, Any]:
+    """Print what the numbers depend on, and return it."""
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    print(json.dumps(machine), flush=True)
+    return machine
 
 
 def show(row: Row) -> Row:

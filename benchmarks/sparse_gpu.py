@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
 import torch
-import triton
-from gpu import gradients, measure, random_inputs, sdpa, show
+from gpu import gradients, measure, print_machine, random_inputs, sdpa, show
 from sparse import MILLION, million_layouts
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -46,14 +44,7 @@ def main() -> None:
     parser.add_argument("--png", help="draw the speed against density to this file")
     parser.add_argument("--seconds", type=float, default=150, help="start no row after so long")
     arguments = parser.parse_args()
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    print(json.dumps(machine), flush=True)
+    machine = print_machine()
     deadline = time.monotonic() + arguments.seconds
     torch._dynamo.config.recompile_limit = 64
     parts: dict[str, Iterable[tuple[Row, Callable[[], Row]]]] = {

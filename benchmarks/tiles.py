@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import cast, get_args
 
 import torch
-from gpu import DOUBLING, GIGAPATH, PAPER, milliseconds, random_inputs
+from gpu import DOUBLING, GIGAPATH, PAPER, milliseconds, print_machine, random_inputs
 from sparse_gpu import layout_of
 from torch import Tensor
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    print_machine()
     configs = {TABLE: None} | {text: sizes(text) for text in arguments.sizes}
     run = runner(
         cast(Pass, arguments.which),
@@ -65,7 +66,9 @@ def main() -> None:
                 print(f"{name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
                 del configs[name]
     for name, found in times.items():
-        print(f"{arguments.which}  {arguments.on}  {name}  {statistics.median(found):.3f} ms")
+        middle, least, most = statistics.median(found), min(found), max(found)
+        label = f"{arguments.which}  {arguments.on}  {name}"
+        print(f"{label}  {middle:.3f} ms  ({least:.3f} to {most:.3f})")
 
 
 def sizes(text: str) -> Config:

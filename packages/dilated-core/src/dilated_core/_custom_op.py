@@ -160,10 +160,9 @@ def _differentiable(forward: Any, backward: Any, tensors: int) -> Callable[..., 
     apply: Callable[..., tuple[Tensor, Tensor]] = Attend.apply
 
     def differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+        wants_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
+        if wants_grads or forward_ad._current_level >= 0:  # where tangents are refused
             return apply(*inputs)
-        if forward_ad._current_level >= 0:
-            return apply(*inputs)  # which refuses tangents
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = forward(*inputs)
         return out, lse
@@ -174,7 +173,7 @@ def _differentiable(forward: Any, backward: Any, tensors: int) -> Callable[..., 
 def _is_eager(*inputs: Tensor) -> bool:
     """Whether nothing but autograd takes part in a call, so that it need not be an operator.
 
-    Through torch's dispatcher a call takes the host longer by a half.
+    Through torch's dispatcher a forward takes the host longer by about a half.
     """
     return not (
         torch.compiler.is_compiling()
