@@ -187,7 +187,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Run a script of benchmarks/: `./noxw -s bench -- SCRIPT [ARGS]`."""
-    scripts = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
+    scripts = sorted(path.name for path in (ROOT / "benchmarks").glob("[!_]*.py"))
     if not session.posargs or session.posargs[0] not in scripts:
         session.error(f"name a script after `--`, one of: {', '.join(scripts) or 'none yet'}")
     install(session, *editable(*PACKAGES))

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from _machine import describe
 from torch import Tensor
 
 from dilated_core import DilatedPattern, _rows, dilated_attention
@@ -198,7 +198,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         "gpus": dist.get_world_size(), "tokens": work.length, "heads": work.heads,
         "head_dim": work.head_dim, "is_causal": work.is_causal,
         "branches": len(work.pattern.branches),
-        "machine": machine(device), "bytes received": received[0],
+        "machine": describe(device), "bytes received": received[0],
         "bytes by the formula": formula(work, trains=trains), **errors,
     }  # fmt: skip
     flops = work.pattern.flops(work.length, work.heads, work.head_dim, is_causal=work.is_causal)
@@ -359,12 +359,6 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int | None:
     """Peak memory of tensors on a rank; None where it is not counted."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Where this ran."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def dry_run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from _machine import describe
 from torch import Tensor, nn
 
 from dilated_core import DilatedPattern, dilated_attention
@@ -37,10 +37,13 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="time per token, 16K to 256K")
     parser.add_argument("--json", help="also write the results to this file")
     arguments = parser.parse_args()
+    longest = max(PATTERN.segment_lengths)
+    if arguments.length <= 0 or arguments.length % longest:
+        parser.error(f"--length must be a multiple of {longest}. Got {arguments.length}.")
     torch.set_num_threads(2)
+    machine = describe()
+    print(json.dumps(machine), flush=True)
     results = scaling(arguments.rounds) if arguments.scaling else compare(arguments)
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": 2}
-    print(json.dumps(machine))
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"machine": machine, "results": results}, file, indent=1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
+from _machine import describe
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,7 +50,8 @@ def main() -> None:
     parser.add_argument("--png", help="draw time, TFLOP/s and memory against length to this file")
     parser.add_argument("--quick", action="store_true", help="skip the longest lengths")
     arguments = parser.parse_args()
-    machine = print_machine()
+    machine = describe("cuda")
+    print(json.dumps(machine), flush=True)
     parts = {
         "errors": errors(),
         "dense": dense_rates(),
@@ -66,19 +66,6 @@ def main() -> None:
                 json.dump({"machine": machine, **results}, file, indent=1)
     if arguments.png:
         draw(results["lengths"], machine, arguments.png)
-
-
-def print_machine() -> dict[str, Any]:
-    """Print what the numbers depend on, and return it."""
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    print(json.dumps(machine), flush=True)
-    return machine
 
 
 def show(row: Row) -> Row:
@@ -369,7 +356,7 @@ def draw(rows: list[Row], machine: Row, path: str) -> None:
     axes[0].set_yscale("log")
     axes[2].set_yscale("log")
     axes[0].legend()
-    figure.suptitle(f"12 heads of 64, {machine['gpu']}, torch {machine['torch']}")
+    figure.suptitle(f"12 heads of 64, {machine['device']}, torch {machine['torch']}")
     figure.savefig(path, dpi=150)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from _machine import describe
 from torch import Tensor, nn
 
 from dilated_pool import EventLog, UnifiedMemoryPool, offload_activations, replay
@@ -36,12 +36,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the results to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    machine = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    machine = describe()
     print(json.dumps(machine))
     results: list[Row] = []
     for measure in (lease_cost, thread_scaling, temporaries, fragmentation):

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _machine import describe
 from torch import Tensor
 
 from dilated_core import DilatedPattern, dilated_attention
@@ -65,14 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = start(arguments.device)
     world_size = dist.get_world_size()
-    machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "ranks": world_size,
-        "backend": dist.get_backend(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    machine = describe(device) | {"ranks": world_size, "backend": dist.get_backend()}
     say(json.dumps(machine))
     rows: list[dict[str, Any]] = []
     for row in measure(arguments, device):

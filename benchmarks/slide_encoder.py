@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import describe
 
 from dilated_factory import SlideEncoder, SlideEncoderConfig
 
@@ -34,12 +34,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the results to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine = {
-        "processor": processor(),
-        "threads": arguments.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    machine = describe()
     print(json.dumps(machine))
     results = measure(arguments.tiles, arguments.rounds)
     print(json.dumps(results))
@@ -81,14 +76,6 @@ def peak_bytes() -> int:
     """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def processor() -> str:
-    """The name of the processor."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from _machine import describe
 from torch import Tensor
 
 from dilated_core import DilatedPattern
@@ -43,8 +43,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="time to build layouts of 2**20 rows")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": 2}
-    print(json.dumps(machine), flush=True)
+    print(json.dumps(describe()), flush=True)
     if arguments.build:
         build()
     else:

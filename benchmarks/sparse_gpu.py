@@ -20,7 +20,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from gpu import gradients, measure, print_machine, random_inputs, sdpa, show
+from _machine import describe
+from gpu import gradients, measure, random_inputs, sdpa, show
 from sparse import MILLION, million_layouts
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -44,7 +45,8 @@ def main() -> None:
     parser.add_argument("--png", help="draw the speed against density to this file")
     parser.add_argument("--seconds", type=float, default=150, help="start no row after so long")
     arguments = parser.parse_args()
-    machine = print_machine()
+    machine = describe("cuda")
+    print(json.dumps(machine), flush=True)
     deadline = time.monotonic() + arguments.seconds
     torch._dynamo.config.recompile_limit = 64
     parts: dict[str, Iterable[tuple[Row, Callable[[], Row]]]] = {
@@ -271,7 +273,7 @@ def draw(results: dict[str, list[Row]], machine: Row, path: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(
-        f"{LENGTH} positions, {HEADS} heads, {machine['gpu']}, torch {machine['torch']}"
+        f"{LENGTH} positions, {HEADS} heads, {machine['device']}, torch {machine['torch']}"
     )
     figure.savefig(path, dpi=150)
 

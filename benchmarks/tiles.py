@@ -13,12 +13,14 @@ For example: python benchmarks/tiles.py query 64,64,4,2,64 128,64,8,4,64 --on wi
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
 from typing import cast, get_args
 
 import torch
-from gpu import DOUBLING, GIGAPATH, PAPER, milliseconds, print_machine, random_inputs
+from _machine import describe
+from gpu import DOUBLING, GIGAPATH, PAPER, milliseconds, random_inputs
 from sparse_gpu import layout_of
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    print_machine()
+    print(json.dumps(describe("cuda")), flush=True)
     configs = {TABLE: None} | {text: sizes(text) for text in arguments.sizes}
     run = runner(
         cast(Pass, arguments.which),
