@@ -36,6 +36,8 @@ PAPER = DilatedPattern([2048 * 2**k for k in range(5)], [1, 2, 4, 6, 12])
 GIGAPATH = DilatedPattern(
     [1024, 5792, 32768, 185363, 1048576], [1, 2, 4, 8, 16], head_offsets="blocked"
 )
+# As `DilatedPattern.longnet` makes it: the longest branch is as long as the sequence.
+LONGNET = DilatedPattern.longnet(1 << 20)
 # Rounds of a measurement, and about how long all of them may take.
 MOST_ROUNDS, LEAST_ROUNDS, MILLISECONDS = 15, 3, 500
 Row = dict[str, Any]
@@ -220,6 +222,9 @@ def patterns(checkout: str | None) -> Iterator[Row]:
         ("paper", PAPER, 262144, 12, 64, True),
         ("gigapath", GIGAPATH, 262144, 16, 48, False),
         ("gigapath", GIGAPATH, 1 << 20, 16, 48, False),
+        ("longnet", LONGNET, 1 << 20, 12, 64, False),
+        ("longnet", LONGNET, 1 << 20, 12, 64, True),
+        ("longnet", LONGNET, 1 << 20, 8, 128, False),
     ]
     for name, pattern, length, heads, head_dim, is_causal in cases:
         flops = pattern.flops(length, heads, head_dim, is_causal=is_causal)

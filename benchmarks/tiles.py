@@ -20,7 +20,7 @@ from typing import cast, get_args
 
 import torch
 from _machine import describe
-from gpu import DOUBLING, GIGAPATH, PAPER, milliseconds, random_inputs
+from gpu import DOUBLING, GIGAPATH, LONGNET, PAPER, milliseconds, random_inputs
 from sparse_gpu import layout_of
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from dilated_core.triton_kernels._driving import Config, Pass
 from dilated_sparse._options import Options as LayoutOptions
 from dilated_sparse._triton_backend import LayoutSchedule
 
-PATTERNS = {"doubling": DOUBLING, "paper": PAPER, "gigapath": GIGAPATH}
+PATTERNS = {"doubling": DOUBLING, "paper": PAPER, "gigapath": GIGAPATH, "longnet": LONGNET}
 PATTERN_LENGTH, LAYOUT_LENGTH = 262144, 65536
 TABLE = "as in the table"
 
@@ -42,7 +42,8 @@ def main() -> None:
     )
     parser.add_argument("which", metavar="PASS", choices=get_args(Pass))
     parser.add_argument("sizes", metavar="SIZES", nargs="+", help="such as 128,64,8,3")
-    parser.add_argument("--on", default="doubling", help="a pattern, or window:0.06, random:0.06")
+    layouts = "window:0.06, random:0.06"
+    parser.add_argument("--on", default="doubling", help=f"{', '.join(PATTERNS)}, {layouts}")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--causal", action="store_true")
