@@ -172,9 +172,39 @@ def test_a_packed_plan_shows_every_sequence_its_own_keys(
 @pytest.mark.parametrize("rates", [(1, 2, 4, 8, 16), (1, 2, 4, 6, 12)])
 def test_a_nested_pattern_visits_each_key_once(rates: tuple[int, ...]) -> None:
     pattern = DilatedPattern([64 * 2**k for k in range(5)], rates)
-    request = Request(pattern, 1, 1, False, (0, 1024), (0, 1024), False, Blocks(8, 4, 4))
-    columns = _plan.plan(request, CPU).full[..., 2].sum()
-    assert columns * 8 < 0.85 * pattern.flops(1024, 1, 1) / 4
+    # Rows of 2 in segments of 64, like 64 in 2048; taller tiles also pay for two segments.
+    request = Request(pattern, 1, 1, False, (0, 1024), (0, 1024), False, Blocks(2, 4, 4))
+    plan = _plan.plan(request, CPU)
+    columns = plan.full[..., 2].sum() + plan.masked[..., 2].sum()
+    assert columns * 2 < 0.87 * pattern.flops(1024, 1, 1) / 4
+
+
+LONGNET = DilatedPattern.longnet(1 << 20)
+TRIPLING = DilatedPattern([3000, 9000, 27000], [1, 3, 9])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows", "is_causal", "bound"),
+    [
+        (LONGNET, 64, False, 0.80),
+        (LONGNET, 128, False, 0.88),
+        (LONGNET, 64, True, 1.21),
+        (TRIPLING, 64, False, 1.06),
+        (TRIPLING, 64, True, 1.40),
+    ],
+)
+def test_tiles_are_those_that_cost_little(
+    pattern: DilatedPattern, rows: int, is_causal: bool, bound: float
+) -> None:
+    """Of the pairs by the definition; a masked pair costs as much as 2.5 others."""
+    length, narrow = 131072, 32
+    request = Request(
+        pattern, 1, 1, False, (0, length), (0, length), is_causal, Blocks(rows, 64, narrow)
+    )
+    plan = _plan.plan(request, CPU)
+    full, masked = (rows * int(plan.tiles[..., field].sum()) for field in (3, 4))
+    pairs = pattern.flops(length, 1, 1, is_causal=is_causal) / 4
+    assert full + 2.5 * narrow * masked < bound * pairs
 
 
 DOUBLING = [2048 * 2**k for k in range(5)]

@@ -17,7 +17,7 @@ from dilated_core._pattern import DilatedPattern
 from dilated_core.triton_kernels import _kernels
 from dilated_core.triton_kernels._driving import Config, Pair, Pass, Schedule, Scores, Sizes
 from dilated_core.triton_kernels._plan import Blocks, Plan, Request, packed_plan, plan
-from dilated_core.triton_kernels._strips import work
+from dilated_core.triton_kernels._strips import Shape, work
 
 
 def _same(config: Config) -> Pair:
@@ -25,7 +25,7 @@ def _same(config: Config) -> Pair:
     return Pair(config, config)
 
 
-_FORWARD_64 = Pair(Config(128, 64, 4, 4, 32), Config(64, 64, 4, 3, 32, 128), 0.92)
+_FORWARD_64 = Pair(Config(128, 64, 4, 4, 32), Config(64, 64, 4, 3, 32, 128), 0.95)
 _KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
 # By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
 # see benchmarks/NOTES.md.
@@ -34,7 +34,7 @@ _HALF: dict[Pass, dict[int, Pair]] = {
         64: _FORWARD_64,
         80: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92),
         96: _same(Config(128, 64, 4, 3, 64)),
-        128: Pair(Config(128, 64, 4, 2, 64), Config(64, 64, 4, 3, 64), 0.99),
+        128: Pair(Config(128, 64, 4, 2, 64), Config(64, 64, 4, 3, 64), 0.975),
         192: _same(Config(128, 64, 8, 3)),
         256: _same(Config(128, 32, 8, 3)),
     },
@@ -43,7 +43,7 @@ _HALF: dict[Pass, dict[int, Pair]] = {
         48: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 3), 0.99),
         64: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 3), 0.99),
         96: _same(Config(64, 64, 4, 2)),
-        128: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 2, 64), 0.96),
+        128: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 2, 64), 0.975),
         192: Pair(Config(128, 32, 8, 3), Config(64, 32, 4, 2)),
         256: _same(Config(128, 32, 8, 2)),
     },
@@ -108,7 +108,10 @@ def _pair(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
 
 @lru_cache(maxsize=1024)
 def _by_work(pair: Pair, pattern: DilatedPattern, heads: int) -> Config:
-    tall, short = (work(pattern, heads, c.rows, c.columns) for c in (pair.tall, pair.short))
+    tall, short = (
+        work(pattern, heads, Shape(c.rows, c.columns, is_causal=False))
+        for c in (pair.tall, pair.short)
+    )
     return pair.short if short < pair.gain * tall else pair.tall
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dilated_core._pattern import DilatedPattern
-from dilated_core.triton_kernels._strips import Slot, head_offsets, sorted_branches, strips
+from dilated_core.triton_kernels._strips import Shape, Slot, head_offsets, sorted_branches, strips
 
 # "before": rows see columns at or before them, as queries see keys; "after": the transpose.
 Causal = Literal["no", "before", "after"]
@@ -287,14 +287,19 @@ _HUGE = 2**40
 
 def _template(request: Request, device: torch.device) -> _Template:
     branches, _ = sorted_branches(request.pattern)
+    shape = Shape(request.blocks.rows, request.blocks.columns, request.is_causal)
     distinct, head_class = _classes(request)
     recipes: dict[tuple[Slot, ...], int] = {}
     table: list[tuple[int, ...]] = []
     for number, members in enumerate(distinct):
         for strip in strips(
-            branches, members, range(*request.rows), range(*request.columns),
-            request.blocks.rows, request.blocks.columns, request.zero_keys,
-        ):  # fmt: skip
+            branches,
+            members,
+            range(*request.rows),
+            range(*request.columns),
+            shape,
+            request.zero_keys,
+        ):
             known = recipes.setdefault(strip.slots, len(recipes))
             per_cut = -(-strip.cut // strip.block)
             cuts = (strip.stop - 1) // strip.cut + 1 - strip.start // strip.cut

@@ -23,6 +23,8 @@ Residues = tuple[int | None, ...]
 
 _CAPS = (1, 2, 4, 8, 16, 32, 64)
 _MAX_RATIO = 4
+# A pair whose row may not see it costs so many others, by measurement.
+_MASKED = 2.5
 
 
 class Branch(NamedTuple):
@@ -51,6 +53,14 @@ class Slot(NamedTuple):
     row_step: int
     member: int
     zero_keys: bool
+
+
+class Shape(NamedTuple):
+    """The rows of a tile, at most, the columns of a step, and whether order hides pairs."""
+
+    rows: int
+    columns: int
+    is_causal: bool
 
 
 class Strip(NamedTuple):
@@ -92,34 +102,33 @@ def strips(
     members: tuple[Offsets, ...],
     rows: range,
     columns: range,
-    block_rows: int,
-    unit: int,
+    shape: Shape,
     zero_keys: bool,
 ) -> Iterator[Strip]:
-    """All strips of a span of row positions, whose tiles have at most `block_rows` rows.
+    """All strips of a span of row positions.
 
-    `members` are the offsets of the query heads whose runs one program walks, `unit` the columns
-    that it takes at a time; `zero_keys` also gives the slots of `count_padding`.
+    `members` are the offsets of the query heads whose runs one program walks; `zero_keys` also
+    gives the slots of `count_padding`.
     """
-    cap = _best_cap(branches, members, block_rows, unit)
+    cap = _best_cap(branches, members, shape)
     for start, stop in _zones(branches, rows, columns, zero_keys):
         residues = tuple(_residues(branches, offsets, start) for offsets in members)
         # A branch is of one piece here if the zone lies in one of its segments.
         whole = tuple(start // w == (stop - 1) // w for w, _ in branches)
         for residue, step, cut, block, slots in _leaves(
-            branches, residues, whole, cap, block_rows, unit, zero_keys
+            branches, residues, whole, cap, shape, zero_keys
         ):
             yield Strip(start, stop, residue, step, cut, block, slots)
 
 
-def work(pattern: DilatedPattern, heads: int, block_rows: int, unit: int) -> float:
-    """Padded pairs per row that tiles of these sizes cost, about; for comparing sizes."""
+def work(pattern: DilatedPattern, heads: int, shape: Shape) -> float:
+    """Pairs per row that such tiles cost, about; for comparing shapes."""
     branches, _ = sorted_branches(pattern)
     total = 0.0
     for offsets in head_offsets(pattern, heads):
         members = (offsets,)
-        cap = _best_cap(branches, members, block_rows, unit)
-        total += _cost(branches, (_residues(branches, offsets, 0),), cap, block_rows, unit)
+        cap = _best_cap(branches, members, shape)
+        total += _cost(branches, (_residues(branches, offsets, 0),), cap, shape)
     return total / heads
 
 
@@ -153,19 +162,18 @@ def _leaves(
     residues: tuple[Residues, ...],
     whole: tuple[bool, ...],
     cap: int,
-    block_rows: int,
-    unit: int,
+    shape: Shape,
     zero_keys: bool,
 ) -> tuple[tuple[int, int, int, int, tuple[Slot, ...]], ...]:
     leaves = []
     for residue, step in _split(branches, residues, cap):
         seen = [k for k in range(len(branches)) if any(_meets(branches, m, k, residue, step)
                                                        for m in residues)]  # fmt: skip
-        cut, block = _tiling([branches[k] for k in seen], step, block_rows)
+        cut, block = _tiling([branches[k] for k in seen], step, shape)
         slots: list[Slot] = []
         for index, member in enumerate(residues):
             slots += _slots(
-                branches, member, whole, residue, step, cut, block, unit, index, zero_keys
+                branches, member, whole, residue, step, cut, block, shape.columns, index, zero_keys
             )
         leaves.append((residue, step, cut, block, tuple(slots)))
     # Rows with the most work first.
@@ -203,56 +211,74 @@ def _meets(branches: Sequence[Branch], member: Residues, k: int, residue: int, s
 
 
 @lru_cache(maxsize=1024)
-def _best_cap(
-    branches: tuple[Branch, ...], members: tuple[Offsets, ...], block_rows: int, unit: int
-) -> int:
+def _best_cap(branches: tuple[Branch, ...], members: tuple[Offsets, ...], shape: Shape) -> int:
     """The largest leaf step that pays, by the work it causes."""
     rates = [r for _, r in branches]
     caps = [c for c in _CAPS if c <= 2 * max(rates)]
     residues = tuple(_residues(branches, m, 0) for m in members)
-    return min(caps, key=lambda cap: _cost(branches, residues, cap, block_rows, unit))
+    return min(caps, key=lambda cap: _cost(branches, residues, cap, shape))
 
 
 def _cost(
-    branches: tuple[Branch, ...],
-    residues: tuple[Residues, ...],
-    cap: int,
-    block_rows: int,
-    unit: int,
+    branches: tuple[Branch, ...], residues: tuple[Residues, ...], cap: int, shape: Shape
 ) -> float:
     total = 0.0
     for residue, step in _split(branches, residues, cap):
         for member in residues:
             seen = [b for k, b in enumerate(branches) if _meets(branches, member, k, residue, step)]
-            cut, block = _tiling(seen, step, block_rows)
-            total += _work(seen, step, cut, block, block_rows, unit) / step
+            cut, block = _tiling(seen, step, shape)
+            total += _work(seen, step, cut, block, shape) / step
     return total
 
 
-def _tiling(branches: Sequence[Branch], step: int, block_rows: int) -> tuple[int, int]:
+def _tiling(branches: Sequence[Branch], step: int, shape: Shape) -> tuple[int, int]:
     """Where tiles of a leaf start anew, and how many positions each spans."""
-    span = block_rows * step
+    span = shape.rows * step
     choices = [(span, span)]
     for w, _ in branches:
         rows = -(-w // step)
-        tiles = -(-rows // block_rows)
+        tiles = -(-rows // shape.rows)
         if w % span and tiles <= 64:
             choices.append((w, -(-rows // tiles) * step))
-    return min(choices, key=lambda c: _work(branches, step, c[0], c[1], block_rows, 1))
+    single = shape._replace(columns=1)
+    return min(choices, key=lambda choice: _work(branches, step, choice[0], choice[1], single))
 
 
-def _work(
-    branches: Sequence[Branch], step: int, cut: int, block: int, block_rows: int, unit: int
-) -> float:
-    """Padded pairs per row of the leaf."""
+def _work(branches: Sequence[Branch], step: int, cut: int, block: int, shape: Shape) -> float:
+    """Padded pairs per row of the leaf, masked ones for what they cost."""
     tiles = -(-cut // block)
-    padding = tiles * block_rows * step / cut
-    work = 0.0
+    padding = tiles * shape.rows * step / cut
+    work, inner = 0.0, Branch(0, 1)
     for w, r in branches:
-        columns = -(-w // r)
-        crossing = 1.0 if _aligned(w, cut, block) else 1.0 + block / w
-        work += -(-columns // unit) * unit * crossing
+        one, two, more = _segments(w, cut, block)
+        if step % r:
+            one, two, more = 0.0, 0.0, one + two + more
+        seen, hidden = one + two, more
+        # A tile in one segment finds the keys of an inner one visited.
+        is_outer = one == 1.0 and inner.segment_length > 0 and _divide(inner, Branch(w, r))
+        keys = -(-(w - inner.segment_length * is_outer) // r)
+        if shape.is_causal and is_outer:
+            seen = 0.5
+        elif shape.is_causal:
+            # It sees what is before it and, masked, as many columns as it spans. Rows that two
+            # segments share have bounds and need no mask, but not where order counts too.
+            span = min(block, w) / w
+            before = (1 - span) / 2
+            seen, hidden = one * before, one * span + (two + more) * (before + span)
+        work += math.ceil(keys / shape.columns) * shape.columns * (seen + _MASKED * hidden)
+        if one == 1.0:
+            inner = Branch(w, r)
     return padding * work
+
+
+def _segments(w: int, cut: int, block: int) -> tuple[float, float, float]:
+    """Segments of length w that a tile meets: in tiles that meet one, two, and more; a mean."""
+    if _aligned(w, cut, block):
+        return 1.0, 0.0, 0.0
+    share = block / w
+    if cut % w == 0 and block % w == 0:
+        return (0.0, 2.0, 0.0) if share == 2 else (0.0, 0.0, share)
+    return (1 - share, 2 * share, 0.0) if share <= 1 else (0.0, 0.0, 1 + share)
 
 
 def _aligned(w: int, cut: int, block: int) -> bool:
@@ -290,11 +316,16 @@ def _slots(
 
 def _nests(branches: Sequence[Branch], member: Residues, inner: int, outer: int) -> bool:
     """Whether the outer branch's keys inside an inner segment are among the inner branch's."""
-    (w, r), (w_out, r_out) = branches[inner], branches[outer]
     e, e_out = member[inner], member[outer]
     assert e is not None
     assert e_out is not None
-    return w_out % w == 0 and r_out % r == 0 and r_out <= _MAX_RATIO * r and (e_out - e) % r == 0
+    return _divide(branches[inner], branches[outer]) and (e_out - e) % branches[inner][1] == 0
+
+
+def _divide(inner: Branch, outer: Branch) -> bool:
+    """Whether segments and rates divide the outer branch's, whose rate is not too large."""
+    (w, r), (w_out, r_out) = inner, outer
+    return w_out % w == 0 and r_out % r == 0 and r_out <= _MAX_RATIO * r
 
 
 def _chain_slots(
