@@ -38,10 +38,9 @@ class Heads(NamedTuple):
         stop = self.start + self.step * (self.size - 1) + 1
         return x[rows[0] : rows[1], self.start : stop : self.step].transpose(0, 1)
 
-    def of_keys(self, x: Tensor, rows: tuple[int, int]) -> Tensor:
-        """(M, H_kv, ...) to the view (size, rows, ...) of their key heads."""
-        kept = x[rows[0] : rows[1], self.kv_start : self.kv_start + self.size]
-        return kept.transpose(0, 1)
+    def of_keys(self, x: Tensor) -> Tensor:
+        """(M, H_kv, ...) to the view (M, size, ...) of their key heads."""
+        return x[:, self.kv_start : self.kv_start + self.size]
 
 
 class Place(NamedTuple):
@@ -63,15 +62,23 @@ class Place(NamedTuple):
 
     def pack(self, x: Tensor, space: "Workspace") -> Tensor:
         """(M, H_kv, D) to the rows (heads, m, D) of the tile's keys; a view if they are one run."""
-        runs = [self.heads.of_keys(x, run) for run in self.tile.runs]
-        if len(runs) == 1:
-            return runs[0]
-        return torch.cat(runs, 1, out=space(self.heads.size, self.tile.columns, x.shape[-1]))
+        kept = self.heads.of_keys(x)
+        runs = [kept[first:last] for first, last in self.tile.runs]
+        if len(runs) > 1:
+            # Heads stay together: a key is one piece of memory, here and in `x`.
+            runs = [torch.cat(runs, out=space(self.tile.columns, *kept.shape[1:]))]
+        return runs[0].transpose(0, 1)
 
-    def add(self, total: Tensor, part: Tensor, factor: float) -> None:
-        """Add factor * (heads, m, D) to the rows of total (M, H_kv, D) that `pack` would take."""
-        for columns, run in self.columns():
-            self.heads.of_keys(total, run).add_(part[:, columns], alpha=factor)
+    def add_product(
+        self, total: Tensor, a: Tensor, b: Tensor, factor: float, space: "Workspace"
+    ) -> None:
+        """Add factor * a @ b (heads, m, D) to the rows of total (M, H_kv, D) that `pack` takes."""
+        kept = self.heads.of_keys(total)
+        # Products, then sums: a product that accumulates is run head by head on a CPU.
+        part = space(self.tile.columns, *kept.shape[1:])
+        torch.bmm(a, b, out=part.transpose(0, 1))
+        for columns, (first, last) in self.columns():
+            kept[first:last].add_(part[columns], alpha=factor)
 
     def hide(self, scores: Tensor) -> None:
         """Set the scores (heads, n, m) of hidden pairs to -inf."""
@@ -173,20 +180,19 @@ def backward(
     dtype = query.dtype
     query, key, value, grad_out = _prepare(query, key, value, grad_out)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    rows_lse = total.lse.transpose(1, 2)
+    # exp(score - inf) = 0: a row that sees nothing gives and gets no gradient.
+    shifts = total.lse.masked_fill(total.lse == -math.inf, math.inf).div_(_LN_2).transpose(1, 2)
     rows_grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
     spaces = [Workspace(query) for _ in range(6)]
     for place in _places(options, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
-        q, do, out, lse = (heads.of(x[i], rows) for x in (query, grad_out, total.out, rows_lse))
+        q, do, out, shift = (heads.of(x[i], rows) for x in (query, grad_out, total.out, shifts))
         do = spaces[4](*do.shape).copy_(do)
         delta = (do * out).sum(-1, keepdim=True)
         if rows_grad_lse is not None:
             delta -= heads.of(rows_grad_lse[i], rows).unsqueeze(-1)
-        # exp(score - inf) = 0: a row that sees nothing gives and gets no gradient.
-        shift = lse.masked_fill(lse == -math.inf, math.inf).div_(_LN_2).unsqueeze(-1)
         grads = heads.of(dq[i], rows), dk[i], dv[i]
-        _accumulate(place, q, do, delta, shift, key[i], value[i], grads, spaces)
+        _accumulate(place, q, do, delta, shift.unsqueeze(-1), key[i], value[i], grads, spaces)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -234,11 +240,10 @@ def _accumulate(
     if (factor := place.keep_factor(weights)) is not None:
         kept = weights * factor
         grad_scores *= factor
-    # Products, then sums: a product that accumulates is run head by head on a CPU.
-    place.add(dv, _product(kept.transpose(1, 2), grad_out, products), 1.0)
+    place.add_product(dv, kept.transpose(1, 2), grad_out, 1.0, products)
     grad_scores.sub_(delta).mul_(weights)
     # `query` has the scale, and the 1 / ln 2 of exp2.
-    place.add(dk, _product(grad_scores.transpose(1, 2), query, products), _LN_2)
+    place.add_product(dk, grad_scores.transpose(1, 2), query, _LN_2, products)
     dq.add_(_product(grad_scores, keys, products), alpha=place.options.scale)
 
 
