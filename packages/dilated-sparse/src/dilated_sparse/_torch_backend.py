@@ -75,7 +75,11 @@ class Place(NamedTuple):
         """Add factor * a @ b (heads, m, D) to the rows of total (M, H_kv, D) that `pack` takes."""
         kept = self.heads.of_keys(total)
         # Products, then sums: a product that accumulates is run head by head on a CPU.
-        part = space(self.tile.columns, *kept.shape[1:])
+        _, size, head_dim = kept.shape
+        if len(self.tile.runs) > 1:
+            part = space(self.tile.columns, size, head_dim)
+        else:  # one sum is not worth a slower product
+            part = space(size, self.tile.columns, head_dim).transpose(0, 1)
         torch.bmm(a, b, out=part.transpose(0, 1))
         for columns, (first, last) in self.columns():
             kept[first:last].add_(part[columns], alpha=factor)
