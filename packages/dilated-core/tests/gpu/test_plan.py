@@ -175,8 +175,10 @@ def test_a_nested_pattern_visits_each_key_once(rates: tuple[int, ...]) -> None:
     # Rows of 2 in segments of 64, like 64 in 2048; taller tiles also pay for two segments.
     request = Request(pattern, 1, 1, False, (0, 1024), (0, 1024), False, Blocks(2, 4, 4))
     plan = _plan.plan(request, CPU)
-    columns = plan.full[..., 2].sum() + plan.masked[..., 2].sum()
-    assert columns * 2 < 0.87 * pattern.flops(1024, 1, 1) / 4
+    full, masked = (2 * int(runs[..., 2].sum()) for runs in (plan.full, plan.masked))
+    pairs = pattern.flops(1024, 1, 1) / 4
+    assert full < 0.85 * pairs
+    assert full + masked < 0.87 * pairs
 
 
 LONGNET = DilatedPattern.longnet(1 << 20)
@@ -187,7 +189,7 @@ TRIPLING = DilatedPattern([3000, 9000, 27000], [1, 3, 9])
     ("pattern", "rows", "is_causal", "bound"),
     [
         (LONGNET, 64, False, 0.80),
-        (LONGNET, 128, False, 0.88),
+        (DilatedPattern.longnet(131072), 128, False, 0.85),
         (LONGNET, 64, True, 1.21),
         (TRIPLING, 64, False, 1.06),
         (TRIPLING, 64, True, 1.40),
