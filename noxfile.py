@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import ast
-import email
 import functools
 import os
-import re
+import runpy
 import shutil
 import subprocess
 import sys
-import tarfile
-import tomllib
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import nox
-from packaging.requirements import Requirement
-from packaging.tags import sys_tags
-from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from nox.command import CommandFailed
 
-ROOT = Path(__file__).parent
-PACKAGES = ("dilated-core", "dilated-pool", "dilated-sparse", "dilated-ring", "dilated-factory")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tools.built import difference, sdist_problems, wheel_problems
+from tools.installing import (
+    LOCK,
+    LOWEST_LOCK,
+    editable,
+    install,
+    uv_build_wheel,
+    uv_environment,
+    wheels,
+    write_lock,
+)
+from tools.packages import (
+    PACKAGES,
+    ROOT,
+    declared_siblings,
+    import_name,
+    optional_siblings,
+    outside_requirements,
+)
+
 SUBSETS = (
     ("core",),
     ("core", "pool"),
@@ -43,7 +54,8 @@ EACH_PACKAGE = [nox.param(package, id=package) for package in PACKAGES]
 
 TEST_TOOLS = (
     "hypothesis>=6.130,<7",
-    "pytest>=9,<10",
+    # With pytest 9.2 the groups of pytest-xdist 3.8 are spread over the workers.
+    "pytest>=9,<9.2",
     "pytest-randomly>=4,<6",
     "pytest-timeout>=2.4,<3",
     "pytest-xdist>=3.6,<4",
@@ -51,6 +63,8 @@ TEST_TOOLS = (
 # The two whose verdict changes with a new release are pinned more narrowly.
 RUFF = "ruff>=0.17.6,<0.18"
 MYPY = "mypy>=2.4.1,<2.5"
+IMPORT_LINTER = "import-linter>=2.3,<3"
+BUILD_TOOLS = ("hatch>=1.16,<2", "twine>=6.1,<7")
 
 nox.needs_version = ">=2026.2"
 nox.options.default_venv_backend = "uv"
@@ -83,7 +97,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of all packages with mypy, strictly."""
-    group = "--group=packages/dilated-factory/pyproject.toml:test"
+    group = test_group("dilated-factory")
     install(session, MYPY, "nox", *TEST_TOOLS, group, *editable(*PACKAGES))
     session.run("mypy", *session.posargs)
 
@@ -91,7 +105,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def imports(session: nox.Session) -> None:
     """Check which package may import which with import-linter."""
-    install(session, "import-linter>=2.3,<3")
+    install(session, IMPORT_LINTER)
     sources = (str(ROOT / "packages" / package / "src") for package in PACKAGES)
     session.run("lint-imports", env={"PYTHONPATH": os.pathsep.join(sources)})
 
@@ -136,13 +150,15 @@ def lowest(session: nox.Session) -> None:
 
     Torch is not among them where this machine has wheels of its own.
     """
-    built = wheels(session, *PACKAGES)
-    install(session, "--resolution", "lowest-direct", *TEST_TOOLS, *built)
+    install(session, *TEST_TOOLS, *wheels(session, *PACKAGES), lock=LOWEST_LOCK)
     tests = ["test_configs.py", "test_registry.py", "test_cli_tools.py"]
     tests = [f"packages/dilated-factory/tests/{name}" for name in tests]
-    # Older versions of typer use what today's click, which they allow, warns of.
-    old = "ignore:.* is deprecated and will be removed in Click 9:DeprecationWarning"
-    run_pytest(session, "tests-integration", *tests, "-W", old)
+    # The oldest typer and matplotlib use what the click and pyparsing of the lock warn of.
+    old = (
+        "-Wignore:'click.utils.get_:DeprecationWarning",
+        "-Wignore::pyparsing.warnings.PyparsingDeprecationWarning",
+    )
+    run_pytest(session, "tests-integration", *tests, *old)
 
 
 @nox.session
@@ -156,6 +172,37 @@ def alone(session: nox.Session, package: str) -> None:
 
 
 # Sessions on request
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Renew the exact versions that the other sessions install: requirements*.lock."""
+    tools = [RUFF, MYPY, IMPORT_LINTER, *TEST_TOOLS, *BUILD_TOOLS]
+    tools += runpy.run_path(str(ROOT / "noxw"))["REQUIREMENTS"]
+    all_of_it = (outside_requirements(package, with_options=True) for package in PACKAGES)
+    write_lock(session, LOCK, chain(tools, *all_of_it))
+    declared = (outside_requirements(package, with_options=False) for package in PACKAGES)
+    write_lock(session, LOWEST_LOCK, chain(TEST_TOOLS, *declared), "--resolution=lowest-direct")
+
+
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """Test all packages with the newest versions of everything; deprecations are listed."""
+    groups = [test_group(package) for package in PACKAGES]
+    install(session, *TEST_TOOLS, *groups, *editable(*PACKAGES), lock=None)
+    session.run("uv", "pip", "list", external=True)
+    listed = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+    lenient = [f"-Wdefault::{warning}" for warning in listed]
+    # Each suite by itself: what one of them fails at must not hide the others.
+    suites = [*(f"packages/{package}/tests" for package in PACKAGES), "tests-integration"]
+    failed = []
+    for suite in suites:
+        try:
+            run_pytest(session, suite, *lenient)
+        except CommandFailed:
+            failed.append(suite)
+    if failed:
+        session.error(f"failed with the newest versions: {', '.join(failed)}")
 
 
 @nox.session(default=False)
@@ -198,7 +245,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build the wheel and the sdist of each package into dist/ and check them."""
-    install(session, "hatch>=1.16,<2", "twine>=6.1,<7")
+    install(session, *BUILD_TOOLS)
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for package in PACKAGES:
@@ -219,125 +266,18 @@ def build(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *(str(path) for path in sorted(dist.iterdir())))
 
 
-# Installing
-
-
-def install(session: nox.Session, *requirements: str) -> None:
-    """Install with uv, and with the torch that this machine's pip would take."""
-    version = torch_version()
-    if version is None:
-        session.install(*requirements, env=uv_environment())
-        return
-    constraints = Path(session.create_tmp()) / "constraints.txt"
-    constraints.write_text(f"torch=={version}\n")
-    session.install("--constraint", str(constraints), *requirements, env=uv_environment())
-
-
-@functools.cache
-def uv_environment() -> dict[str, str]:
-    """Tell uv, which does not read pip's configuration, what pip is told on this machine."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    settings = dict(re.findall(r"^global\.([\w-]+)=(.*)$", asked.stdout, re.MULTILINE))
-    # What the environment says goes before what a file says.
-    settings |= re.findall(r"^:env:\.([\w-]+)=(.*)$", asked.stdout, re.MULTILINE)
-    same = {"cert": "SSL_CERT_FILE", "find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX"}
-    environment = {
-        variable: str(ast.literal_eval(settings[setting]))
-        for setting, variable in same.items()
-        if setting in settings
-    }
-    if "UV_FIND_LINKS" in environment:  # pip separates places by spaces, uv by commas
-        environment["UV_FIND_LINKS"] = ",".join(environment["UV_FIND_LINKS"].split())
-    return environment | {name: os.environ[name] for name in environment if name in os.environ}
-
-
-@functools.cache
-def torch_version() -> str | None:
-    """Return the newest torch that fits this Python among the wheels that lie on this machine.
-
-    Without a pin on it, a resolver prefers the registry's newest torch to a wheel that is here.
-    """
-    supported = set(sys_tags())
-    versions = []
-    for link in filter(None, uv_environment().get("UV_FIND_LINKS", "").split(",")):
-        folder = Path(url2pathname(urlsplit(link).path) if link.startswith("file:") else link)
-        for wheel in folder.glob("torch-*.whl"):
-            try:
-                _, version, _, tags = parse_wheel_filename(wheel.name)
-            except InvalidWheelFilename:
-                continue
-            if tags & supported:
-                versions.append(version)
-    return str(max(versions)) if versions else None
+# What they share
 
 
 def install_for_tests(session: nox.Session, package: str) -> None:
     """Install a package, what it declares, its extras of this tree, and the test tools."""
     sources = editable(package, *declared_siblings(package), *optional_siblings(package))
-    group = f"--group=packages/{package}/pyproject.toml:test"
-    install(session, *TEST_TOOLS, group, *sources)
+    install(session, *TEST_TOOLS, test_group(package), *sources)
 
 
-def editable(*packages: str) -> list[str]:
-    """Return the arguments that install packages from this tree, editable."""
-    return [f"--editable=packages/{package}" for package in packages]
-
-
-def declared_siblings(package: str) -> list[str]:
-    """Return the packages of this tree that a package requires, directly or not."""
-    found: dict[str, None] = {}
-    for requirement in project_table(package)["dependencies"]:
-        name = Requirement(requirement).name
-        if name in PACKAGES:
-            found |= dict.fromkeys([name, *declared_siblings(name)])
-    return list(found)
-
-
-def optional_siblings(package: str) -> list[str]:
-    """Return the packages of this tree that extras of a package require."""
-    extras = project_table(package).get("optional-dependencies", {}).values()
-    names = [Requirement(requirement).name for extra in extras for requirement in extra]
-    return [name for name in PACKAGES if name in names and name != package]
-
-
-def project_table(package: str) -> dict[str, Any]:
-    """Return the [project] table of a package."""
-    text = (ROOT / "packages" / package / "pyproject.toml").read_text(encoding="utf-8")
-    table: dict[str, Any] = tomllib.loads(text)["project"]
-    return table
-
-
-def import_name(package: str) -> str:
-    """Return the name under which a package is imported."""
-    return package.replace("-", "_")
-
-
-# The wheels that were built since nox started, by package: the sessions share them.
-BUILT: dict[str, Path] = {}
-
-
-def wheels(session: nox.Session, *packages: str) -> list[str]:
-    """Build the wheels of packages and return their paths.
-
-    Paths, not names: a name would let a registry's package of the same name come in.
-    """
-    for package in packages:
-        if package not in BUILT:
-            folder = (Path(session.create_tmp()) / "wheels" / package).resolve()
-            shutil.rmtree(folder, ignore_errors=True)
-            uv_build_wheel(session, ROOT / "packages" / package, folder)
-            (BUILT[package],) = folder.glob("*.whl")
-    return [str(BUILT[package]) for package in packages]
-
-
-def uv_build_wheel(session: nox.Session, source: Path, folder: Path) -> None:
-    """Build a wheel from a source tree or an sdist with uv."""
-    arguments = ["--quiet", "--wheel", "--out-dir", str(folder), str(source)]
-    session.run("uv", "build", *arguments, env=uv_environment(), external=True, silent=True)
-
-
-# Testing
+def test_group(package: str) -> str:
+    """Return the argument that installs what a package's tests require beside the common tools."""
+    return f"--group=packages/{package}/pyproject.toml:test"
 
 
 def run_pytest(
@@ -363,57 +303,8 @@ def run_alone(session: nox.Session, node: str) -> str | None:
     return None if done.returncode == 0 else f"{node} fails alone:\n{done.stdout}{done.stderr}"
 
 
-# Building and checking what was built
-
-
 def hatch(session: nox.Session, *arguments: str) -> str:
     """Run hatch with environments of its own, inside the session's, and return what it says."""
     # Under the session's UV_PYTHON, hatch would install into the session's environment.
     own = {"HATCH_DATA_DIR": session.create_tmp(), "UV_PYTHON": None, "VIRTUAL_ENV": None}
     return str(session.run("hatch", *arguments, env=uv_environment() | own, silent=True))
-
-
-def wheel_problems(wheel: Path, package: str, version: str) -> list[str]:
-    """Tell what is wrong with a wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        info = f"{import_name(package)}-{version}.dist-info"
-        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
-    problems = []
-    for required in (f"{import_name(package)}/py.typed", f"{info}/licenses/LICENSE"):
-        if required not in names:
-            problems.append(f"{wheel.name}: {required} is missing")
-    roots = {name.split("/")[0] for name in names}
-    if roots != {import_name(package), info}:
-        problems.append(f"{wheel.name}: holds more than the package: {sorted(roots)}")
-    if metadata["Version"] != version:
-        problems.append(f"{wheel.name}: version is {metadata['Version']}, not {version}")
-    if not metadata.get_payload():
-        problems.append(f"{wheel.name}: no README in the metadata")
-    return problems
-
-
-def sdist_problems(sdist: Path, stem: str) -> list[str]:
-    """Tell what is wrong with an sdist."""
-    with tarfile.open(sdist) as archive:
-        names = {name.removeprefix(f"{stem}/") for name in archive.getnames()}
-    required = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO"}
-    problems = [f"{sdist.name}: {name} is missing" for name in sorted(required - names)]
-    # hatchling always adds the .gitignore that it obeyed.
-    allowed = required | {".gitignore"}
-    extra = {name for name in names - allowed if not name.startswith("src/")}
-    problems += [f"{sdist.name}: {name} does not belong there" for name in sorted(extra)]
-    return problems
-
-
-def difference(wheel: Path, rebuilt: Path) -> list[str]:
-    """Tell where a wheel that was rebuilt from the sdist differs from the one from the tree."""
-    first, second = digests(wheel), digests(rebuilt)
-    changed = sorted(name for name in first | second if first.get(name) != second.get(name))
-    return [f"{wheel.name}: {name} differs when built from the sdist" for name in changed]
-
-
-def digests(wheel: Path) -> dict[str, int]:
-    """Return the checksum of each file in a wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        return {item.filename: item.CRC for item in archive.infolist()}

@@ -1,0 +1,1 @@
+"""What the sessions of nox are made of."""
