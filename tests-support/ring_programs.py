@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern, Partial, _torch_backend
 from dilated_ring import _exchange, _functional, _routes, ring_attention
-from dilated_ring._heads import obstacle
 from dilated_ring._topology import find_ring
+from dilated_ring._trade import obstacle
 from dilated_testing import Problem, problems
 from process_ranks import device
 

@@ -3,9 +3,9 @@
 import pytest
 
 from dilated_core import DilatedPattern
-from dilated_ring._heads import Trade
 from dilated_ring._routes import Problem, received_rows
 from dilated_ring._strategy import STRATEGIES, choose_strategy
+from dilated_ring._trade import Trade
 
 WIDE = DilatedPattern([8, 10_000], [1, 8])
 DENSE = DilatedPattern([10_000], [1])

@@ -17,11 +17,12 @@ from dilated_ring._agreement import Fact, Validate, agree, check_validate
 from dilated_ring._attention import Job, Pass, attend
 from dilated_ring._exchange import Rows
 from dilated_ring._faults import Call
-from dilated_ring._heads import HeadsJob, Trade, obstacle
+from dilated_ring._heads import HeadsJob
 from dilated_ring._nodes import NodeRows
 from dilated_ring._routes import Problem, gather_routes, ring_routes
 from dilated_ring._strategy import check_strategy, choose_strategy
 from dilated_ring._topology import Ring, find_ring
+from dilated_ring._trade import Trade, obstacle
 
 
 class _Options(NamedTuple):

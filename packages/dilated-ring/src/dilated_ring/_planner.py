@@ -8,10 +8,10 @@ import torch
 from dilated_core import Branch, DilatedPattern
 from dilated_core.extending import accumulate_dtype
 from dilated_core.interfaces import PackedRows
-from dilated_ring._heads import Trade
 from dilated_ring._nodes import NodeRoutes
 from dilated_ring._routes import Problem, Route, gather_routes, ring_routes
 from dilated_ring._strategy import Strategy, check_strategy, choose_strategy
+from dilated_ring._trade import Trade
 
 # Two matrix products in a forward, five in a backward.
 _BACKWARD_FLOPS = 2.5

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dilated_ring._heads import Trade, obstacle
 from dilated_ring._routes import Problem, received_rows
+from dilated_ring._trade import Trade, obstacle
 
 Strategy = Literal["gather", "heads", "ring"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
