@@ -231,6 +231,12 @@ def gpu(session: nox.Session) -> None:
     session.run(python, "-m", "pytest", *arguments, external=True)
 
 
+@nox.session(default=False, venv_backend="none")
+def structure(session: nox.Session) -> None:
+    """Print long functions and files; fail on circles of imports and homonymous classes."""
+    session.run(sys.executable, "tools/structure.py", external=True)
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Run a script of benchmarks/: `./noxw -s bench -- SCRIPT [ARGS]`."""
