@@ -80,7 +80,7 @@ class Backend:
     def pool(self, *args: Any, **settings: Any) -> UnifiedMemoryPool:
         pool = UnifiedMemoryPool(*args, **settings)
         if self.memory is not None:
-            pool._planner.memories[torch.device("cpu"), False] = self.memory
+            pool._stock.memories[torch.device("cpu"), False] = self.memory
         return pool
 
     def finish(self) -> None:

@@ -371,7 +371,7 @@ def test_idle_blocks_are_poisoned_and_checked(backend):
     with pool.borrow((5, 7), **backend.place) as tensor:
         assert tensor.data_ptr() == address
         assert tensor.isnan().all()
-    idle = next(block for shelf in pool._planner.shelves for block in shelf.free)
+    idle = next(block for shelf in pool._stock.shelves for block in shelf.free)
     idle.base[17] = 3
     backend.finish()
     with pytest.raises(PoolCorruptionError, match=r"1 bytes .* the first at offset 17.*\[5, 7\]"):
@@ -497,11 +497,13 @@ def test_memory_that_runs_short_is_trimmed_and_asked_for_once_more(backend_by_na
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"shape": (2, -1)}, ValueError, r"shape .* got \(2, -1\)"),
-        ({"shape": 3}, TypeError, "shape .* got 3"),
-        ({"shape": (2.5,)}, TypeError, r"shape .* got \(2.5,\)"),
-        ({"shape": (2,), "dtype": float}, TypeError, "dtype .* got <class 'float'>"),
-        ({"shape": (2,), "device": "meta"}, ValueError, "device .* got 'meta'"),
+        ({"shape": (2, -1)}, ValueError, r"shape .* Got \(2, -1\)"),
+        ({"shape": 3}, TypeError, "shape .* Got 3"),
+        ({"shape": (2.5,)}, TypeError, r"shape .* Got \(2.5,\)"),
+        ({"shape": (2,), "dtype": float}, TypeError, "dtype .* Got <class 'float'>"),
+        ({"shape": (2,), "device": "meta"}, ValueError, "device .* Got 'meta'"),
+        ({"shape": (2,), "device": "nowhere"}, ValueError, "device .* Got 'nowhere'"),
+        ({"shape": (2,), "device": [7]}, TypeError, "device"),
         ({"shape": (2,), "device": "cuda", "pin_memory": True}, ValueError, "pin_memory"),
     ],
 )
@@ -511,15 +513,20 @@ def test_wrong_requests_say_what_is_wrong(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "error", "message"),
     [
-        ({"limit_bytes": -1}, "limit_bytes .* got -1"),
-        ({"overhead": 0.5}, "overhead .* got 0.5"),
-        ({"fill": "zero"}, "fill .* got 'zero'"),
+        ({"limit_bytes": -1}, ValueError, "limit_bytes .* Got -1"),
+        ({"limit_bytes": 2.5}, TypeError, "limit_bytes .* Got 2.5"),
+        ({"limit_bytes": True}, TypeError, "limit_bytes .* Got True"),
+        ({"overhead": 0.5}, ValueError, "overhead .* Got 0.5"),
+        ({"overhead": math.inf}, ValueError, "overhead .* Got inf"),
+        ({"overhead": math.nan}, ValueError, "overhead .* Got nan"),
+        ({"overhead": "unlimited"}, TypeError, "overhead .* Got 'unlimited'"),
+        ({"fill": "zero"}, ValueError, "fill .* Got 'zero'"),
     ],
 )
-def test_wrong_settings_say_what_is_wrong(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_settings_say_what_is_wrong(settings, error, message):
+    with pytest.raises(error, match=message):
         UnifiedMemoryPool(**settings)
 
 
@@ -531,8 +538,16 @@ def test_what_needs_a_device_says_so_where_there_is_none(place):
 
 
 def test_a_negative_reservation_is_refused():
-    with pytest.raises(ValueError, match=r"count .* got -1"):
+    with pytest.raises(ValueError, match=r"count .* Got -1"):
         UnifiedMemoryPool().reserve((2,), count=-1)
+
+
+def test_a_stream_cannot_be_recorded_once_the_lease_was_released():
+    lease = UnifiedMemoryPool().lease((2, 3))
+    lease.record_stream("a queue")
+    lease.release()
+    with pytest.raises(LeaseReleasedError, match="released"):
+        lease.record_stream("a queue")
 
 
 def test_lists_and_sizes_are_shapes_too():
@@ -547,8 +562,8 @@ def test_many_shapes_do_not_pile_up():
     for length in range(5000):
         pool.lease((length % 60, 1)).release()
         pool.lease((length,)).release()
-    assert len(pool._plans) <= 4096
-    blocks = [block for shelf in pool._planner.shelves for block in shelf.free]
+    assert len(pool._stock.known) <= 4096
+    blocks = [block for shelf in pool._stock.shelves for block in shelf.free]
     assert max(len(block.templates) for block in blocks) <= 8
     counters_balance(pool)
 

@@ -180,7 +180,7 @@ def test_it_goes_together_with_checkpointing():
 @pytest.mark.parametrize("name", ["min_bytes", "prefetch"])
 def test_wrong_settings_say_what_is_wrong(name):
     with (
-        pytest.raises(ValueError, match=f"{name} .* got -1"),
+        pytest.raises(ValueError, match=f"{name} .* Got -1"),
         offload_activations(UnifiedMemoryPool(), **{name: -1}),
     ):
         pass

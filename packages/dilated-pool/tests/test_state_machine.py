@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from dilated_pool import LeaseReleasedError, PoolLimitError, PoolLockedError
-from dilated_pool._size_classes import class_size
+from dilated_pool._shelf import class_size
 
 THOROUGH = settings().max_examples > 100
 LIMIT = 40_000

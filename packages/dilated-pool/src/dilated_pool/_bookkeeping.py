@@ -12,8 +12,8 @@ from sys import getrefcount
 import torch
 
 from dilated_pool import _callers
-from dilated_pool._block import Block
 from dilated_pool._errors import (
+    LeaseReleasedError,
     PoolClosedError,
     PoolLimitError,
     PoolLockedError,
@@ -21,8 +21,9 @@ from dilated_pool._errors import (
 )
 from dilated_pool._events import EventKind, EventLog
 from dilated_pool._lease import Lease
-from dilated_pool._plans import Planner
-from dilated_pool._shelf import Plan, Shelf
+from dilated_pool._requests import LeaseRequest
+from dilated_pool._shelf import MemoryBlock, Shelf
+from dilated_pool._stock import Stock
 from dilated_pool._torch_internals import check_use_counts, storage_use_count
 
 
@@ -44,8 +45,8 @@ class Bookkeeping:
         self._stacks = stacks
         self._mem_pool = cuda_mem_pool
 
-        self._planner = Planner(cuda_mem_pool)
-        self._plans = self._planner.plans
+        self._stock = Stock(cuda_mem_pool)
+        self._known = self._stock.known
         # Re-entrant only so that a finalizer or signal handler which interrupts the pool finds
         # `_busy` set instead of waiting for itself.
         self._lock = threading.RLock()
@@ -56,12 +57,12 @@ class Bookkeeping:
         # Whether what is returned must be gone through at once.
         self._prompt = fill is not None
 
-        self._live: dict[int, Block] = {}
+        self._live: dict[int, MemoryBlock] = {}
         # What ended, until a call that holds the lock goes through it: blocks that were released,
         # and numbers of leases that were dropped.
-        self._returned: deque[Block] = deque()
+        self._returned: deque[MemoryBlock] = deque()
         self._dropped: deque[int] = deque()
-        self._quarantine: list[Block] = []
+        self._quarantine: list[MemoryBlock] = []
         self._growing_bytes = 0
         self._live_bytes = 0
         self._reserved_bytes = 0
@@ -73,40 +74,39 @@ class Bookkeeping:
         self._misses = 0
         self._trimmed_bytes = 0
 
-    def _open(self, block: Block, plan: Plan) -> Lease:
+    def _open(self, block: MemoryBlock, request: LeaseRequest) -> Lease:
         """Make the lease of a block that was booked."""
         try:
             if self._fill is not None:
                 block.check_poison()
             if self._stacks:
                 block.stack = _callers.stack()
-            template = block.templates.get(plan)
+            template = block.templates.get(request)
             if template is None:
-                template = block.new_template(plan)
+                template = block.new_template(request)
             return Lease(self, block.number, template.detach())
         except BaseException:
-            if self._live.pop(block.number, None) is not None:
+            if self._end(block.number) is not None:
                 self._take_back(block)
             raise
 
-    def _grow(self, plan: Plan, queue: Hashable) -> Block:
+    def _grow(self, request: LeaseRequest, shelf: Shelf, queue: Hashable) -> MemoryBlock:
         """Book a block that came back from quarantine meanwhile, or else a new one."""
-        shelf = plan.shelf
         with self._section():
             self._tidy()
             block = shelf.take(queue)
             if block is not None:
-                self._book(block, plan)
+                self._book(block, request)
                 return block
-            self._admit(shelf, plan.nbytes)
+            self._admit(shelf, request.nbytes)
         block = self._allocate(shelf)
         with self._section():
             self._growing_bytes -= shelf.size
             self._misses += 1
-            self._book(block, plan)
+            self._book(block, request)
         return block
 
-    def _allocate(self, shelf: Shelf) -> Block:
+    def _allocate(self, shelf: Shelf) -> MemoryBlock:
         """Allocate a block that was admitted; where memory is short, trim and try once more."""
         try:
             try:
@@ -125,11 +125,21 @@ class Bookkeeping:
                 self._reserved_bytes -= shelf.size
             raise
 
-    def _take_back(self, block: Block) -> None:
-        """Take in the block of a lease that its holder released.
+    def _end(self, number: int) -> MemoryBlock | None:
+        # One step, which no other thread can divide: only one caller gets the block.
+        return self._live.pop(number, None)
 
-        This needs no lock: the next call that holds it goes through what was returned.
-        """
+    def _drop(self, number: int) -> None:
+        self._dropped.append(number)
+
+    def _use(self, number: int, queue: Hashable) -> None:
+        block = self._live.get(number)
+        if block is None:
+            raise LeaseReleasedError("the lease was released")
+        block.queues.add(queue)
+
+    def _take_back(self, block: MemoryBlock) -> None:
+        """As `Owner`, without the lock: the next call that holds it goes through what returned."""
         fences = block.shelf.fences
         if fences is not None:
             block.queues.add(fences.current())
@@ -171,20 +181,20 @@ class Bookkeeping:
         returned = self._returned
         while returned:
             block = returned.popleft()
-            self._live_bytes -= block.plan.nbytes
+            self._live_bytes -= block.request.nbytes
             if self._log is not None:
                 self._write(EventKind.RELEASE, block)
             if not self._settle(block):
                 self._quarantine.append(block)
 
-    def _book(self, block: Block, plan: Plan) -> None:
+    def _book(self, block: MemoryBlock, request: LeaseRequest) -> None:
         """Count a block as leased."""
         number = self._total_leases + 1
         self._total_leases = block.number = number
-        block.plan = plan
+        block.request = request
         live = self._live
         live[number] = block
-        nbytes = plan.nbytes
+        nbytes = request.nbytes
         self._total_leased_bytes += nbytes
         live_bytes = self._live_bytes + nbytes
         self._live_bytes = live_bytes
@@ -195,8 +205,8 @@ class Bookkeeping:
         if self._log is not None:
             self._write(EventKind.LEASE, block)
 
-    def _settle(self, block: Block) -> bool:
-        """Shelve a block if only the pool holds its memory; tell whether it does."""
+    def _settle(self, block: MemoryBlock) -> bool:
+        """Shelve a block if only the pool holds its memory; whether it does."""
         if block.ghost is not None:
             if not block.is_unshared():
                 return False
@@ -214,8 +224,8 @@ class Bookkeeping:
             self._shrink(0, 0, wait=True)
         return True
 
-    def _prepare(self, block: Block) -> bool:
-        """Poison and fence a block; tell whether that could be done."""
+    def _prepare(self, block: MemoryBlock) -> bool:
+        """Poison and fence a block; whether that could be done."""
         fences = block.shelf.fences
         if fences is not None and fences.capturing():
             return False
@@ -259,7 +269,7 @@ class Bookkeeping:
     def _shrink(
         self, size: int, most: int, *, spare_kept: bool = False, wait: bool = False
     ) -> bool:
-        """Free idle blocks until `size` more bytes make at most `most`; tell whether they do."""
+        """Free idle blocks until `size` more bytes make at most `most`; whether they do."""
         while (excess := self._reserved_bytes + size - most) > 0:
             if not self._evict(excess, spare_kept=spare_kept, wait=wait):
                 return False
@@ -271,15 +281,15 @@ class Bookkeeping:
         Returns:
             Whether there was a block to free.
         """
-        candidates: list[Block] = []
-        for shelf in self._planner.shelves:
+        candidates: list[MemoryBlock] = []
+        for shelf in self._stock.shelves:
             for block in shelf.free:
                 if not (spare_kept and block.kept) and (wait or block.at_rest()):
                     candidates.append(block)
                     break
         if not candidates:
             return False
-        block = min(candidates, key=lambda one: _misfit(one.shelf.size, excess))
+        block = min(candidates, key=lambda x: (x.shelf.size < excess, abs(x.shelf.size - excess)))
         if block.fence is not None:
             block.fence.wait()
         block.shelf.free.remove(block)
@@ -299,7 +309,7 @@ class Bookkeeping:
             f"{len(self._live)} leases are live"
         )
 
-    def _write(self, kind: EventKind, block: Block | None) -> None:
+    def _write(self, kind: EventKind, block: MemoryBlock | None) -> None:
         assert self._log is not None
         self._log.add(kind, block, self._live_bytes, self._reserved_bytes)
 
@@ -309,7 +319,3 @@ class Bookkeeping:
         self._busy = False
         self._reserved_bytes -= self._growing_bytes
         self._growing_bytes = 0
-
-
-def _misfit(size: int, excess: int) -> tuple[bool, int]:
-    return size < excess, abs(size - excess)

@@ -8,7 +8,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def caller() -> str:
-    """Return the file, line and function of the innermost call from outside this package."""
+    """The file, line and function of the innermost call from outside this package."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
@@ -17,7 +17,7 @@ def caller() -> str:
 
 
 def stack() -> tuple[str, ...]:
-    """Return the calls that lead here from outside this package, outermost first."""
+    """The calls that lead here from outside this package, outermost first."""
     frames = traceback.extract_stack()
     return tuple(
         f"{frame.filename}:{frame.lineno} in {frame.name}"

@@ -17,7 +17,7 @@ class CudaFence:
         self._events = [stream.record_event() for stream in streams]
 
     def done(self) -> bool:
-        """Tell whether all events have completed."""
+        """Whether all events have completed."""
         return all(event.query() for event in self._events)
 
     def wait(self) -> None:
@@ -40,11 +40,11 @@ class CudaFences:
         self.stream_ordered = stream_ordered
 
     def capturing(self) -> bool:
-        """Tell whether the current stream captures a graph."""
+        """Whether the current stream captures a graph."""
         return torch.cuda.is_current_stream_capturing()
 
     def current(self) -> Hashable:
-        """Return the current stream."""
+        """The current stream."""
         return torch.cuda.current_stream(self._device)
 
     def record(self, queues: Iterable[Hashable]) -> CudaFence:
@@ -70,7 +70,7 @@ class CudaMemory:
         self._mem_pool = mem_pool
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return a new uint8 tensor of shape (nbytes,)."""
+        """Allocate a uint8 tensor of shape (nbytes,)."""
         if self._mem_pool is None:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         with torch.cuda.use_mem_pool(self._mem_pool, self._device):
@@ -93,7 +93,7 @@ class PinnedMemory:
         self.empty = torch.empty(0)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return a new pinned uint8 tensor of shape (nbytes,) that starts on a page."""
+        """Allocate a pinned uint8 tensor of shape (nbytes,) that starts on a page."""
         block = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
         address = block.data_ptr()
         _register(address, nbytes)

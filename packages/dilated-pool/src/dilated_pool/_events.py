@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dilated_pool._block import Block
+from dilated_pool._shelf import MemoryBlock
 
 
 class EventKind(enum.StrEnum):
@@ -61,20 +61,20 @@ class EventLog:
         return len(self._events)
 
     def add(
-        self, kind: EventKind, block: Block | None, live_bytes: int, reserved_bytes: int
+        self, kind: EventKind, block: MemoryBlock | None, live_bytes: int, reserved_bytes: int
     ) -> None:
         """Append an event; the pool calls this."""
         seconds = time.perf_counter() - self._start
         event = Event(seconds, kind, live_bytes, reserved_bytes)
         if block is not None:
-            plan = block.plan
+            request = block.request
             event = dataclasses.replace(
                 event,
                 lease=block.number,
-                shape=plan.shape,
-                dtype=str(plan.dtype).removeprefix("torch."),
-                device=str(plan.device),
-                pin_memory=plan.pin_memory,
+                shape=request.shape,
+                dtype=str(request.dtype).removeprefix("torch."),
+                device=str(request.device),
+                pin_memory=request.pin_memory,
             )
         self._events.append(event)
 

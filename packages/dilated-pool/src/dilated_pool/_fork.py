@@ -3,12 +3,10 @@
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dilated_pool._bookkeeping import Bookkeeping
+from dilated_pool._bookkeeping import Bookkeeping
 
-POOLS: "weakref.WeakSet[Bookkeeping]" = weakref.WeakSet()
+POOLS: weakref.WeakSet[Bookkeeping] = weakref.WeakSet()
 
 
 class _Held(threading.local):

@@ -2,16 +2,29 @@
 
 import weakref
 from collections.abc import Hashable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from dilated_pool._errors import LeaseReleasedError
+from dilated_pool._shelf import MemoryBlock
 from dilated_pool._torch_internals import increment_version
 
-if TYPE_CHECKING:
-    from dilated_pool._bookkeeping import Bookkeeping
+
+class Owner(Protocol):
+    """The pool of a lease, as the lease knows it; any thread may call this at any time."""
+
+    def _end(self, number: int) -> MemoryBlock | None:
+        """Let a lease end: its block for the one caller that ends it, None for all others."""
+
+    def _take_back(self, block: MemoryBlock) -> None:
+        """Take in the block of a lease that ended."""
+
+    def _drop(self, number: int) -> None:
+        """Note that a lease is gone which nobody ended; takes no lock."""
+
+    def _use(self, number: int, queue: Hashable) -> None:
+        """Note that a queue works on a lease's block; LeaseReleasedError if the lease ended."""
 
 
 class ReleasedTensor(torch.Tensor):
@@ -34,11 +47,11 @@ class Lease:
     tensor's memory, is gone.
     """
 
-    __slots__ = ("__weakref__", "_number", "_pool", "_tensor")
+    __slots__ = ("__weakref__", "_number", "_owner", "_tensor")
 
-    def __init__(self, pool: "Bookkeeping", number: int, tensor: torch.Tensor) -> None:
+    def __init__(self, owner: Owner, number: int, tensor: torch.Tensor) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._pool = pool
+        self._owner = owner
         self._number = number
 
     @property
@@ -59,9 +72,7 @@ class Lease:
         as a view or a graph that saved it, the block is set apart until that is gone; a backward
         pass that needs the memory raises torch's error about in-place modification.
         """
-        pool = self._pool
-        # Only one caller gets the block, whatever the threads do.
-        block = pool._live.pop(self._number, None)
+        block = self._owner._end(self._number)
         if block is None:
             return
         tensor = self._tensor
@@ -75,32 +86,28 @@ class Lease:
         else:
             block.ghost = weakref.ref(tensor)
         tensor.__class__ = ReleasedTensor
-        pool._take_back(block)
+        self._owner._take_back(block)
 
     def record_stream(self, stream: Hashable) -> None:
         """Tell that work of another CUDA stream uses the tensor, before the lease is released.
 
         Without effect on pageable host memory.
+
+        Raises:
+            LeaseReleasedError: the lease was released.
         """
-        self._pool._live[self._number].queues.add(stream)
+        self._owner._use(self._number, stream)
 
     def __enter__(self) -> torch.Tensor:
-        if self._tensor is None:
-            raise LeaseReleasedError("the lease was released")
-        return self._tensor
+        return self.tensor
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def __del__(self) -> None:
         # The garbage collector can run this anywhere, also inside the pool: take no lock.
         if self._tensor is not None:
-            self._pool._dropped.append(self._number)
+            self._owner._drop(self._number)
 
     def __repr__(self) -> str:
         if self._tensor is None:
@@ -130,10 +137,5 @@ class PlainLease:
     def __enter__(self) -> torch.Tensor:
         return self.tensor
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass

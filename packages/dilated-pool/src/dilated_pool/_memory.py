@@ -10,7 +10,7 @@ class Fence(Protocol):
     """The end of the work that was queued on a block before its release."""
 
     def done(self) -> bool:
-        """Tell whether the work has ended, without waiting for it."""
+        """Whether the work has ended, without waiting for it."""
 
     def wait(self) -> None:
         """Wait on the host until the work has ended."""
@@ -24,16 +24,16 @@ class Fences(Protocol):
         """Whether a block can be reused at once by the queue that used it last."""
 
     def capturing(self) -> bool:
-        """Tell whether the calling thread captures a graph, when no fence may be made."""
+        """Whether the calling thread captures a graph, when no fence may be made."""
 
     def current(self) -> Hashable:
-        """Return the queue that the calling thread's work goes to."""
+        """The queue that the calling thread's work goes to."""
 
     def record(self, queues: Iterable[Hashable]) -> Fence:
-        """Return a fence behind all work that is queued on `queues` now."""
+        """Make a fence behind all work that is queued on `queues` now."""
 
 
-class Memory(Protocol):
+class MemoryKind(Protocol):
     """A kind of memory that the pool takes blocks from."""
 
     @property
@@ -53,7 +53,7 @@ class Memory(Protocol):
         """An empty tensor on the device of the memory."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return a new uint8 tensor of shape (nbytes,) with a storage of its own.
+        """Allocate a uint8 tensor of shape (nbytes,) with a storage of its own.
 
         Raises:
             RuntimeError: there is not enough memory.
@@ -71,5 +71,5 @@ class PageableMemory:
         self.empty = torch.empty(0)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return a new uint8 tensor of shape (nbytes,)."""
+        """Allocate a uint8 tensor of shape (nbytes,)."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

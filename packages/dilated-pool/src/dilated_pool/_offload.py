@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dilated_pool._errors import PoolLimitError, PoolLockedError
 from dilated_pool._pool import UnifiedMemoryPool
+from dilated_pool._requests import check_count
 
 _Identity = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype, int]
 
@@ -32,12 +33,11 @@ def offload_activations(
         prefetch: how many parked tensors to bring back ahead; each costs its memory on the device.
 
     Raises:
+        TypeError: min_bytes or prefetch is not an int.
         ValueError: min_bytes or prefetch is negative.
     """
-    if min_bytes < 0:
-        raise ValueError(f"min_bytes must be 0 or more, got {min_bytes}")
-    if prefetch < 0:
-        raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
+    check_count("min_bytes", min_bytes)
+    check_count("prefetch", prefetch)
     parking = _Parking(pool, min_bytes, prefetch)
     with torch.autograd.graph.saved_tensors_hooks(parking.pack, parking.unpack):
         yield
@@ -137,7 +137,7 @@ class _Parking:
 
 
 def _worth_parking(tensor: torch.Tensor) -> bool:
-    """Tell whether parking the tensor could free its memory: a parameter stays alive anyway."""
+    """Whether parking the tensor could free its memory: a parameter stays alive anyway."""
     origin = tensor if tensor._base is None else tensor._base
     return (
         type(tensor) is torch.Tensor

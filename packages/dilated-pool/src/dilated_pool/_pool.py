@@ -3,20 +3,19 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch.compiler import is_compiling
 
-from dilated_pool._block import Block
 from dilated_pool._bookkeeping import Bookkeeping
 from dilated_pool._errors import PoolReentryError
 from dilated_pool._events import EventLog
 from dilated_pool._fork import POOLS
 from dilated_pool._lease import Lease, PlainLease
 from dilated_pool._memory import Fences
-from dilated_pool._shelf import Plan
+from dilated_pool._requests import LeaseRequest, check_count, check_factor
+from dilated_pool._shelf import MemoryBlock, Shelf
 from dilated_pool._stats import LeaseInfo, PoolStats
 
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -43,7 +42,8 @@ class UnifiedMemoryPool(Bookkeeping):
             registered with NCCL; None for the caching allocator that the rest of torch uses.
 
     Raises:
-        ValueError: limit_bytes is negative, overhead is less than 1, or fill is unknown.
+        TypeError: limit_bytes is not an int, or overhead not a number.
+        ValueError: limit_bytes is negative, overhead not finite or below 1, or fill is unknown.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class UnifiedMemoryPool(Bookkeeping):
         stacks: bool = False,
         cuda_mem_pool: torch.cuda.MemPool | None = None,
     ) -> None:
-        if limit_bytes is not None and limit_bytes < 0:
-            raise ValueError(f"limit_bytes must be 0 or more, or None, got {limit_bytes}")
-        if overhead is not None and not overhead >= 1:
-            raise ValueError(f"overhead must be 1 or more, or None, got {overhead}")
+        if limit_bytes is not None:
+            check_count("limit_bytes", limit_bytes)
+        if overhead is not None:
+            check_factor("overhead", overhead)
         if fill not in (None, "poison"):
-            raise ValueError(f"fill must be None or 'poison', got {fill!r}")
+            raise ValueError(f"fill must be None or 'poison'. Got {fill!r}.")
         super().__init__(limit_bytes, overhead, fill, stacks, cuda_mem_pool)
         POOLS.add(self)
 
@@ -86,18 +86,18 @@ class UnifiedMemoryPool(Bookkeeping):
             PoolClosedError: the pool is closed.
             PoolReentryError: a finalizer or signal handler interrupted this pool.
             PoolCorruptionError: with fill="poison", an idle block was written to.
-            ValueError, TypeError: an argument is not what it must be.
+            TypeError: shape is not a sequence of int, dtype not a torch.dtype, or device no device.
+            ValueError: a length is negative, or there is no such device or pinned memory for it.
         """
         if is_compiling() or _transforms_active():
             return PlainLease(torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory))
         try:
-            plan = self._plans[shape, dtype, device, pin_memory]
+            request, shelf = self._known[shape, dtype, device, pin_memory]
         except (KeyError, TypeError):
-            plan = self._planner.plan(shape, dtype, device, pin_memory)
-        shelf = plan.shelf
+            request, shelf = self._stock.find(shape, dtype, device, pin_memory)
         if shelf.fences is not None:
-            return self._lease_fenced(shelf.fences, plan)
-        block: Block | None = None
+            return self._lease_fenced(request, shelf, shelf.fences)
+        block: MemoryBlock | None = None
         with self._lock:
             if self._busy:
                 raise PoolReentryError
@@ -107,14 +107,14 @@ class UnifiedMemoryPool(Bookkeeping):
                     self._drain()
                 if shelf.free:
                     block = shelf.free.pop()
-                    self._book(block, plan)
+                    self._book(block, request)
             finally:
                 self._busy = False
         if block is None:
-            block = self._grow(plan, None)
-        return self._open(block, plan)
+            block = self._grow(request, shelf, None)
+        return self._open(block, request)
 
-    borrow = lease
+    borrow = lease  # the name for `with`: as a context manager, a lease gives its tensor
 
     def reserve(
         self,
@@ -130,13 +130,11 @@ class UnifiedMemoryPool(Bookkeeping):
         The blocks stay until `trim`, `close` or the limit takes them.
 
         Raises:
+            TypeError, PoolError: count is not an int, or as for `lease`.
             ValueError: count is negative, or as for `lease`.
-            PoolError: as for `lease`.
         """
-        if count < 0:
-            raise ValueError(f"count must be 0 or more, got {count}")
-        plan = self._planner.plan(shape, dtype, device, pin_memory)
-        shelf = plan.shelf
+        check_count("count", count)
+        request, shelf = self._stock.find(shape, dtype, device, pin_memory)
         with self._section():
             self._tidy()
             for block in shelf.free[-count:] if count else []:
@@ -148,7 +146,7 @@ class UnifiedMemoryPool(Bookkeeping):
             block = self._allocate(shelf)
             with self._section():
                 self._growing_bytes -= shelf.size
-                block.plan = plan
+                block.request = request
                 block.kept = True
                 if shelf.fences is not None:
                     # The allocator may have given memory on which this queue still works.
@@ -187,7 +185,7 @@ class UnifiedMemoryPool(Bookkeeping):
             self._shrink(0, 0, wait=True)
 
     def stats(self) -> PoolStats:
-        """Return all counters."""
+        """All counters."""
         with self._lock:
             # A signal handler may ask at any time, and then gets the counters as they are.
             if not self._busy:
@@ -196,7 +194,7 @@ class UnifiedMemoryPool(Bookkeeping):
                     self._tidy()
                 finally:
                     self._busy = False
-            idle = [block for shelf in self._planner.shelves for block in shelf.free]
+            idle = [block for shelf in self._stock.shelves for block in shelf.free]
             live = list(self._live.values())
             by_memory: dict[str, int] = {}
             for block in [*idle, *live, *self._quarantine]:
@@ -233,7 +231,7 @@ class UnifiedMemoryPool(Bookkeeping):
             self._peak_reserved_bytes = self._reserved_bytes
 
     def outstanding(self) -> tuple[LeaseInfo, ...]:
-        """Return what is known about each live lease, the oldest first."""
+        """What is known about each live lease, the oldest first."""
         with self._section():
             self._tidy()
             live = list(self._live.items())
@@ -259,23 +257,28 @@ class UnifiedMemoryPool(Bookkeeping):
                 self._drain()
                 self._log, self._prompt = None, prompt or self._closed
 
-    def _lease_fenced(self, fences: Fences, plan: Plan) -> Lease | PlainLease:
+    def _lease_fenced(
+        self, request: LeaseRequest, shelf: Shelf, fences: Fences
+    ) -> Lease | PlainLease:
         """Lease memory that devices work on."""
         if fences.capturing():
             tensor = torch.empty(
-                plan.shape, dtype=plan.dtype, device=plan.device, pin_memory=plan.pin_memory
+                request.shape,
+                dtype=request.dtype,
+                device=request.device,
+                pin_memory=request.pin_memory,
             )
             return PlainLease(tensor)
         queue = fences.current()
         with self._section():
             self._drain()
-            block = plan.shelf.take(queue)
+            block = shelf.take(queue)
             if block is not None:
-                self._book(block, plan)
+                self._book(block, request)
         if block is None:
-            block = self._grow(plan, queue)
+            block = self._grow(request, shelf, queue)
         block.queues = {queue}
-        return self._open(block, plan)
+        return self._open(block, request)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -299,12 +302,7 @@ class UnifiedMemoryPool(Bookkeeping):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -314,15 +312,15 @@ class UnifiedMemoryPool(Bookkeeping):
         )
 
 
-def _info(number: int, block: Block) -> LeaseInfo:
-    plan = block.plan
+def _info(number: int, block: MemoryBlock) -> LeaseInfo:
+    request = block.request
     return LeaseInfo(
         number=number,
-        shape=plan.shape,
-        dtype=plan.dtype,
-        device=plan.device,
-        pin_memory=plan.pin_memory,
-        nbytes=plan.nbytes,
-        block_bytes=plan.shelf.size,
+        shape=request.shape,
+        dtype=request.dtype,
+        device=request.device,
+        pin_memory=request.pin_memory,
+        nbytes=request.nbytes,
+        block_bytes=block.shelf.size,
         stack=block.stack,
     )

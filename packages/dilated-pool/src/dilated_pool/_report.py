@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def rows(stats: PoolStats) -> list[tuple[str, str]]:
-    """Return the name and the readable value of each counter."""
+    """The name and the readable value of each counter."""
     fields = dataclasses.asdict(stats)
     by_memory: dict[str, int] = fields.pop("reserved_by_memory")
     table = [(name, _readable(name, value)) for name, value in fields.items()]
@@ -23,7 +23,7 @@ def rows(stats: PoolStats) -> list[tuple[str, str]]:
 
 
 def stats_table(stats: PoolStats, *, title: str = "Memory pool") -> "Table":
-    """Return a rich table of all counters.
+    """A rich table of all counters.
 
     Raises:
         ImportError: rich is not installed.
@@ -49,7 +49,7 @@ def plot_timeline(events: Iterable[Event], path: str | Path) -> None:
 
     steps = list(events)
     if not steps:
-        raise ValueError("events must hold at least one event, got none")
+        raise ValueError("events must hold at least one event. Got none.")
     seconds = [event.seconds for event in steps]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilated_pool._size_classes import class_size
+from dilated_pool._shelf import class_size
 
 GRANULARITIES = st.sampled_from([64, 512, 4096])
 
