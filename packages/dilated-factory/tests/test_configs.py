@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,3 +217,11 @@ def test_a_pool_has_the_settings_of_its_configuration() -> None:
     pytest.importorskip("dilated_pool", reason="dilated-pool is not installed")
     with create_pool(PoolConfig(limit_bytes=64, overhead="unlimited")).borrow((7,)) as tensor:
         assert tensor.shape == (7,)
+
+
+def test_no_limit_on_overhead_is_the_pools_none_and_a_word_in_files() -> None:
+    config = PoolConfig.model_validate({"overhead": None})
+    assert config == PoolConfig(overhead="unlimited")
+    assert parse_any(tomllib.loads(to_toml(config))) == config
+    pytest.importorskip("dilated_pool", reason="dilated-pool is not installed")
+    assert "overhead=None" in repr(create_pool(config).__reduce__())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dilated_factory.configs.base import FrozenConfig
 from dilated_factory.errors import missing_package
@@ -18,10 +18,15 @@ class PoolConfig(FrozenConfig):
 
     kind: Literal["pool"] = "pool"
     limit_bytes: int | None = Field(default=None, ge=0)
-    # Not None for the latter: TOML has no null.
+    # None, as the pool has it, is kept under a word: TOML has no null.
     overhead: Annotated[float, Field(ge=1)] | Literal["unlimited"] = 1.25
     fill: Literal["poison"] | None = None
     stacks: bool = False
+
+    @field_validator("overhead", mode="before")
+    @classmethod
+    def _none_by_its_word(cls, value: Any) -> Any:
+        return "unlimited" if value is None else value
 
 
 def create_pool(config: PoolConfig) -> UnifiedMemoryPool:
