@@ -189,7 +189,7 @@ def lock(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """Test all packages with the newest versions of everything; deprecations are listed."""
     groups = [test_group(package) for package in PACKAGES]
-    install(session, *TEST_TOOLS, *groups, *editable(*PACKAGES), lock=None)
+    install(session, *TEST_TOOLS, *groups, *wheels(session, *PACKAGES), lock=None)
     session.run("uv", "pip", "list", external=True)
     listed = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
     lenient = [f"-Wdefault::{warning}" for warning in listed]

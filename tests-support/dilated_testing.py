@@ -132,6 +132,10 @@ def patterns(draw: st.DrawFn, max_segment: int = 23, max_rate: int = 7) -> Dilat
     )
 
 
+# What an option allows, problems have: every sign, zero, and what is zero or infinite in float32.
+scales = st.sampled_from([None, None, None, -0.7, 0.0, 1e-60, -1e-60, 3e-5, 100.0, -100.0])
+
+
 @st.composite
 def problems(
     draw: st.DrawFn, *, max_length: int = 47, dropout: bool = True, cross: bool = True
@@ -159,4 +163,5 @@ def problems(
         padding=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.4])) if dropout else 0.0,
         seed=draw(st.integers(0, 2**31)),
+        options={"scale": draw(scales)},
     )

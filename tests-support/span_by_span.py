@@ -21,8 +21,10 @@ class Part:
     """One span of a problem, and what ranks would send it: packed rows of all other spans."""
 
     def __init__(self, problem, span, spans, seed, keys):
+        scale = problem.options.get("scale")
+        scale = problem.head_dim**-0.5 if scale is None else scale
         self.call = SpanCall(
-            span, problem.length, problem.is_causal, problem.head_dim**-0.5, problem.dropout_p, seed
+            span, problem.length, problem.is_causal, scale, problem.dropout_p, seed
         )
         self.spans = problem.pattern.spans
         self.local = KeyRows(*(rows_of(x, span) for x in keys))

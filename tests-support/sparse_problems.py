@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from dilated_sparse import BlockLayout, block_sparse_attention, layouts
+from dilated_testing import scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -23,6 +24,7 @@ class Problem:
     padding: float = 0.0
     dropout_p: float = 0.0
     seed: int = 7
+    scale: float | None = None
 
     def tensors(self, dtype=torch.float64, device="cpu"):
         """Random q, k, v that require gradients: the same numbers for every dtype and device."""
@@ -49,7 +51,7 @@ class Problem:
         out, lse = attention(
             *tensors, self.layout, is_causal=self.is_causal,
             key_padding_mask=self.mask(tensors[0].device), dropout_p=self.dropout_p,
-            enable_gqa=True, return_lse=True, backend=backend,
+            scale=self.scale, enable_gqa=True, return_lse=True, backend=backend,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.seed + 2)
         upstream = [
@@ -136,4 +138,5 @@ def problems(draw, *, dropout=True, max_length=41):
         padding=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.4])) if dropout else 0.0,
         seed=draw(st.integers(0, 2**31)),
+        scale=draw(scales),
     )

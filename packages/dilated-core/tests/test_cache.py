@@ -101,8 +101,100 @@ def test_truncate_goes_back_within_the_segments():
     assert relative_error(actual, full[:, 20:]) < 1e-10
     with pytest.raises(ValueError, match=r"multiple of segment length 4: .* Got 27"):
         cache.truncate(27)
+    with pytest.raises(TypeError, match=r"length must be an int\. Got True"):
+        cache.truncate(True)
     with pytest.raises(ValueError, match=r"length must be between 0 and 31\. Got 32"):
         cache.truncate(32)
+
+
+@given(patterns(max_segment=11), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.data())
+def test_any_order_of_operations_equals_the_full_forward(pattern, kv_heads, group, padded, data):
+    heads = kv_heads * group
+    if pattern.head_groups == "split" and heads < len(pattern.segment_lengths):
+        kv_heads = heads = len(pattern.segment_lengths)
+    shapes = [(2, 0, heads, 3), (2, 0, kv_heads, 3), (2, 0, kv_heads, 3)]
+    seen = [torch.empty(shape, dtype=torch.float64) for shape in shapes]  # q, k, v so far
+    mask = torch.empty(2, 0, dtype=torch.bool)
+    scale = data.draw(st.sampled_from([None, -0.7, 0.0]))
+    cache, went_back = DilatedKVCache(pattern), False
+    kinds = ["attend", "attend", "truncate", "reorder", "reset", "misfit"]
+    for _ in range(data.draw(st.integers(1, 9))):
+        kind = data.draw(st.sampled_from(kinds))
+        if kind == "attend":
+            steps = data.draw(st.integers(0, 13))
+            new = [torch.randn(2, steps, *x.shape[2:], dtype=x.dtype) for x in seen]
+            ignored = torch.rand(2, steps) < (0.3 if padded else 0.0)
+            seen = [torch.cat(pair, 1) for pair in zip(seen, new, strict=True)]
+            mask = torch.cat([mask, ignored], 1)
+            given = ignored if padded and data.draw(st.integers(0, 3)) else None
+            if given is None:
+                mask[:, mask.shape[1] - steps :] = False
+            actual = cache.attend(*new, scale=scale, key_padding_mask=given)
+            full = dilated_attention(
+                *seen, pattern, is_causal=True, scale=scale, key_padding_mask=mask, enable_gqa=True,
+                backend="reference",
+            )  # fmt: skip
+            assert relative_error(actual, full[:, full.shape[1] - steps :]) < 1e-10
+        elif kind == "truncate":
+            length = data.draw(st.integers(0, cache.length))
+            last = max(cache.length - 1, 0)
+            starts = [last // w * w for w in pattern.segment_lengths]
+            whole = all(length % w == 0 for w in pattern.segment_lengths)
+            must = whole or (not went_back and length >= max(starts))
+            try:
+                cache.truncate(length)
+            except ValueError:
+                assert not must
+            else:
+                went_back = went_back or length < cache.length or length < seen[0].shape[1]
+                seen, mask = [x[:, :length] for x in seen], mask[:, :length]
+        elif kind == "reorder" and cache.length:
+            index = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
+            cache.reorder(index)
+            seen, mask = [x[index] for x in seen], mask[index]
+        elif kind == "reset":
+            cache.reset()
+            seen, mask = [x[:, :0] for x in seen], mask[:, :0]
+        elif kind == "misfit" and cache.nbytes:
+            more = [torch.randn(2, 1, 2 * x.shape[2], 3, dtype=x.dtype) for x in seen]
+            with pytest.raises(ValueError, match="the cache's"):
+                cache.attend(more[0], *[torch.randn(2, 1, kv_heads, 3).double()] * 2)
+            with pytest.raises(ValueError, match="the cache's"):
+                cache.attend(*more)
+        assert cache.length == seen[0].shape[1]
+
+
+def test_the_last_tokens_of_a_whole_segment_can_be_taken_back():
+    # As speculative decoding does: the rows of a segment are held until the next one starts.
+    pattern = DilatedPattern([4, 8], [1, 2])
+    tensors = [torch.randn(1, 8, 2, 5, dtype=torch.float64) for _ in "qkv"]
+    full = dilated_attention(*tensors, pattern, is_causal=True)
+    for steps in ([8], [1] * 8, [3, 5]):
+        cache = DilatedKVCache(pattern)
+        decode(cache, tensors, steps[:-1])
+        cache.truncate(7)
+        assert relative_error(cache.attend(*[x[:, 7:] for x in tensors]), full[:, 7:]) < 1e-10
+
+
+def test_rows_that_are_gone_stay_gone_after_a_first_truncation():
+    x = torch.randn(1, 1, 1, 8)
+    cache = DilatedKVCache(DilatedPattern([4], [1]))
+    for _ in range(6):
+        cache.attend(x, x, x)
+    for length in (4, 4):
+        cache.truncate(length)
+        with pytest.raises(ValueError, match=r"no longer held\. Got 3"):
+            cache.truncate(3)
+
+
+def test_a_cache_keeps_to_its_number_of_query_heads():
+    x = torch.randn(1, 2, 4, 8)
+    for first, second in ((2, 4), (4, 2)):
+        cache = DilatedKVCache(DilatedPattern([8], [1]))
+        cache.attend(x[:, :, :first], *[x[:, :, :2]] * 2)
+        with pytest.raises(ValueError, match=rf"query must have the cache's {first} heads"):
+            cache.attend(x[:, :, :second], *[x[:, :, :2]] * 2)
+        assert cache.length == 2
 
 
 def test_reset_starts_a_new_sequence_in_the_same_memory():

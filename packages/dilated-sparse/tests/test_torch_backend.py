@@ -59,7 +59,7 @@ def test_reference_equals_softmax_over_the_dense_mask(problem):
         q.transpose(1, 2), *(
             x.transpose(1, 2).repeat_interleave(problem.heads // problem.kv_heads, 1)
             for x in (k, v)
-        ), attn_mask=seen,
+        ), attn_mask=seen, scale=problem.scale,
     ) if seen.numel() else torch.zeros_like(q).transpose(1, 2)  # fmt: skip
     expected = expected.masked_fill(~seen.any(-1, keepdim=True), 0.0).transpose(1, 2)
     actual = problem.run("reference", problem.tensors())["out"]

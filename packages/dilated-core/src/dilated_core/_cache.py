@@ -40,6 +40,7 @@ class DilatedKVCache:
         self.pattern = pattern
         self.length = 0
         self._branches: list[_BranchCache] = []
+        self._heads = 0
 
     def __repr__(self) -> str:
         return f"DilatedKVCache({self.pattern!r}, length={self.length}, nbytes={self.nbytes})"
@@ -86,46 +87,67 @@ class DilatedKVCache:
             raise RuntimeError(
                 "a DilatedKVCache gives no gradients: use torch.no_grad() or inference_mode()."
             )
-        if not self._branches:
-            self._branches = list(_allocate(self.pattern, query.shape[2], key))
-        self._branches[0].check_fits(key)
+        if self._branches:
+            self._check_fits(query, key)
         options = Options(self.pattern, True, scale, key_padding_mask)
         total = attend_rows(options, query, key, value, start=self.length)
         for branch in self._branches:
             branch.attend(self.length, query, scale, total)
+        out = total.out.to(query.dtype)
+        # Nothing of the cache changes before all that may fail is done.
+        if not self._branches:
+            self._branches = list(_allocate(self.pattern, query.shape[2], key))
+            self._heads = query.shape[2]
+        for branch in self._branches:
             branch.append(self.length, key, value, key_padding_mask)
         self.length += query.shape[1]
-        return total.out.to(query.dtype)
+        return out
+
+    def _check_fits(self, query: Tensor, key: Tensor) -> None:
+        if query.shape[2] != self._heads:
+            raise ValueError(
+                f"query must have the cache's {self._heads} heads. Got {query.shape[2]}."
+            )
+        self._branches[0].check_fits(key)
 
     def reorder(self, index: Tensor) -> None:
         """Take batch rows `index` (B',) int64, as beam search does; B' may differ from B."""
-        for branch in self._branches:
-            branch.reorder(index)
+        chosen = [[x.index_select(0, index) for x in branch.tensors] for branch in self._branches]
+        for branch, tensors in zip(self._branches, chosen, strict=True):
+            branch.key, branch.value, branch.padding = tensors
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on.
 
+        Of each branch the rows of one segment are held: that of the last position that was seen.
+
         Raises:
+            TypeError: `length` is no int.
             ValueError: `length` is negative, above the current length, or lies in a segment whose
-                rows are no longer kept.
+                rows are no longer held.
         """
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"length must be an int. Got {length!r}.")
         if not 0 <= length <= self.length:
             raise ValueError(f"length must be between 0 and {self.length}. Got {length}.")
-        for w in self.pattern.segment_lengths:
-            # The rows of the segment that the last position lies in are the ones still held.
-            if length % w and length // w != (self.length - 1) // w:
-                held = (self.length - 1) // w * w
+        for branch in self._branches:
+            if not branch.can_continue(length):
+                w, held = branch.segment_length, branch.held
                 raise ValueError(
-                    f"length must be at least {held}, or a multiple of segment length {w}: the "
-                    f"earlier rows are no longer kept. Got {length}."
+                    f"length must be between {held.start} and {held.stop}, or a multiple of "
+                    f"segment length {w}: the rows of other segments are no longer held. "
+                    f"Got {length}."
                 )
-        self.length = length
+        self._forget(length)
 
     def reset(self) -> None:
         """Forget everything, and keep the memory for the next sequence of the same shape."""
-        self.length = 0
+        self._forget(0)
+
+    def _forget(self, length: int) -> None:
+        for branch in self._branches:
+            branch.held = range(branch.held.start, min(branch.held.stop, length))
+        self.length = length
 
 
 class _Streams(NamedTuple):
@@ -138,9 +160,12 @@ class _Streams(NamedTuple):
 
 
 class _BranchCache:
-    """The rows of the current segment of one branch: streams (B, S, ceil(w / r), D).
+    """The rows of one segment of one branch: streams (B, S, ceil(w / r), D).
 
     One stream for each offset and key head that a query head of that offset reads.
+
+    Attributes:
+        held: the positions whose rows are there, from the first of a segment on.
     """
 
     def __init__(self, w: int, r: int, group: int, streams: Sequence[_Streams], key: Tensor):
@@ -152,6 +177,7 @@ class _BranchCache:
         self.key, self.value = key.new_zeros(shape), key.new_zeros(shape)
         self.padding = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         self.has_padding = False
+        self.held = range(0)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -167,7 +193,12 @@ class _BranchCache:
                 f"Got {actual}, {key.dtype}, {key.device}."
             )
 
-    def _held(self, offset: int, position: int) -> int:
+    def can_continue(self, length: int) -> bool:
+        """Whether all rows are there that a query at position `length` would see."""
+        segment = length // self.segment_length * self.segment_length
+        return length == segment or (self.held.start == segment and length <= self.held.stop)
+
+    def _before(self, offset: int, position: int) -> int:
         """Rows of that offset before `position` in its segment."""
         inside = position % self.segment_length
         return max(0, -(-(inside - offset) // self.dilation_rate))
@@ -175,7 +206,7 @@ class _BranchCache:
     def _kept(self, offset: int, start: int, stop: int) -> slice:
         """Rows, counted from `start`, that the offset keeps in the segment of `start`."""
         segment = start // self.segment_length * self.segment_length
-        first = segment + offset + self._held(offset, start) * self.dilation_rate
+        first = segment + offset + self._before(offset, start) * self.dilation_rate
         stop = min(stop, segment + self.segment_length)
         return slice(first - start, max(first, stop) - start, self.dilation_rate)
 
@@ -183,7 +214,7 @@ class _BranchCache:
         """Merge attention of the new rows at `position` to the rows held before them."""
         for offset, rows, kv_heads, heads in self.streams:
             held, kept = (
-                self._held(offset, position),
+                self._before(offset, position),
                 self._kept(offset, position, position + query.shape[1]),
             )
             if not held or kept.start >= kept.stop:
@@ -209,16 +240,21 @@ class _BranchCache:
     def append(
         self, position: int, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
     ) -> None:
-        """Keep those of the new rows that lie in the segment of the next position."""
+        """Keep those of the new rows that lie in the segment of the last one.
+
+        Where they complete it, no later query sees them; they are for `truncate`.
+        """
         stop = position + key.shape[1]
-        start = max(position, stop // self.segment_length * self.segment_length)
         if key_padding_mask is not None:
             self.has_padding = True
-        if start >= stop:
+        if position == stop:
             return
+        segment = (stop - 1) // self.segment_length * self.segment_length
+        start = max(position, segment)
+        self.held = range(segment, stop)
         new = slice(start - position, None)
         for offset, rows, kv_heads, _ in self.streams:
-            held, kept = self._held(offset, start), self._kept(offset, start, stop)
+            held, kept = self._before(offset, start), self._kept(offset, start, stop)
             taken = key[:, new][:, kept]
             at = slice(held, held + taken.shape[1])
             picked = _pick(list(kv_heads), 0)
@@ -229,9 +265,6 @@ class _BranchCache:
                 self.padding[:, streams, at] = key_padding_mask[:, None, new][:, :, kept]
             elif self.has_padding:
                 self.padding[:, streams, at] = False
-
-    def reorder(self, index: Tensor) -> None:
-        self.key, self.value, self.padding = (x.index_select(0, index) for x in self.tensors)
 
 
 def _pick(indices: list[int], start: int) -> slice | list[int]:

@@ -41,7 +41,9 @@ def attend(rows: Rows, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     """Attention over these keys: out (b, h, n, D), lse (b, h, n); 0 and -inf where none is seen."""
     if query.device.type == "cpu" and rows.keep is None:
         mask = _additive(rows.key_mask, query.dtype)
-        out, lse = _FLASH(query, key, value, 0.0, rows.is_causal, attn_mask=mask, scale=rows.scale)
+        factor, scale = _positive(rows, query.dtype)
+        query = query if factor == 1 else query * factor
+        out, lse = _FLASH(query, key, value, 0.0, rows.is_causal, attn_mask=mask, scale=scale)
         if rows.key_mask is not None:
             # The operator reports lse 0 for a row that sees nothing.
             lse = lse.masked_fill(_sees_nothing(rows, query.shape[2]), -math.inf)
@@ -63,12 +65,26 @@ def attend_backward(
     lse = total.lse.masked_fill(total.lse == -math.inf, math.inf)
     if query.device.type == "cpu" and rows.keep is None and grad_lse is None:
         mask = _additive(rows.key_mask, query.dtype)
-        grads: tuple[Tensor, Tensor, Tensor] = _FLASH_BACKWARD(
+        factor, scale = _positive(rows, query.dtype)
+        query = query if factor == 1 else query * factor
+        grad_query, grad_key, grad_value = _FLASH_BACKWARD(
             grad_out, query, key, value, total.out, lse, 0.0, rows.is_causal,
-            attn_mask=mask, scale=rows.scale,
+            attn_mask=mask, scale=scale,
         )  # fmt: skip
-        return grads
+        return grad_query if factor == 1 else grad_query * factor, grad_key, grad_value
     return _backward_in_chunks(rows, grad_out, grad_lse, query, key, value, total.out, lse)
+
+
+def _positive(rows: Rows, dtype: torch.dtype) -> tuple[float, float]:
+    """The scale as a factor on the query and a scale for torch's operator.
+
+    The operator (torch 2.11 to 2.13) hides later keys before it scales: -inf times 0, or a scale
+    that is 0 in float32, is NaN, and times a negative one it is +inf.
+    """
+    least = torch.finfo(accumulate_dtype(dtype)).tiny
+    if not rows.is_causal or rows.scale >= least:
+        return 1.0, rows.scale
+    return (-1.0, -rows.scale) if rows.scale <= -least else (rows.scale, 1.0)
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -45,6 +45,10 @@ CASES = {
     "head_dim 19": (PLAIN, 37, 37, 1, 1, 19, {}),
     "head_dim 117, in halves": (PLAIN, 23, 23, 1, 1, 117, {"dtype": torch.float16}),
     "head_dim 43": (PLAIN, 37, 37, 2, 1, 43, {"scale": -0.2}),
+    "causal, scale 0": (NESTED, 35, 35, 1, 1, 16, {"is_causal": True, "scale": 0.0}),
+    "causal, negative scale": (
+        NESTED, 35, 35, 1, 1, 16, {"is_causal": True, "scale": -0.7, "padding": 0.3}
+    ),
     "padding mask": (PLAIN, 43, 43, 2, 2, 16, {"padding": 0.4}),
     "all keys ignored": (PLAIN, 19, 19, 1, 1, 16, {"padding": 1.1}),
     "count_padding": (PADDING, 47, 29, 2, 1, 16, {}),
