@@ -26,6 +26,16 @@ def test_a_picture_shows_a_panel_for_each_branch_and_head(tmp_path):
     assert path.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("highest", [1, 2, 3])
+def test_the_bar_of_counts_has_whole_numbers_only(highest):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plot)")
+    figure = plot_pattern(DilatedPattern([8] * highest, [1] * highest), 16, 1)
+    figure.draw_without_rendering()
+    (bar,) = [axis for axis in figure.axes if not axis.images and axis.get_ylabel()]
+    ticks = [tick for tick in bar.get_yticks() if 0 <= tick <= highest]
+    assert ticks == list(range(highest + 1))
+
+
 def test_bad_sizes_are_named():
     pattern = DilatedPattern([8], [1])
     with pytest.raises(ValueError, match=r"length must be at most 2048\. Got 4096"):

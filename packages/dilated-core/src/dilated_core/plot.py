@@ -37,6 +37,7 @@ def plot_pattern(
     _checks.positive_int("heads", heads)
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
             'plot_pattern needs matplotlib: pip install "dilated-core[plot]"'
@@ -62,7 +63,8 @@ def plot_pattern(
                 axis.set_ylabel(f"{title}\nquery")
             if row == len(titles) - 1:
                 axis.set_xlabel("key")
-    figure.colorbar(image, ax=axes, label="times the key counts", shrink=0.6)
+    whole = MaxNLocator(integer=True, min_n_ticks=1)
+    figure.colorbar(image, ax=axes, label="times the key counts", shrink=0.6, ticks=whole)
     figure.suptitle(repr(pattern) + (", causal" if is_causal else ""))
     return figure
 
