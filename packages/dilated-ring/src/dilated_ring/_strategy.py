@@ -45,14 +45,20 @@ def choose_strategy(problem: Problem) -> StrategyChoice:
         alone = "no row travels"
         return StrategyChoice("gather", alone, (("heads", alone), ("ring", alone)))
     held = 2 * problem.shard * (problem.heads + problem.kv_heads)
-    fits = f"of {gathered} vectors that gather receives, {held} may be held"
+    relation = "more" if gathered > held else "no more"
+    fits = (
+        f"gather receives {gathered:,} vectors, {relation} than the {held:,} of the rank's own "
+        "queries, keys, values and outputs"
+    )
     impossible = obstacle(problem)
     if impossible is None:
         traded = Trade(problem, rank).vectors
         if 2 * traded <= gathered:
-            reason = f"it moves {traded} vectors where gather moves {gathered}"
+            reason = f"it moves {traded:,} vectors where gather moves {gathered:,}"
             return StrategyChoice("heads", reason, (("gather", reason), ("ring", reason)))
-        impossible = f"it moves {traded} vectors where gather moves {gathered}, in two exchanges"
+        impossible = (
+            f"it moves {traded:,} vectors where gather moves {gathered:,}, in two exchanges"
+        )
     if gathered > held:
         return StrategyChoice("ring", fits, (("gather", fits), ("heads", impossible)))
     return StrategyChoice("gather", fits, (("heads", impossible), ("ring", fits)))
