@@ -1,16 +1,19 @@
 """Training: it learns, and a resumed run is the run that was never stopped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dilated_factory import LongNetConfig, RunError, TrainConfig
+from dilated_factory.cli.signals import SIGNALS, StopRequest
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer, initial_model, select_device
 from dilated_factory.training.run_folder import RunFolder
@@ -84,31 +87,97 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     assert again.run.read_metrics() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Trains with all signals that stop it at a given disposition: who runs the tests may ignore some.
+TRAIN_WITH_SIGNALS = """
+import os, signal, sys
+from dilated_factory.cli.signals import SIGNALS
+for number in SIGNALS:
+    signal.signal(number, signal.Handlers[sys.argv[1]])
+os.execv(sys.executable, [sys.executable, "-m", "dilated_factory", "train", *sys.argv[2:]])
+"""
+
+
+def train_in_a_process(
+    corpus: Path, out: Path, handlers: str = "SIG_DFL", **options: Any
+) -> subprocess.Popen[str]:
+    """A process that trains for five minutes and has taken at least three steps."""
+    command = [
+        *(sys.executable, "-c", TRAIN_WITH_SIGNALS, handlers, corpus, "--out", out),
+        *("--minutes", "5", *TINY_OPTIONS),
+    ]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **streams | options)
+    wait_for_steps(process, out, 3)
+    return process
+
+
+def wait_for_steps(process: subprocess.Popen[str], out: Path, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def require_saved(out: Path) -> None:
+    """The newest checkpoint is that of the last step."""
+    run = RunFolder.open(out)
+    steps = [record["step"] for record in run.read_metrics()]
+    assert steps == list(range(1, run.load().state.step + 1))
+    assert run.curves_path.exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_exits_cleanly(
     corpus_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "run"
-    command = [
-        *(sys.executable, "-m", "dilated_factory", "train", corpus_folder, "--out", out),
-        *("--minutes", "5", *TINY_OPTIONS),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    metrics = out / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = train_in_a_process(corpus_folder, out)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert stderr == ""
     assert "saved" in stdout
-    run = RunFolder.open(out)
-    steps = [record["step"] for record in run.read_metrics()]
-    assert steps == list(range(1, run.load().state.step + 1))
-    assert run.curves_path.exists()
+    require_saved(out)
+
+
+def test_a_terminal_that_closes_does_not_keep_training_from_saving(
+    corpus_folder: Path, tmp_path: Path
+) -> None:
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals")
+    out = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    process = train_in_a_process(corpus_folder, out, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.close(ours)  # from here on, what the process prints is an error
+    for _ in range(2):  # a terminal hangs up twice: the shell and the kernel do
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    require_saved(out)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(corpus_folder: Path, tmp_path: Path) -> None:
+    # nohup ignores SIGHUP, and a shell's script ignores Ctrl-C for its background jobs.
+    out = tmp_path / "run"
+    process = train_in_a_process(corpus_folder, out, "SIG_IGN")
+    for number in SIGNALS:
+        process.send_signal(number)
+    steps = (out / "metrics.jsonl").read_bytes().count(b"\n")
+    wait_for_steps(process, out, steps + 3)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_only_a_hangup_leaves_the_next_signal_noted() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) != stop._note
+        assert signal.getsignal(signal.SIGINT) != stop._note
+        if hasattr(signal, "SIGHUP"):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.exit_code == 128 + signal.SIGTERM
 
 
 def test_a_clock_goes_on_where_it_stopped(tiny_train: TrainConfig, tmp_path: Path) -> None:

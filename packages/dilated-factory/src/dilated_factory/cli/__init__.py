@@ -1,7 +1,7 @@
 """The `dilated` command line.
 
 Exit codes: 0 done; 1 the answer is bad news (the demo missed its margin, something does not work);
-2 the input cannot be used; 130 and 143 stopped by Ctrl-C and SIGTERM, after saving.
+2 the input cannot be used; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM, after saving.
 """
 
 import sys

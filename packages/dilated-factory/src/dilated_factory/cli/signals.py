@@ -1,20 +1,36 @@
-"""Ctrl-C and SIGTERM as a request to stop after the present step."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop after the present step."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Self
 
+# Windows has no SIGHUP.
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)
+SIGNALS: tuple[int, ...] = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    *(() if _HANGUP is None else (_HANGUP,)),
+)
+
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is noted; the next one acts as it would without."""
+    """While active, the first of `SIGNALS` is noted; the next one acts as it would without.
+
+    Two exceptions. What was ignored before stays ignored: so it is under nohup, and for Ctrl-C in
+    the background jobs of a script. And SIGHUP never cuts the saving short: a terminal that closes
+    sends it twice, by its shell and by the kernel.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in SIGNALS:
+            previous = signal.getsignal(number)
+            if previous is not signal.SIG_IGN:
+                self._previous[number] = previous
+                signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -23,7 +39,7 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     @property
     def requested(self) -> bool:
@@ -32,15 +48,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention for the signal that came: 130 or 143."""
+        """The shell's convention for the signal that came: 129, 130 or 143."""
         assert self.signal is not None
         return 128 + self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal = number
+        self._restore(*(each for each in self._previous if each != _HANGUP))
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous = {}
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, self._previous.pop(number))  # type: ignore[arg-type]
