@@ -1,6 +1,8 @@
 """Run folders: a checkpoint is complete or absent, and damage is told."""
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from dilated_factory import RunError, TrainConfig
 from dilated_factory.training import run_folder as module
 from dilated_factory.training.run_folder import RunFolder, RunState
+
+from .conftest import start
 
 STATE = RunState(step=20, elapsed_seconds=1.5, corpus_digest="abc")
 
@@ -37,6 +41,26 @@ def test_what_was_saved_is_loaded(run: RunFolder, tiny_train: TrainConfig) -> No
     torch.testing.assert_close(checkpoint.optimizer, tensors(-100), rtol=0, atol=0)
     kept = [path.name for path in run.checkpoints()]
     assert kept == ["checkpoint-00000040", "checkpoint-00000100"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask that matters")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_all_files_have_the_permissions_of_other_files(
+    tiny_train: TrainConfig, tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        trainer = start(tiny_train.model_copy(update={"steps": 1}), tmp_path / "run")
+        trainer.train()
+    finally:
+        os.umask(before)
+    modes = {
+        path.relative_to(tmp_path).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    assert modes == dict.fromkeys(modes, mode)
+    assert {"run/lock", "run/checkpoint-00000001/optimizer.safetensors"} <= set(modes)
 
 
 class Killed(BaseException):

@@ -20,7 +20,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        descriptor = os.open(_file(folder), os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(_file(folder), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor)
         except OSError:

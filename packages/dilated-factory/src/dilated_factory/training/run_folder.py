@@ -181,12 +181,16 @@ class RunFolder:
     def finish_checkpoint(self, temporary: Path, state: RunState) -> Path:
         """Make durable what is in the temporary folder, give it its name, drop old checkpoints."""
         final = self.path / f"checkpoint-{state.step:08d}"
-        checksums = {}
-        for file in sorted(temporary.rglob("*.safetensors")):
-            sync(file)
-            checksums[file.relative_to(temporary).as_posix()] = _checksum(file)
+        files = sorted(temporary.rglob("*.safetensors"))
+        checksums = {file.relative_to(temporary).as_posix(): _checksum(file) for file in files}
         full = state.model_copy(update={"checksums": checksums})
-        write_text(temporary / "state.json", full.model_dump_json(indent=2) + "\n")
+        record = temporary / "state.json"
+        write_text(record, full.model_dump_json(indent=2) + "\n")
+        for file in files:
+            # safetensors lets nobody else read its files, whatever the umask says.
+            if file.stat().st_mode != record.stat().st_mode:
+                shutil.copymode(record, file)
+            sync(file)
         sync(temporary)
         if not final.exists():  # else the same step of the same run, already safe
             temporary.rename(final)
