@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dilated_factory.cli.display import clock, training_display
+from dilated_factory.cli.display import clock, file_size, training_display
 from dilated_factory.training.loop import StepMetrics
 
 
@@ -35,6 +35,31 @@ def test_loss_speed_and_time_left_are_shown(terminal: bool) -> None:
     # 61 steps at 2.0 after 5.0, each a tenth of the way.
     for part in ("step 100", "100%", f"{2 + 3 * 0.9**61:.3f}", "500 tokens/s", "0:00:00 left"):
         assert part in last
+
+
+def test_the_bar_starts_without_numbers_that_are_none() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with training_display(console):
+        pass
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "? bits/byte ? tokens/s ? left" in shown
+    assert "nan" not in shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (38_123, "38.1 kB"),
+        (999_950, "1.0 MB"),
+        (219_800_000, "219.8 MB"),
+        (5_000_000_000_000, "5,000.0 GB"),
+    ],
+)
+def test_sizes_of_files_have_a_unit_that_shows_them(count: int, shown: str) -> None:
+    assert file_size(count) == shown
 
 
 def test_the_time_left_is_that_of_the_steps_left() -> None:

@@ -31,7 +31,14 @@ def test_the_score_is_the_mean_of_each_byte_after_its_own_window(
     torch.manual_seed(0)
     model = LongNetLM(tiny_model)
     data = torch.randint(256, (211,), dtype=torch.uint8)
-    scores = evaluate_contexts(model, data, [8, 16, 32], max_bytes=70)
+    told: list[tuple[str, float]] = []
+    scores = evaluate_contexts(
+        model, data, [8, 16, 32], max_bytes=70, on_progress=lambda *now: told.append(now)
+    )
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert {what for what, _ in told} == {f"scoring at context {c}" for c in (8, 16, 32)}
     sections = scored_sections(len(data), 32, 70)
     assert len(sections) == 4
     model.eval()

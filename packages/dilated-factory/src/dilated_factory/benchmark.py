@@ -6,8 +6,10 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,25 @@ class Workload:
         one = self.pattern.flops(self.length, self.heads, self.head_dim, is_causal=self.is_causal)
         return self.batch * one
 
+    def round_flops(self) -> float:
+        """Operations of what is timed; a backward counts as 2.5 forwards."""
+        return (1.0 if self.forward_only else 3.5) * self.flops()
+
+
+class Contender(NamedTuple):
+    """One that is timed.
+
+    Attributes:
+        name: for tables.
+        make: makes its function, or says why there is none; it may fail in any way.
+        by_definition: whether it computes the pattern of the workload in all heads, so that the
+            operations of the definition are its own.
+    """
+
+    name: str
+    make: Callable[[], Attention | str]
+    by_definition: bool = False
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -59,12 +80,14 @@ class Timing:
     Attributes:
         name: the contender.
         seconds: of each round; empty if it could not run.
-        obstacle: why it could not run.
+        obstacle: why it could not run, in one line.
+        flops: operations of a round by the definition; None where it computes something else.
     """
 
     name: str
     seconds: tuple[float, ...] = ()
     obstacle: str | None = None
+    flops: float | None = None
 
     @property
     def median(self) -> float:
@@ -76,49 +99,65 @@ class Timing:
         """The quickest round, which other work on the machine disturbed least."""
         return min(self.seconds, default=math.nan)
 
+    @property
+    def flops_per_second(self) -> float | None:
+        """In the quickest round; None where it did not run or computes something else."""
+        return self.flops / self.least if self.flops is not None and self.seconds else None
+
 
 def contenders(
     workload: Workload, registry: Registry, config: AttentionConfig | None = None
-) -> Iterator[tuple[str, Attention | str]]:
-    """Name and function of each contender, or why there is none.
+) -> list[Contender]:
+    """All that can be timed with a workload.
 
     Args:
         workload: what they will compute.
         registry: builds `config`.
         config: attention to time beside the others.
     """
-    for backend in ("triton", "torch", "reference"):
-        yield f"dilated, {backend}", _backend(workload, backend)
+    found = [
+        Contender(f"dilated, {backend}", partial(_backend, workload, backend), by_definition=True)
+        for backend in ("triton", "torch", "reference")
+    ]
     if config is not None:
-        module = registry.create(config)
-        yield (
-            f"file: {config.kind}",
-            lambda q, k, v: module(q, k, v, is_causal=workload.is_causal),
+        found.append(
+            Contender(f"file: {config.kind}", partial(_of_file, workload, registry, config))
         )
-    yield "dense, torch SDPA", lambda q, k, v: _dense(workload, q, k, v)
-    yield "dilated-attention-pytorch", _peer(workload)
+    found.append(Contender("dense, torch SDPA", lambda: partial(_dense, workload)))
+    # It computes each branch in a part of the heads only.
+    found.append(Contender("dilated-attention-pytorch", partial(_peer, workload)))
+    return found
 
 
 def run(
     workload: Workload,
-    entries: Iterator[tuple[str, Attention | str]],
+    entries: Sequence[Contender],
     *,
     rounds: int,
+    on_start: Callable[[Contender], None] = lambda contender: None,
     on_done: Callable[[Timing], None] = lambda timing: None,
 ) -> list[Timing]:
-    """Time each contender in turn: one call to warm up, then `rounds` calls."""
+    """Time each contender in turn: one call to warm up, then `rounds` calls.
+
+    One that fails, while it is made or while it runs, does not stop the others.
+    """
     timings = []
-    for name, attention in entries:
-        if isinstance(attention, str):
-            timing = Timing(name, obstacle=attention)
-        else:
-            timing = _time(name, attention, workload, rounds)
+    for contender in entries:
+        on_start(contender)
+        try:
+            timing = _time(contender, workload, rounds)
+        except (Exception, SystemExit) as error:  # a peer may fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            timing = Timing(contender.name, obstacle=reason)
         on_done(timing)
         timings.append(timing)
     return timings
 
 
-def _time(name: str, attention: Attention, workload: Workload, rounds: int) -> Timing:
+def _time(contender: Contender, workload: Workload, rounds: int) -> Timing:
+    attention = contender.make()
+    if isinstance(attention, str):
+        return Timing(contender.name, obstacle=attention)
     query, key, value, upstream = workload.tensors()
     inputs = [x.requires_grad_(not workload.forward_only) for x in (query, key, value)]
 
@@ -129,12 +168,10 @@ def _time(name: str, attention: Attention, workload: Workload, rounds: int) -> T
         if workload.device.startswith("cuda"):
             torch.cuda.synchronize(workload.device)
 
-    try:
-        once()
-        gc.collect()
-        return Timing(name, tuple(_seconds(once) for _ in range(rounds)))
-    except Exception as error:  # a peer may fail in any way; the others still count
-        return Timing(name, obstacle=f"{type(error).__name__}: {error}")
+    once()
+    gc.collect()
+    flops = workload.round_flops() if contender.by_definition else None
+    return Timing(contender.name, tuple(_seconds(once) for _ in range(rounds)), flops=flops)
 
 
 def _seconds(call: Callable[[], None]) -> float:
@@ -163,6 +200,11 @@ def _backend(workload: Workload, backend: str) -> Attention | str:
         return out
 
     return attend
+
+
+def _of_file(workload: Workload, registry: Registry, config: AttentionConfig) -> Attention:
+    module = registry.create(config)
+    return lambda q, k, v: module(q, k, v, is_causal=workload.is_causal)
 
 
 def _dense(workload: Workload, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

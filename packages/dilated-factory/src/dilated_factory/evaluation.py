@@ -7,7 +7,7 @@ the numbers comparable with each other and with the Markov baselines.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +74,17 @@ def evaluate_contexts(
     *,
     max_bytes: int = 131072,
     device: torch.device | str = "cpu",
+    on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> list[ContextScore]:
     """Score held-out ``data``, uint8 (length,), at each context; see the module for how.
+
+    Args:
+        model: what predicts.
+        data: what is predicted.
+        contexts: in bytes, even, each a divisor of the longest.
+        max_bytes: about how many bytes are scored at each context.
+        device: where the model is.
+        on_progress: is told what is scored and which share of all is done, from 0 to 1.
 
     Raises:
         InputError: a context is odd, or does not divide the longest one.
@@ -88,28 +97,39 @@ def evaluate_contexts(
     sections = scored_sections(len(data), longest, max_bytes)
     training = model.training
     model.eval()
-    scores = [
-        ContextScore(context, bits, len(sections) * len(sections[0]))
-        for context in contexts
-        for bits in [_mean_bits(model, data, sections, context, torch.device(device))]
-    ]
+    scores = []
+    for done, context in enumerate(contexts):
+
+        def show(share: float, done: int = done, context: int = context) -> None:
+            on_progress(f"scoring at context {context}", (done + share) / len(contexts))
+
+        bits = _mean_bits(model, data, sections, context, torch.device(device), show)
+        scores.append(ContextScore(context, bits, len(sections) * len(sections[0])))
     model.train(training)
     return scores
 
 
 @torch.no_grad()
 def _mean_bits(
-    model: LongNetLM, data: Tensor, sections: list[range], context: int, device: torch.device
+    model: LongNetLM,
+    data: Tensor,
+    sections: list[range],
+    context: int,
+    device: torch.device,
+    on_progress: Callable[[float], None],
 ) -> float:
     half = context // 2
     chunks = [start for section in sections for start in section[::half]]
     starts = torch.tensor(chunks) - half - 1
     total = 0.0
-    for part in torch.split(starts, max(1, _CALL_BYTES // context)):
+    parts = torch.split(starts, max(1, _CALL_BYTES // context))
+    for done, part in enumerate(parts):
+        on_progress(done / len(parts))
         windows = data[part.unsqueeze(1) + torch.arange(context + 1)].to(device, torch.int64)
         logits = model.head(model.hidden_states(windows[:, :-1])[:, half:])
         nats = F.cross_entropy(
             logits.float().flatten(0, 1), windows[:, half + 1 :].flatten(), reduction="sum"
         )
         total += nats.item()
+    on_progress(1.0)
     return total / math.log(2) / (len(chunks) * half)

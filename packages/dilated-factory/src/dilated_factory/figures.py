@@ -1,12 +1,15 @@
 """Pictures: the loss curve of a run, bits per byte against context, times of attention."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dilated_factory.evaluation import ContextScore
 from dilated_factory.training.atomic import replacing
+
+_TITLE_CHARACTERS = 80  # in a line as wide as a figure
 
 
 def save_loss_curve(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -50,7 +53,7 @@ def save_timings(path: Path, seconds: Mapping[str, Sequence[float]], title: str)
     axes.barh(names, least, xerr=[[0.0] * len(names), spread], color="C0", capsize=3)
     axes.invert_yaxis()
     axes.set(xlabel="milliseconds: least, and up to the median")
-    figure.suptitle(title, fontsize=7, wrap=True)
+    figure.suptitle(textwrap.fill(title, _TITLE_CHARACTERS), fontsize=9)
     _save(figure, path)
 
 

@@ -1,6 +1,6 @@
 """A trained model out of its run folder, and its scores beside the Markov baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def evaluate_run(
     *,
     contexts: Sequence[int] | None = None,
     max_bytes: int = 131072,
+    on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Evaluation:
     """Score a trained model on held-out bytes, beside Markov models of order 1 and 2.
 
@@ -73,6 +74,7 @@ def evaluate_run(
         paths: files and folders to score instead of the held-out files of the run's corpus.
         contexts: in bytes; default 512 to 16384, doubling, as far as the data goes.
         max_bytes: about how many bytes are scored at each context.
+        on_progress: is told what is done and which share of the model's part is done, from 0 to 1.
 
     Raises:
         RunError: the held-out files are asked for, but the corpus has changed since training.
@@ -89,9 +91,13 @@ def evaluate_run(
     contexts = tuple(contexts or fitting_contexts(len(data)))
     with autocast(trained.device, config.dtype):
         scores = evaluate_contexts(
-            trained.model, data, contexts, max_bytes=max_bytes, device=trained.device
+            *(trained.model, data, contexts),
+            max_bytes=max_bytes,
+            device=trained.device,
+            on_progress=on_progress,
         )
     sections = scored_sections(len(data), max(contexts), max_bytes)
+    on_progress("counting for the Markov models", 1.0)
     baselines = {} if corpus is None else _baselines(trained, corpus, data, sections)
     return Evaluation(scores, baselines)
 

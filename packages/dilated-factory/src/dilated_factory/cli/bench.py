@@ -13,6 +13,8 @@ from rich.table import Table
 from dilated_core import DilatedPattern
 from dilated_factory.attention import default_registry
 from dilated_factory.benchmark import Timing, Workload, contenders, run
+from dilated_factory.cli import EXIT_INTERRUPTED
+from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
@@ -21,6 +23,7 @@ from dilated_factory.cli.patterns import (
     Json,
     Offsets,
     SegmentLengths,
+    pattern_summary,
     read_pattern,
 )
 from dilated_factory.configs.files import read_values
@@ -38,7 +41,8 @@ def bench(
     head_offsets: Offsets = "interleaved",
     causal: Causal = False,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "float64"], typer.Option(help="Of all tensors.")
+        Literal["float16", "bfloat16", "float32", "float64"],
+        typer.Option(metavar="TYPE", help="Of all tensors: float16, bfloat16, float32 or float64."),
     ] = "float32",
     device: Device = "cpu",
     forward_only: Annotated[
@@ -55,13 +59,12 @@ def bench(
     """Time attention: the project's kinds and backends, and installed peers.
 
     The default pattern is LongNet's for the length, from segments of 1024 positions. Dense
-    attention computes another function; it is there to compare with.
+    attention computes another function; it is there to compare with. Ctrl-C ends the timing; what
+    was timed until then is printed.
 
     Examples:
         dilated bench --length 16384 --causal --png bench.png
-
         dilated bench --device cuda --dtype bfloat16 --length 262144 --json
-
         dilated bench --config attention.toml --forward-only
     """
     pattern = read_pattern(
@@ -84,21 +87,36 @@ def bench(
     )
     registry = default_registry()
     extra = None if config is None else registry.parse(read_values(config))
-    timings = run(workload, contenders(workload, registry, extra), rounds=rounds)
+    timings: list[Timing] = []
+    interrupted = False
+    entries = contenders(workload, registry, extra)
+    with progress_bar() as show:
+        try:
+            run(
+                *(workload, entries),
+                rounds=rounds,
+                on_start=lambda entry: show(f"timing {entry.name}", len(timings) / len(entries)),
+                on_done=timings.append,
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+    code = EXIT_INTERRUPTED if interrupted else 0
     if png is not None:
         save_timings(png, {t.name: t.seconds for t in timings if t.seconds}, describe(workload))
     if as_json:
         print(json.dumps(record(workload, timings, png)))
-        return 0
+        return code
     console = plain_console()
     console.print(describe(workload), soft_wrap=True)
-    console.print(table(workload, timings))
+    console.print(table(timings))
     for timing in timings:
         if timing.obstacle is not None:
             console.print(f"not timed: {timing.name}: {timing.obstacle}", soft_wrap=True)
     if png is not None:
         console.print(f"written: {png}", soft_wrap=True)
-    return 0
+    if interrupted:
+        console.print(f"interrupted: {len(entries) - len(timings)} not timed", soft_wrap=True)
+    return code
 
 
 def describe(workload: Workload) -> str:
@@ -110,7 +128,7 @@ def describe(workload: Workload) -> str:
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     )
     return (
-        f"{workload.pattern!r}, {workload.batch} x {workload.length} positions, "
+        f"{pattern_summary(workload.pattern)}, {workload.batch} x {workload.length} positions, "
         f"{workload.heads} heads of {workload.head_dim}, {str(workload.dtype).split('.')[-1]}"
         f"{', causal' if workload.is_causal else ''}, "
         f"{'forward' if workload.forward_only else 'forward and backward'}; "
@@ -118,25 +136,18 @@ def describe(workload: Workload) -> str:
     )
 
 
-def table(workload: Workload, timings: list[Timing]) -> Table:
+def table(timings: list[Timing]) -> Table:
     """A row for each contender that ran."""
     result = Table()
-    result.add_column("attention")
+    result.add_column("attention", no_wrap=True)
     for column in ("least, ms", "median, ms", "GFLOP/s by the definition"):
         result.add_column(column, justify="right")
     for timing in timings:
         if timing.obstacle is None:
             times = (f"{1e3 * seconds:.2f}" for seconds in (timing.least, timing.median))
-            # The others compute another function.
-            counted = f"{rate(workload, timing):.0f}" if timing.name.startswith("dilated") else "-"
-            result.add_row(timing.name, *times, counted)
+            rate = timing.flops_per_second
+            result.add_row(timing.name, *times, "-" if rate is None else f"{rate / 1e9:.0f}")
     return result
-
-
-def rate(workload: Workload, timing: Timing) -> float:
-    """10^9 operations of the definition per second; a backward counts as 2.5 forwards."""
-    passes = 1.0 if workload.forward_only else 3.5
-    return passes * workload.flops() / timing.least / 1e9
 
 
 def record(workload: Workload, timings: list[Timing], png: Path | None) -> dict[str, Any]:
@@ -151,6 +162,7 @@ def record(workload: Workload, timings: list[Timing], png: Path | None) -> dict[
                 "least_seconds": None if math.isnan(timing.least) else timing.least,
                 "median_seconds": None if math.isnan(timing.median) else timing.median,
                 "rounds": list(timing.seconds),
+                "flops_per_second": timing.flops_per_second,
                 "obstacle": timing.obstacle,
             }
             for timing in timings

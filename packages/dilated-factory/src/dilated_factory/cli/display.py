@@ -1,11 +1,14 @@
-"""What training shows while it runs: a progress bar, or plain lines where there is no terminal."""
+"""What commands show while they run: a progress bar, or plain lines where there is no terminal."""
 
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dilated_factory.training.loop import StepMetrics
 
@@ -67,13 +70,13 @@ class _Bar:
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
-            TextColumn("[bold]{task.fields[bits]:.3f}[/] bits/byte"),
-            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("[bold]{task.fields[bits]}[/] bits/byte"),
+            TextColumn("{task.fields[speed]} tokens/s"),
             TextColumn("{task.fields[left]} left"),
             console=console,
         )
         self._task = self._progress.add_task(
-            "train", total=1.0, step=0, bits=float("nan"), speed=0.0, left="?"
+            "train", total=1.0, step=0, bits="?", speed="?", left="?"
         )
 
     def __enter__(self) -> Self:
@@ -95,8 +98,8 @@ class _Bar:
             self._task,
             completed=metrics.progress,
             step=metrics.step,
-            bits=smoothed.bits,
-            speed=smoothed.bytes_per_second,
+            bits=f"{smoothed.bits:.3f}",
+            speed=f"{smoothed.bytes_per_second:,.0f}",
             left=clock(smoothed.seconds_left),
         )
 
@@ -129,6 +132,50 @@ class _Lines:
             f"step {metrics.step}  {metrics.progress:.0%}  {smoothed.bits:.3f} bits/byte  "
             f"{smoothed.bytes_per_second:,.0f} tokens/s  {clock(smoothed.seconds_left)} left",
         )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """Yield what shows, on a terminal, what is being done and which share of all is done.
+
+    It is on standard error, so that standard output holds results alone, and gone afterwards.
+    Where standard error is no terminal, nothing is shown.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(
+        *columns,
+        console=Console(stderr=True, markup=False, highlight=False),
+        transient=True,
+        redirect_stdout=False,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        task = progress.add_task("", total=1.0)
+        shown = ""
+
+        def show(what: str, share: float) -> None:
+            nonlocal shown
+            progress.update(task, description=what, completed=share, refresh=what != shown)
+            shown = what
+
+        yield show
+
+
+def file_size(count: int) -> str:
+    """Bytes in the largest decimal unit that leaves at least 1."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.95 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:,.{0 if unit == 'bytes' else 1}f} {unit}"
 
 
 def clock(seconds: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device, parse_lengths
 from dilated_factory.cli.output import plain_console
 from dilated_factory.figures import save_context_curve
@@ -44,12 +45,14 @@ def evaluate(
 
     Examples:
         dilated evaluate runs/longnet
-
         dilated evaluate runs/longnet README.md docs --contexts 256,4096 --json
     """
     trained = load_trained(run, device=select_device(device))
     lengths = parse_lengths("--contexts", contexts)
-    evaluation = evaluate_run(trained, paths or (), contexts=lengths, max_bytes=max_bytes)
+    with progress_bar() as show:
+        evaluation = evaluate_run(
+            trained, paths or (), contexts=lengths, max_bytes=max_bytes, on_progress=show
+        )
     picture = out or run / "contexts.png"
     trained_at = trained.run.config.model.context
     save_context_curve(picture, evaluation.scores, evaluation.baselines, trained_at)
@@ -67,7 +70,8 @@ def evaluate(
 def evaluation_table(evaluation: Evaluation) -> Table:
     """One row per context and per baseline."""
     scored = evaluation.scores[0].scored_bytes
-    table = Table(title=f"Held-out bits per byte ({scored:,} bytes scored, the same in each row)")
+    title = f"Held-out bits per byte, on the same {scored:,} bytes"
+    table = Table(title=title, min_width=len(title))
     table.add_column("model")
     table.add_column("context, bytes", justify="right")
     table.add_column("bits per byte", justify="right")

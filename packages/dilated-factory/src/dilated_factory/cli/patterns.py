@@ -23,7 +23,24 @@ Groups = Annotated[
     Literal["shared", "split"], typer.Option(help="Whether all heads use all branches.")
 ]
 Causal = Annotated[bool, typer.Option("--causal", help="Hide the keys after each query.")]
+# More branches than this are not told one by one.
+_MOST_BRANCHES = 4
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def pattern_summary(pattern: DilatedPattern) -> str:
+    """A pattern in a line that can be read: its `repr`, or of many branches from where to where."""
+    branches = len(pattern.segment_lengths)
+    if branches <= _MOST_BRANCHES:
+        return repr(pattern)
+    spans = (
+        f"{name} {min(values):,} to {max(values):,}"
+        for name, values in (
+            ("segments", pattern.segment_lengths),
+            ("dilation rates", pattern.dilation_rates),
+        )
+    )
+    return f"pattern of {branches} branches ({', '.join(spans)})"
 
 
 def read_pattern(
