@@ -1,16 +1,22 @@
 """`dilated doctor`: what is installed, what works, and why the rest does not."""
 
 import importlib.util
+import itertools
 import json
+import os
 import platform
+import re
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 import typer
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from dilated_core import DilatedPattern, dilated_attention
@@ -24,6 +30,10 @@ _PACKAGES = (
     *("torch", "triton", "numpy", "pydantic", "safetensors", "matplotlib", "typer", "rich"),
     "transformers",
 )
+_YES, _NOT_HERE, _FAULT = Text("yes"), Text("not here", "dim"), Text("FAULT", "bold red")
+# How a backend says that it cannot serve such a call.
+_REFUSAL = re.compile(r"backend must be able to serve the call\. Got '\w+', but (?P<why>.+)\.")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _PATTERN = DilatedPattern([16, 64], [1, 4])
 _SHAPE = (1, 64, 4, 16)
 
@@ -43,13 +53,14 @@ def doctor(
     """Say what is installed, which backends work, and why the others do not.
 
     Each backend computes a small attention, forward and backward, and is compared with the
-    reference. Exits with code 1 if one that should work does not.
+    reference. What this machine merely lacks is "not here"; what ought to work and does not is a
+    "FAULT", for which the exit code is 1.
 
     Examples:
         dilated doctor
-
         dilated doctor --json
     """
+    facts = machine()
     versions = installed_versions()
     checks = [*attention_checks(), *group_checks()]
     registry = default_registry()
@@ -61,13 +72,14 @@ def doctor(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "devices": devices(),
+            "machine": facts,
             "versions": versions,
             "checks": [check._asdict() for check in checks],
             "kinds": {kind: {"works": not need, "needs": need} for kind, need in kinds.items()},
         }
         print(json.dumps(record))
     else:
-        _print_tables(versions, checks, kinds)
+        _print_tables(facts, versions, checks, kinds)
     return EXIT_BROKEN if any(check.broken for check in checks) else 0
 
 
@@ -91,20 +103,66 @@ def devices() -> list[str]:
     return [threads, *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in cuda)]
 
 
+def machine() -> dict[str, str]:
+    """What this machine computes with, and compiles with."""
+    cores = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    facts = {
+        "CPU cores": f"{cores}, of them usable {usable}, threads of torch {torch.get_num_threads()}"
+    }
+    if (memory := _memory()) is not None:
+        facts["memory"] = f"{memory / 2**30:.1f} GiB"
+    compiler = _c_compiler()
+    facts["C compiler"] = compiler or "none found; Triton and torch.compile need one"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = (
+            f"{device.name}, capability {device.major}.{device.minor}, "
+            f"{device.total_memory / 2**30:.1f} GiB"
+        )
+    if (driver := _nvidia_driver()) is not None:
+        facts["NVIDIA driver"] = driver
+    return facts
+
+
+def _memory() -> int | None:
+    """Bytes of the machine, where it says so: Windows does not."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _c_compiler() -> str | None:
+    """The one that CC names, else the first of the usual ones."""
+    named = os.environ.get("CC", "").split()[:1]
+    return next(filter(None, map(shutil.which, named or ("cc", "gcc", "clang", "cl"))), None)
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        text = _DRIVER_FILE.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
+    return found[1] if found else None
+
+
 def attention_checks() -> list[Check]:
     """Every backend of dilated and of block-sparse attention, on every kind of device."""
-    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    kinds = [("dilated attention", _dilated, get_args(DilatedBackend))]
+    if importlib.util.find_spec("dilated_sparse") is not None:
+        kinds.append(("block-sparse attention", _block_sparse, get_args(SparseBackend)))
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     checks = []
-    for device in kinds:
-        for backend in get_args(DilatedBackend):
-            checks.append(
-                _check(f"dilated attention, {backend}, {device}", _dilated, backend, device)
-            )
-        if importlib.util.find_spec("dilated_sparse") is None:
-            continue
-        for backend in get_args(SparseBackend):
-            what = f"block-sparse attention, {backend}, {device}"
-            checks.append(_check(what, _block_sparse, backend, device))
+    for device, (name, attention, backends) in itertools.product(devices, kinds):
+        for backend in backends:
+            if (device, backend) != ("cpu", "triton"):
+                what = f"{name}, {backend}, {device}"
+                checks.append(_check(what, attention, backend, device))
+            elif "cuda" not in devices:
+                why = "not on this machine: no CUDA device"
+                checks.append(Check(f"{name}, {backend}", False, why))
     if importlib.util.find_spec("dilated_sparse") is None:
         checks.append(
             Check("block-sparse attention", False, "not installed: pip install dilated-sparse")
@@ -144,9 +202,10 @@ def _block_sparse(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Te
 def _check(what: str, attention: Attention, backend: str, device: str) -> Check:
     try:
         got = _outputs(attention, backend, device)
-    except ValueError as error:  # the backend says that it cannot serve such a call
-        return Check(what, False, str(error))
     except Exception as error:
+        refused = isinstance(error, ValueError) and _REFUSAL.fullmatch(str(error))
+        if refused:
+            return Check(what, False, refused["why"])
         return Check(what, False, f"{type(error).__name__}: {error}", broken=True)
     expected = _outputs(attention, "reference", "cpu")
     difference = max(
@@ -167,15 +226,18 @@ def _outputs(attention: Attention, backend: str, device: str) -> list[Tensor]:
 
 
 def _print_tables(
-    versions: dict[str, str | None], checks: list[Check], kinds: dict[str, str]
+    facts: dict[str, str],
+    versions: dict[str, str | None],
+    checks: list[Check],
+    kinds: dict[str, str],
 ) -> None:
     console = plain_console()
     console.print(f"Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
-    console.print(f"devices: {', '.join(devices())}", soft_wrap=True)
-    rows: list[tuple[str, list[tuple[str, ...]]]] = [
-        ("Packages", [(p, v or "no") for p, v in versions.items()]),
+    rows: list[tuple[str, list[tuple[str | Text, ...]]]] = [
+        ("Machine", list(facts.items())),
+        ("Packages", [(p, v or _NOT_HERE) for p, v in versions.items()]),
         ("Backends", [(c.what, _verdict(c), c.why) for c in checks]),
-        ("Kinds of attention", [(k, "no" if n else "yes", n) for k, n in kinds.items()]),
+        ("Kinds of attention", [(k, _NOT_HERE if n else _YES, n) for k, n in kinds.items()]),
     ]
     for title, lines in rows:
         table = Table(title=title, title_justify="left", show_header=False)
@@ -184,5 +246,5 @@ def _print_tables(
         console.print(table)
 
 
-def _verdict(check: Check) -> str:
-    return "broken" if check.broken else "yes" if check.works else "no"
+def _verdict(check: Check) -> Text:
+    return _FAULT if check.broken else _YES if check.works else _NOT_HERE
