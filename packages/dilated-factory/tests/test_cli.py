@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line for every mistake."""
 
 import importlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch
 from rich.console import Console
 
 from dilated_factory.cli import main
+from dilated_factory.cli.evaluate import evaluation_table
 from dilated_factory.config import LongNetConfig, TrainConfig
+from dilated_factory.evaluation import ContextScore
+from dilated_factory.trained import Evaluation
 from dilated_factory.training import corpus as corpus_module
 from dilated_factory.training.corpus import load_corpus, standard_library
 from dilated_factory.training.loop import Trainer
@@ -42,6 +46,9 @@ def test_train_evaluate_generate(capsys: Captured, corpus_folder: Path, tmp_path
     assert code == 0
     assert "bits/byte" in said
     assert "tokens/s" in said
+    assert f"next: dilated evaluate {out}" in said
+    assert " kB in " in said  # not 0.0 MB
+    assert "MB" not in said
     assert str(out / "curves.png") in said
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -228,6 +235,7 @@ def test_the_demo_trains_evaluates_and_names_its_files(
     # A second of training cannot reach the margin.
     assert (code, err) == (1, "")
     folder = tmp_path / "demo-2"
+    assert "dilated evaluate" not in said  # it evaluates itself
     for part in ("Markov order 2", "16384", folder / "curves.png", folder / "contexts.png"):
         assert str(part) in said
     assert (folder / "contexts.png").exists()
@@ -235,4 +243,31 @@ def test_the_demo_trains_evaluates_and_names_its_files(
 
 @pytest.mark.parametrize(("bits", "code"), [(2.549, 0), (2.551, 1)])
 def test_the_demo_fails_if_its_margin_is_missed(bits: float, code: int) -> None:
-    assert demo_module._verdict(bits, 3.0, Console()) == code
+    baselines = {"Markov order 1": 3.0, "Markov order 2": 2.0}
+    assert demo_module._verdict(bits, baselines, Console()) == code
+
+
+@pytest.mark.parametrize(
+    ("bits", "orders", "says"),
+    [
+        (2.2, (4.0, 2.0), "10.0% above Markov order 2, the stronger baseline (not beaten)"),
+        (1.5, (4.0, 2.0), "25.0% below Markov order 2, the stronger baseline (beaten)"),
+        (1.5, (2.0, 4.0), "25.0% below Markov order 1, the stronger baseline (beaten)"),
+    ],
+)
+def test_the_demo_says_how_it_stands_beside_the_stronger_baseline(
+    capsys: Captured, bits: float, orders: tuple[float, float], says: str
+) -> None:
+    baselines = {f"Markov order {order}": each for order, each in enumerate(orders, start=1)}
+    demo_module._verdict(bits, baselines, Console(width=200))
+    said = capsys.readouterr().out
+    assert says in said
+    assert f"{1 - bits / orders[0]:.1%} below Markov order 1 (15% below is required)" in said
+
+
+def test_the_title_of_an_evaluation_is_one_line() -> None:
+    evaluation = Evaluation([ContextScore(64, 3.5, 98_765_432_100)], {"Markov order 1": 4.0})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(evaluation_table(evaluation))
+    assert isinstance(console.file, io.StringIO)
+    assert "bits per byte, on the same 98,765,432,100 bytes" in console.file.getvalue()

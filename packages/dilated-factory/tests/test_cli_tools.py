@@ -1,12 +1,15 @@
 """The commands that measure, plan, show and check; what they print for people and machines."""
 
+import contextlib
 import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dilated_core import DilatedPattern
+from dilated_factory import figures
+from dilated_factory.benchmark import Workload
 from dilated_factory.cli import main
 from dilated_factory.cli.app import COMMANDS
 from dilated_factory.cli.plan import seconds, size
@@ -201,6 +206,182 @@ def test_a_contender_that_fails_does_not_stop_the_others(capsys: Captured, tmp_p
     assert "dense, torch SDPA" in said
 
 
+PEER = "dilated_attention_pytorch"
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Installs a peer whose module has a given text; it is gone afterwards."""
+
+    def install(text: str) -> None:
+        (tmp_path / PEER).mkdir()
+        (tmp_path / PEER / "__init__.py").touch()
+        (tmp_path / PEER / "dilated_attention.py").write_text(text)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    yield install
+    for name in [name for name in sys.modules if name.partition(".")[0] == PEER]:
+        del sys.modules[name]
+
+
+BENCH = ("bench", *PATTERN, "--length", 24, "--heads", 3, "--head-dim", 8, "--rounds", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import flash_attn_of_long_ago", "ModuleNotFoundError: No module named 'flash_attn_of"),
+        (
+            "raise RuntimeError('built for\\nanother torch')",
+            "RuntimeError: built for another torch",
+        ),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("DilatedAttention = None", "TypeError:"),
+    ],
+)
+def test_a_peer_that_cannot_be_imported_does_not_lose_what_was_timed(
+    capsys: Captured, tmp_path: Path, peer: Callable[[str], None], text: str, says: str
+) -> None:
+    peer(text)
+    png = tmp_path / "bench.png"
+    code, said, err = run(capsys, *BENCH, "--png", png)
+    assert (code, err) == (0, "")
+    lines = said.splitlines()
+    assert any(f"not timed: dilated-attention-pytorch: {says}" in line for line in lines)
+    assert "dense, torch SDPA" in said
+    assert png.read_bytes().startswith(PNG)
+    timings = {t["name"]: t for t in result(capsys, *BENCH)["timings"]}
+    assert timings["dilated, torch"]["least_seconds"] > 0
+    assert says in timings["dilated-attention-pytorch"]["obstacle"]
+
+
+def test_bench_counts_the_operations_of_the_definition_only_for_what_computes_it(
+    capsys: Captured, peer: Callable[[str], None]
+) -> None:
+    peer(
+        "class DilatedAttention:\n"
+        "    def __init__(self, segment_lengths, dilation_rates): pass\n"
+        "    def __call__(self, q, k, v, is_causal): return q + k + v\n"
+    )
+    record = result(capsys, *BENCH)
+    timings = {t["name"]: t for t in record["timings"]}
+    ours = timings["dilated, torch"]
+    flops = 3.5 * record["forward_flops"]
+    assert ours["flops_per_second"] == pytest.approx(flops / ours["least_seconds"])
+    for other in ("dilated-attention-pytorch", "dense, torch SDPA"):
+        assert timings[other]["least_seconds"] > 0
+        assert timings[other]["flops_per_second"] is None
+    _, said, _ = run(capsys, *BENCH)
+    row = next(line for line in said.splitlines() if "dilated-attention-pytorch" in line)
+    assert row.split("│")[-2].strip() == "-"
+
+
+def test_bench_prints_what_was_timed_until_ctrl_c(
+    capsys: Captured, peer: Callable[[str], None]
+) -> None:
+    peer("raise KeyboardInterrupt")
+    code, said, _ = run(capsys, *BENCH)
+    assert code == 130
+    assert "dense, torch SDPA" in said
+    assert "interrupted: 1 not timed" in said
+    code, said, _ = run(capsys, *BENCH, "--json")
+    assert code == 130
+    assert len(json.loads(said)["timings"]) == 4
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bench_shows_what_it_times_on_a_terminal_only(terminal: bool) -> None:
+    shown, said = shown_on_stderr(terminal, *BENCH, "--json")
+    assert json.loads(said)["timings"]
+    assert ("timing dense, torch SDPA" in shown) == terminal
+    assert shown == "" or terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_evaluate_shows_how_far_it_is_on_a_terminal_only(
+    terminal: bool, finished_run: Path
+) -> None:
+    shown, said = shown_on_stderr(terminal, "evaluate", finished_run, "--contexts", 16, "--json")
+    assert set(json.loads(said)["bits_per_byte"]) == {"16"}
+    assert ("scoring at context 16" in shown) == terminal
+    assert ("counting for the Markov models" in shown) == terminal
+    assert shown == "" or terminal
+
+
+def shown_on_stderr(terminal: bool, *arguments: object) -> tuple[str, str]:
+    """What a command writes to standard error, a terminal or a pipe, and to standard output."""
+    command = [sys.executable, "-m", "dilated_factory", *map(str, arguments)]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    if not terminal:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stderr, done.stdout
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals")
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(ours, 65536):
+                shown += part
+        os.close(ours)
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == 0
+    return shown.decode(), said
+
+
+def test_the_title_of_the_times_is_inside_the_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    pattern = DilatedPattern([1024, 4096, 16384, 65536], [1, 4, 16, 64])
+    workload = Workload(pattern, 65536, 16, 128, 8, True, torch.bfloat16)
+    bench = importlib.import_module("dilated_factory.cli.bench")
+    figures.save_timings(tmp_path / "p.png", {"a": (1.0, 2.0)}, bench.describe(workload))
+    (figure,) = drawn
+    title = figure._suptitle
+    figure.draw_without_rendering()
+    box, page = title.get_window_extent(), figure.bbox
+    assert title.get_fontsize() >= 9
+    assert box.x0 >= page.x0 + 10
+    assert box.x1 <= page.x1 - 10
+    assert box.y1 <= page.y1
+    assert box.y0 >= figure.axes[0].get_window_extent().y1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_can_be_copied_from_the_help(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    _, said, _ = run(capsys, name, "--help")
+    command = getattr(importlib.import_module(f"dilated_factory.cli.{name}"), name)
+    text = inspect.cleandoc(command.info.help) if name == "config" else inspect.getdoc(command)
+    assert text is not None
+    examples = text[re.search(r"^Examples?:", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
+    assert said.rstrip().endswith(examples)
+    assert all(len(line) <= 80 for line in examples.splitlines())
+    assert said.count("Example") == 1
+    assert not re.search(r"\n\s*\n\s*\n", said)
+
+
+@pytest.mark.parametrize("arguments", [*((name,) for name in COMMANDS), ("config", "validate")])
+def test_the_help_does_not_cut_types(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    _, said, _ = run(capsys, *arguments, "--help")
+    options = said.split("Example")[0]
+    # However typer writes a choice: <a|b> or [a|b].
+    cut = [line for line in options.splitlines() if re.search(r"[<\[][^>\]\s]*\s", line)]
+    assert [line for line in cut if "|" in line] == []
+
+
 def test_plan_counts_what_the_definition_says(capsys: Captured) -> None:
     plan = ("plan", 96, *PATTERN, "--heads", 4, "--head-dim", 8, "--dtype", "float32")
     record = result(capsys, *plan, "--tflops", 0.001)
@@ -251,8 +432,16 @@ def test_plan_of_a_billion_tokens_is_quick(capsys: Captured) -> None:
     )
     assert time.process_time() - start < 10
     assert code == 0
-    for part in ("976,563", "GiB", "TFLOP", "(given)", "ms"):
+    for part in ("976,563", "GiB", "TFLOP", "(given)", "ms", "1,024 devices"):
         assert part in said
+    assert len(said.splitlines()[0]) < 150
+    words = " ".join(said.split())
+    assert "gather receives 609,396 vectors, no more than the 46,875,024 of the rank's own" in words
+
+
+def test_plan_says_one_device_and_few_branches_as_they_are(capsys: Captured) -> None:
+    _, said, _ = run(capsys, "plan", 96, *PATTERN, "--tflops", 1)
+    assert said.startswith("DilatedPattern([4, 12], [1, 3]), 1 x 96 positions on 1 device\n")
 
 
 def test_plan_measures_the_rate_where_none_is_given(capsys: Captured) -> None:
@@ -298,14 +487,17 @@ def test_doctor_tells_what_works_and_why_the_rest_does_not(capsys: Captured) -> 
     record = result(capsys, "doctor")
     checks = {check["what"]: check for check in record["checks"]}
     assert checks["dilated attention, reference, cpu"]["works"]
-    triton = checks["dilated attention, triton, cpu"]
-    assert not triton["works"]
-    assert not triton["broken"]
-    assert "needs CUDA" in triton["why"]
+    if not torch.cuda.is_available():
+        triton = checks["dilated attention, triton"]
+        assert (triton["works"], triton["broken"]) == (False, False)
+        assert triton["why"] == "not on this machine: no CUDA device"
+    # No error of a function that the person did not call.
+    assert "backend must be" not in str(record)
+    assert {"CPU cores", "C compiler"} <= record["machine"].keys()
     assert record["kinds"]["dilated"] == {"works": True, "needs": ""}
 
 
-@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+@pytest.mark.parametrize("fault", ["raises", "raises ValueError", "is wrong"])
 def test_doctor_finds_what_is_broken(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -315,6 +507,8 @@ def test_doctor_finds_what_is_broken(
     def wrong(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
         if backend == "torch" and fault == "raises":
             raise RuntimeError("no such operator")
+        if backend == "torch" and fault == "raises ValueError":
+            raise ValueError("no such operator")
         out: Tensor = right(query, key, value, backend)
         return 1.1 * out if backend == "torch" else out
 
@@ -323,8 +517,61 @@ def test_doctor_finds_what_is_broken(
     assert code == 1
     broken = [check for check in json.loads(said)["checks"] if check["broken"]]
     assert {check["what"] for check in broken} == {"dilated attention, torch, cpu"}
-    expected = "RuntimeError: no such operator" if fault == "raises" else "differs"
+    expected = {
+        "raises": "RuntimeError: no such operator",
+        "raises ValueError": "ValueError: no such operator",
+        "is wrong": "differs",
+    }[fault]
     assert expected in broken[0]["why"]
+    code, said, _ = run(capsys, "doctor")
+    assert code == 1
+    assert said.count("FAULT") == 1
+
+
+def test_doctor_does_not_call_a_fault_what_a_backend_says_it_cannot_do(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doctor = importlib.import_module("dilated_factory.cli.doctor")
+
+    def refuse(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+        return doctor._dilated(query, key, value, backend="triton")  # type: ignore[no-any-return]
+
+    check = doctor._check("attention", refuse, "triton", "cpu")
+    assert check == ("attention", False, "it needs CUDA tensors, these are on cpu", False)
+    monkeypatch.setattr(doctor, "attention_checks", lambda: [check])
+    code, said, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "not here" in said
+    assert "FAULT" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19", "535.104.05"),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build", "550.54.15"),
+        ("something else", None),
+        (None, None),
+    ],
+)
+def test_doctor_reads_the_version_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, driver: str | None
+) -> None:
+    doctor = importlib.import_module("dilated_factory.cli.doctor")
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(doctor, "_DRIVER_FILE", tmp_path / "version")
+    assert doctor.machine().get("NVIDIA driver") == driver
+
+
+@pytest.mark.parametrize("named", ["nothing-of-this-name -O2", f"{sys.executable} -O2"])
+def test_doctor_takes_the_compiler_that_cc_names(
+    monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    doctor = importlib.import_module("dilated_factory.cli.doctor")
+    monkeypatch.setenv("CC", named)
+    found = doctor.machine()["C compiler"]
+    assert ("none found" in found) == named.startswith("nothing")
 
 
 def test_config_prints_schemas(capsys: Captured) -> None:

@@ -3,8 +3,10 @@
 So `dilated --help` and shell completion answer without loading torch.
 """
 
+import inspect
+import re
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -23,7 +25,40 @@ COMMANDS = {
 }
 
 
-class LazyCommands(TyperGroup):
+if TYPE_CHECKING:
+    _Command = TyperCommand
+else:
+    _Command = object
+
+
+class _ExamplesLast(_Command):
+    """Shows the examples of a help text after the options and as they stand, to be copied.
+
+    As a part of the text they would be filled like prose, and break inside an option's value.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        text = inspect.cleandoc(self.help or "")
+        self.help, *examples = re.split(r"^(?=Examples?:\n)", text, flags=re.MULTILINE)
+        self._examples = "".join(examples)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage, text, options, then examples."""
+        super().format_help(ctx, formatter)
+        if self._examples:
+            formatter.write(f"\n{self._examples}\n")
+
+
+class Command(_ExamplesLast, TyperCommand):
+    """One command."""
+
+
+class Group(_ExamplesLast, TyperGroup):
+    """A command of several."""
+
+
+class LazyCommands(Group):
     """A group that knows its commands by name and imports one to run it."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -49,7 +84,7 @@ def load_command(name: str) -> Any:
         single = typer.Typer(
             rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False
         )
-        single.command(name)(found)
+        single.command(name, cls=Command)(found)
         found = single
     return typer.main.get_command(found)
 

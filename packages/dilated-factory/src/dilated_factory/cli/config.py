@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dilated_factory.cli.app import Command, Group
 from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.files import read_values, to_toml
 from dilated_factory.configs.kinds import CONFIG_TYPES, config_type, parse_any
@@ -15,11 +16,11 @@ EXIT_INVALID = 1
 
 config = typer.Typer(
     name="config",
+    cls=Group,
     help="""Print the schema of configurations, and check files.
 
     Examples:
         dilated config schema ring
-
         dilated config validate attention.toml model.json
     """,
     rich_markup_mode="markdown",
@@ -28,7 +29,7 @@ config = typer.Typer(
 )
 
 
-@config.command()
+@config.command(cls=Command)
 def schema(
     kind: Annotated[
         str | None,
@@ -43,7 +44,6 @@ def schema(
 
     Examples:
         dilated config schema
-
         dilated config schema block_sparse > block_sparse.schema.json
     """
     kinds = CONFIG_TYPES if kind is None else {kind: config_type(kind)}
@@ -51,7 +51,7 @@ def schema(
     print(json.dumps(schemas if kind is None else schemas[kind], indent=2))
 
 
-@config.command()
+@config.command(cls=Command)
 def validate(
     files: Annotated[list[Path], typer.Argument(help="JSON and TOML files.", show_default=False)],
     kind: Annotated[
@@ -67,7 +67,6 @@ def validate(
 
     Examples:
         dilated config validate attention.toml
-
         dilated config validate runs/mine/config.json --kind train --show
     """
     if kind is not None:

@@ -1,11 +1,13 @@
 """`dilated demo`: from nothing to a trained and evaluated LongNet in a few minutes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.evaluate import evaluation_table
 from dilated_factory.cli.generate import printable
 from dilated_factory.cli.output import plain_console
@@ -18,6 +20,7 @@ from dilated_factory.trained import evaluate_run, load_trained
 # Small enough for two CPU cores, with a context that only cheap attention affords there.
 DEMO_MODEL = LongNetConfig(num_layers=2)
 REQUIRED_MARGIN = 0.15
+_REQUIRED = "Markov order 1"  # the margin is over this one
 SCORED_BYTES = 65536
 EXIT_MARGIN_MISSED = 1
 _PROMPT = "import os\nimport sys\n\n\ndef "
@@ -33,7 +36,8 @@ def demo(
     """Train a small LongNet on Python's standard library, evaluate it and let it write.
 
     Under five minutes on two CPU cores. Exits with code 1 if the model does not beat an order-1
-    byte Markov model by 15% on held-out files.
+    byte Markov model by 15% on held-out files; how it stands beside the stronger of the two Markov
+    models is said too.
 
     Example:
         dilated demo --out demo
@@ -49,7 +53,8 @@ def demo(
     if code:
         return code
     trained = load_trained(folder)
-    evaluation = evaluate_run(trained, max_bytes=SCORED_BYTES)
+    with progress_bar() as show:
+        evaluation = evaluate_run(trained, max_bytes=SCORED_BYTES, on_progress=show)
     picture = folder / "contexts.png"
     save_context_curve(picture, evaluation.scores, evaluation.baselines, DEMO_MODEL.context)
     console.print(evaluation_table(evaluation))
@@ -61,17 +66,26 @@ def demo(
     console.print(printable(prompt + sample), soft_wrap=True)
     at_training = {score.context: score.bits_per_byte for score in evaluation.scores}
     bits = at_training[DEMO_MODEL.context]
-    return _verdict(bits, evaluation.baselines["Markov order 1"], console)
+    return _verdict(bits, evaluation.baselines, console)
 
 
-def _verdict(bits: float, baseline: float, console: Console) -> int:
-    margin = 1 - bits / baseline
+def _verdict(bits: float, baselines: Mapping[str, float], console: Console) -> int:
+    stronger = min(baselines, key=lambda name: baselines[name])
+    margin = 1 - bits / baselines[_REQUIRED]
+    beaten = "beaten" if bits < baselines[stronger] else "not beaten"
     console.print(
-        f"{bits:.3f} bits per byte at context {DEMO_MODEL.context}: {margin:.1%} below Markov "
-        f"order 1 ({REQUIRED_MARGIN:.0%} is required)",
+        f"{bits:.3f} bits per byte at context {DEMO_MODEL.context}: "
+        f"{_beside(bits, baselines[stronger])} {stronger}, the stronger baseline ({beaten}); "
+        f"{_beside(bits, baselines[_REQUIRED])} {_REQUIRED} ({REQUIRED_MARGIN:.0%} below is "
+        "required)",
         soft_wrap=True,
     )
     return 0 if margin >= REQUIRED_MARGIN else EXIT_MARGIN_MISSED
+
+
+def _beside(bits: float, baseline: float) -> str:
+    difference = bits / baseline - 1
+    return f"{abs(difference):.1%} {'below' if difference < 0 else 'above'}"
 
 
 def _free(folder: Path) -> Path:

@@ -31,8 +31,7 @@ def generate(
 
     Examples:
         dilated generate runs/longnet --prompt "def main("
-
-        dilated generate runs/longnet --max-bytes 1000 --temperature 0.5 --top-k 40 --seed 7
+        dilated generate runs/longnet --max-bytes 1000 --temperature 0.5 --top-k 40
     """
     if not prompt:
         raise typer.BadParameter("must hold at least one byte", param_hint="'--prompt'")

@@ -16,6 +16,7 @@ from dilated_factory.cli.patterns import (
     Json,
     Offsets,
     SegmentLengths,
+    pattern_summary,
     read_pattern,
 )
 from dilated_factory.errors import InputError
@@ -36,7 +37,8 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     causal: Causal = False,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "float64"], typer.Option(help="Of all tensors.")
+        Literal["float16", "bfloat16", "float32", "float64"],
+        typer.Option(metavar="TYPE", help="Of all tensors: float16, bfloat16, float32 or float64."),
     ] = "bfloat16",
     training: Annotated[bool, typer.Option("--training", help="Count the backward too.")] = False,
     tflops: Annotated[
@@ -53,15 +55,15 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Say what N tokens on P devices take: memory, bytes, operations, time.
+    r"""Say what N tokens on P devices take: memory, bytes, operations, time.
 
     All numbers are of the attention of one layer, on the device that has most to do. The default
     pattern is LongNet's for the length. Several devices need dilated-ring, whose plan this is.
 
     Examples:
         dilated plan 1000000 --training
-
-        dilated plan 1000000000 --devices 1024 --training --tflops 400 --gigabytes-per-second 40
+        dilated plan 1000000000 --devices 1024 --training --tflops 400 \
+            --gigabytes-per-second 40
     """
     pattern = read_pattern(
         segment_lengths,
@@ -100,10 +102,12 @@ def plan(
         print(json.dumps(record))
         return 0
     console = plain_console()
-    console.print(
-        f"{pattern!r}, {batch} x {length:,} positions on {devices} devices", soft_wrap=True
-    )
+    where = f"{devices:,} device{'s' if devices > 1 else ''}"
+    summary = f"{pattern_summary(pattern)}, {batch} x {length:,} positions on {where}"
+    console.print(summary, soft_wrap=True)
     console.print(table(made, rate, measured=tflops is None))
+    if made.strategy is not None:
+        console.print(f"how rows travel: {made.strategy}")
     return 0
 
 
@@ -125,8 +129,6 @@ def table(made: Plan, rate: float, *, measured: bool) -> Table:
         ("time to exchange", seconds(made.exchange_seconds)),
         ("of it, not hidden by computing", seconds(made.exposed_seconds)),
     ]
-    if made.strategy is not None:
-        rows.append(("how rows travel", made.strategy))
     for row in rows:
         result.add_row(*row)
     return result

@@ -49,9 +49,7 @@ def show(
 
     Examples:
         dilated show
-
-        dilated show --segment-lengths 16,64 --dilation-rates 1,4 --length 64 --head 3 --causal
-
+        dilated show --segment-lengths 16,64 --dilation-rates 1,4 --length 64
         dilated show --heads 8 --png pattern.png --html pattern.html
     """
     pattern = read_pattern(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from dilated_factory.cli.display import training_display
+from dilated_factory.cli.display import file_size, training_display
 from dilated_factory.cli.options import Device, DtypeName, parse_lengths
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
@@ -88,24 +88,22 @@ def train(
         ),
     ] = "ddp",
 ) -> int:
-    """Train a LongNet language model on the bytes of files.
+    r"""Train a LongNet language model on the bytes of files.
 
-    One file in twenty is held out for `dilated evaluate`. Ctrl-C or SIGTERM saves and exits with
-    code 130 or 143; `--resume` goes on as if nothing had happened. Under `torchrun` the processes
-    share the batch, or with `--sequence-parallel` its sequences, and with `--data-parallel fsdp`
-    the weights; the losses are those of one process. A folder takes one run at a time.
+    One file in twenty is held out for `dilated evaluate`. SIGHUP, Ctrl-C or SIGTERM saves and exits
+    with code 129, 130 or 143; `--resume` goes on as if nothing had happened. Under `torchrun` the
+    processes share the batch, or with `--sequence-parallel` its sequences, and with
+    `--data-parallel fsdp` the weights; the losses are those of one process. A folder takes one run
+    at a time.
 
     Examples:
         dilated train --minutes 5
-
-        dilated train src docs --out runs/mine --context 16384 --segment-lengths 256,2048,16384
-        --dilation-rates 1,4,16
-
+        dilated train src docs --out runs/mine --context 16384 \
+            --segment-lengths 256,2048,16384 --dilation-rates 1,4,16
         dilated train --out runs/mine --resume
-
         torchrun --nproc-per-node 4 -m dilated_factory train --sequence-parallel 4
-
-        torchrun --nproc-per-node 4 -m dilated_factory train --batch-size 4 --data-parallel fsdp
+        torchrun --nproc-per-node 4 -m dilated_factory train --batch-size 4 \
+            --data-parallel fsdp
     """
     model = {
         "context": context,
@@ -147,6 +145,8 @@ def train(
             out, config, console, parallel=parallel, checkpoint_every=checkpoint_every
         )
     code = run_training(trainer, console)
+    if code == 0:
+        console.print(f"next: dilated evaluate {trainer.run.path}", soft_wrap=True)
     leave()
     return code
 
@@ -180,7 +180,6 @@ def run_training(trainer: Trainer, console: Console) -> int:
             save_loss_curve(run.curves_path, metrics)
     if done:
         console.print(f"done: {trainer.step} steps. Loss curve: {run.curves_path}", soft_wrap=True)
-        console.print(f"next: dilated evaluate {run.path}", soft_wrap=True)
         return 0
     console.print(f"stopped after step {trainer.step}, saved.", soft_wrap=True)
     console.print(f"to go on: dilated train --resume --out {run.path}", soft_wrap=True)
@@ -191,8 +190,8 @@ def run_training(trainer: Trainer, console: Console) -> int:
 def _corpus(config: TrainConfig, console: Console) -> Corpus:
     corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
     console.print(
-        f"corpus: {len(corpus.train) / 1e6:.1f} MB in {len(corpus.train_files)} files to train on, "
-        f"{len(corpus.validation) / 1e6:.1f} MB in {len(corpus.validation_files)} held out",
+        f"corpus: {file_size(len(corpus.train))} in {len(corpus.train_files)} files to train on, "
+        f"{file_size(len(corpus.validation))} in {len(corpus.validation_files)} held out",
         soft_wrap=True,
     )
     if corpus.skipped:
