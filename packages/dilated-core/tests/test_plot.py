@@ -1,5 +1,7 @@
 """Pictures of patterns."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,3 +44,9 @@ def test_bad_sizes_are_named():
         plot_pattern(pattern, 4096)
     with pytest.raises(ValueError, match=r"heads must be positive\. Got 0"):
         plot_pattern(pattern, 8, 0)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match='plot_pattern needs matplotlib: pip install "matplotlib'):
+        plot_pattern(DilatedPattern([8], [1]), 32, 3)

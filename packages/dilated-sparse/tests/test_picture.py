@@ -1,5 +1,7 @@
 """Pictures of layouts."""
 
+import sys
+
 import pytest
 
 from dilated_sparse import layouts
@@ -29,3 +31,9 @@ def test_bad_arguments_are_named():
         layouts.prefix(8, 2).text(1)
     with pytest.raises(ValueError, match=r"size must be positive. Got 0"):
         layouts.prefix(8, 2).text(size=0)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match='plot needs matplotlib: pip install "matplotlib'):
+        layouts.sliding_window(8, 2, block_size=4).plot()

@@ -39,9 +39,7 @@ def plot_pattern(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError(
-            'plot_pattern needs matplotlib: pip install "dilated-core[plot]"'
-        ) from error
+        raise ImportError('plot_pattern needs matplotlib: pip install "matplotlib>=3.9"') from error
 
     counts = [*_by_branch(pattern, length, heads, is_causal)]
     total = pattern.multiplicity(length, heads, is_causal=is_causal)

@@ -1,5 +1,7 @@
 """Errors for input that cannot be used: one line and exit code 2 on the command line."""
 
+from dilated_factory.installing import how_to_install
+
 
 class InputError(ValueError):
     """Something the caller gave cannot be used; the message names it and what is required."""
@@ -22,5 +24,5 @@ def missing_package(what: str, *packages: str) -> MissingPackageError:
     names = " and ".join(packages)
     verb = "is" if len(packages) == 1 else "are"
     return MissingPackageError(
-        f"{what} needs {names}, which {verb} not installed: pip install {' '.join(packages)}"
+        f"{what} needs {names}, which {verb} not installed: {how_to_install(*packages)}"
     )

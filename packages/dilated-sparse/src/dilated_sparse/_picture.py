@@ -31,7 +31,7 @@ def plot(layout: BlockLayout, size: int) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plot needs matplotlib: pip install "dilated-sparse[plot]"') from error
+        raise ImportError('plot needs matplotlib: pip install "matplotlib>=3.9"') from error
     heads = layout.heads
     figure = Figure(figsize=(3.2 * heads + 0.8, 3.6), layout="constrained")
     for head, axis in enumerate(figure.subplots(1, heads, squeeze=False)[0]):

@@ -23,6 +23,7 @@ from dilated_core import DilatedPattern, dilated_attention
 from dilated_factory.attention import default_registry
 from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.attention import DilatedBackend, SparseBackend
+from dilated_factory.installing import how_to_install
 
 EXIT_BROKEN = 1
 _PACKAGES = (
@@ -65,7 +66,7 @@ def doctor(
     checks = [*attention_checks(), *group_checks()]
     registry = default_registry()
     kinds = dict.fromkeys(registry, "") | {
-        kind: f"pip install {' '.join(packages)}" for kind, packages in registry.missing().items()
+        kind: how_to_install(*packages) for kind, packages in registry.missing().items()
     }
     if as_json:
         record = {
@@ -164,9 +165,8 @@ def attention_checks() -> list[Check]:
                 why = "not on this machine: no CUDA device"
                 checks.append(Check(f"{name}, {backend}", False, why))
     if importlib.util.find_spec("dilated_sparse") is None:
-        checks.append(
-            Check("block-sparse attention", False, "not installed: pip install dilated-sparse")
-        )
+        missing = f"not installed: {how_to_install('dilated-sparse')}"
+        checks.append(Check("block-sparse attention", False, missing))
     return checks
 
 
