@@ -27,7 +27,9 @@ def examples() -> list[object]:
 
 
 @pytest.mark.parametrize(("package", "code"), examples())
-def test_an_example_runs_without_a_warning(package: str, code: str, tmp_path: Path) -> None:
+def test_an_example_runs_without_a_warning_and_shows_something(
+    package: str, code: str, tmp_path: Path
+) -> None:
     try:
         distribution(package)
     except PackageNotFoundError:
@@ -39,3 +41,4 @@ def test_an_example_runs_without_a_warning(package: str, code: str, tmp_path: Pa
     command = [sys.executable, *warnings, str(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout.strip(), f"{code}\nprints nothing"
