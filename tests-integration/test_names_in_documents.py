@@ -84,7 +84,11 @@ def help_texts() -> dict[str, str]:
     """Return all that `--help` of each command says."""
     return {
         name: "\n".join(
-            [command.help or "", *(getattr(p, "help", "") or "" for p in command.params)]
+            [
+                command.help or "",
+                *(getattr(p, "help", "") or "" for p in command.params),
+                command.examples,
+            ]
         )
         for name, command in commands().items()
     }

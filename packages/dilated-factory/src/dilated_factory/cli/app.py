@@ -41,13 +41,13 @@ class _ExamplesLast(_Command):
         super().__init__(*arguments, **options)
         text = inspect.cleandoc(self.help or "")
         self.help, *examples = re.split(r"^(?=Examples?:\n)", text, flags=re.MULTILINE)
-        self._examples = "".join(examples)
+        self.examples = "".join(examples)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage, text, options, then examples."""
         super().format_help(ctx, formatter)
-        if self._examples:
-            formatter.write(f"\n{self._examples}\n")
+        if self.examples:
+            formatter.write(f"\n{self.examples}\n")
 
 
 class Command(_ExamplesLast, TyperCommand):
