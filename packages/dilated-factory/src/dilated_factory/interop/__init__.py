@@ -25,8 +25,8 @@ def register_with_transformers(pattern: DilatedPattern, name: str = "dilated") -
     Raises:
         TypeError: ``pattern`` is not a DilatedPattern.
         ValueError: the name is taken. Later, from the model: it asks for what dilated attention
-            does not serve (sliding windows, packed sequences, caches of fixed size, attention
-            weights).
+            does not serve, which the message names (sliding windows, chunks, packed sequences,
+            caches of fixed size, biases and sinks, attention weights).
         MissingPackageError: transformers is not installed.
     """
     if find_spec("transformers") is None:

@@ -5,6 +5,7 @@ Importing this module imports transformers; `dilated_factory` itself does not.
 
 # Shapes, transformers' layout: B batch, H heads, N queries, M keys, D head_dim.
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    create_causal_mask,
+)
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_factory.config import LongNetConfig
+from dilated_factory.interop.unserved import (
+    described,
+    features,
+    refuse_options,
+    refuse_packed_positions,
+)
 from dilated_factory.longnet import IGNORED, LongNetLM
 
-# What models hand to their attention that would change what it computes.
-_REFUSED = (
-    *("sliding_window", "softcap", "s_aux", "position_bias", "cache"),
-    *("cu_seq_lens_q", "cu_seq_lens_k"),
+# What the installed version calls a model's cache: `cache`, in older ones `past_key_values`.
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
 
 
@@ -56,17 +66,17 @@ def padding_mask(
 
     Raises:
         ValueError: the model asks for something else than causal or full attention to all positions
-            so far: sliding windows, packed sequences, a cache of fixed size.
+            so far: sliding windows, chunks, packed sequences, a cache of fixed size.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "the attention mask must be causal or full for dilated attention; sliding windows, "
-            f"chunks and packed sequences are not served. Got {mask_function!r}."
+            "the attention mask must be causal or full for dilated attention. "
+            f"Got {features(mask_function)}."
         )
     causal = mask_function is causal_mask_function
     if kv_offset or (causal and int(q_offset) + q_length != kv_length):
         raise ValueError(
-            "past_key_values must hold exactly the positions so far for dilated attention, as a "
+            f"{CACHE} must hold exactly the positions so far for dilated attention, as a "
             f"DynamicCache does. Got {kv_length} keys from position {kv_offset} on, for queries "
             f"{int(q_offset)} to {int(q_offset) + q_length - 1}."
         )
@@ -104,16 +114,24 @@ class DilatedAttentionFunction:
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Query (B, H, N, D), key and value (B, H_kv, M, D) to ((B, N, H, D), None)."""
-        _refuse(options)
-        if attention_mask is not None and (
-            attention_mask.ndim != 2 or attention_mask.dtype != torch.bool
+        refuse_options(options)
+        if attention_mask is not None and not (
+            isinstance(attention_mask, Tensor)  # or a BlockMask of FlexAttention
+            and attention_mask.ndim == 2
+            and attention_mask.dtype == torch.bool
         ):
             raise ValueError(
-                "attention_mask must be a padding mask (B, M) for dilated attention. "
-                f"Got {attention_mask.dtype} of {tuple(attention_mask.shape)}."
+                "attention_mask must be a padding mask (B, M) for dilated attention, which serves "
+                "neither square masks nor biases on the scores. "
+                f"Got {described(attention_mask)}."
             )
         if is_causal is None:
             is_causal = _is_causal(module)
+        queries, keys = query.shape[2], key.shape[2]
+        other = not is_causal and queries != keys  # keys of another sequence
+        positions = options.get("position_ids")
+        if positions is not None and positions.ndim == 2 and not other:
+            refuse_packed_positions(positions, attention_mask, keys - queries)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             out = dilated_attention(
@@ -128,7 +146,7 @@ class DilatedAttentionFunction:
         if attention_mask is None:
             return attend(q, k, v, None), None
         ignored = ~attention_mask
-        if not is_causal and q.shape[1] != k.shape[1]:  # keys of another sequence
+        if other:
             return attend(q, k, v, ignored), None
         return _without_leading_padding(attend, q, k, v, ignored), None
 
@@ -149,17 +167,6 @@ def _without_leading_padding(
             q[rows, first:], k[rows, count:], v[rows, count:], ignored[rows, count:]
         )
     return out
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    for name in _REFUSED:
-        if options.get(name) is not None:
-            raise ValueError(
-                f"{name} must be None for dilated attention, which does not serve it. "
-                f"Got {options[name]!r}."
-            )
-    if options.get("output_attentions"):
-        raise ValueError("output_attentions must be False for dilated attention. Got True.")
 
 
 def _is_causal(module: nn.Module) -> bool:
