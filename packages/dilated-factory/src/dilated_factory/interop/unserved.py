@@ -127,7 +127,8 @@ def refuse_packed_positions(positions: Tensor, mask: Tensor | None, past: int) -
     known = _checked.get(positions)
     if known is not None and version is not None:
         checked_version, checked_mask, checked_past = known
-        same = checked_mask() is mask if checked_mask is not None else mask is None
+        # A mask that is gone is none that could come again.
+        same = checked_mask is None if mask is None else checked_mask and checked_mask() is mask
         if same and (checked_version, checked_past) == (version, past):
             return
     bad = _restarts(positions, mask, past)
