@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilated_core import DilatedPattern
-from dilated_core._inputs import Options
-from dilated_core.triton_kernels import attend
+from dilated_core._call import DilatedCall, Scores
+from dilated_core._triton import attend
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 DOUBLING = DilatedPattern([2048 * 2**k for k in range(5)], [2**k for k in range(5)])
@@ -86,7 +86,8 @@ def random_inputs(length: int, heads: int, head_dim: int) -> list[Tensor]:
 
 def ours(pattern: DilatedPattern, is_causal: bool, *inputs: Tensor) -> Tensor:
     """Our out (1, N, H, D)."""
-    return attend(Options(pattern, is_causal, inputs[0].shape[-1] ** -0.5), *inputs).out
+    scores = Scores(is_causal, inputs[0].shape[-1] ** -0.5)
+    return attend(DilatedCall(pattern, scores), *inputs).out
 
 
 # Errors

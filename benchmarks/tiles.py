@@ -1,6 +1,6 @@
 """Block sizes of the GPU kernels: the time of one pass with each, for a pattern or a layout.
 
-For the table in `dilated_core.triton_kernels._launch`. Block sizes are rows of a tile, columns of a
+For the table in `dilated_core._triton._launch`. Block sizes are rows of a tile, columns of a
 step, warps, stages, columns of a masked step, and registers of a thread, of which the last two may
 be left out. Results must agree with those of the table to 1%; all are timed in turn.
 
@@ -24,10 +24,9 @@ from gpu import DOUBLING, GIGAPATH, LONGNET, PAPER, milliseconds, random_inputs
 from sparse_gpu import layout_of
 from torch import Tensor
 
-from dilated_core._inputs import Options
-from dilated_core.triton_kernels import _launch
-from dilated_core.triton_kernels._driving import Config, Pass
-from dilated_sparse._options import Options as LayoutOptions
+from dilated_core._call import DilatedCall, Scores
+from dilated_core._triton import _launch
+from dilated_core._triton._driving import Config, Pass
 from dilated_sparse._triton_backend import LayoutSchedule
 
 PATTERNS = {"doubling": DOUBLING, "paper": PAPER, "gigapath": GIGAPATH, "longnet": LONGNET}
@@ -79,24 +78,23 @@ def sizes(text: str) -> Config:
     return Config(*(int(part) for part in text.split(",")))
 
 
-def call_of(what: str, heads: int, head_dim: int, is_causal: bool) -> _launch.Call:
+def call_of(what: str, heads: int, head_dim: int, is_causal: bool) -> _launch.KernelCall:
     """A call on fresh inputs."""
     kind, _, density = what.partition(":")
     inputs = [
         x.detach()
         for x in random_inputs(LAYOUT_LENGTH if density else PATTERN_LENGTH, heads, head_dim)
     ]
-    scale = head_dim**-0.5
+    scores = Scores(is_causal, head_dim**-0.5)
     if density:
         layout = layout_of(kind, float(density))
-        options = LayoutOptions(layout, is_causal, scale)
-        return _launch.Call(options, LayoutSchedule(layout), *inputs)
-    return _launch.pattern_call(Options(PATTERNS[kind], is_causal, scale), *inputs)
+        return _launch.KernelCall(scores, LayoutSchedule(layout), *inputs)
+    return _launch.pattern_call(DilatedCall(PATTERNS[kind], scores), *inputs)
 
 
-def runner(which: Pass, call: _launch.Call) -> Callable[[Config | None], list[Tensor]]:
+def runner(which: Pass, call: _launch.KernelCall) -> Callable[[Config | None], list[Tensor]]:
     """What runs one pass with block sizes, or with those of the table, and returns its results."""
-    total = _launch.run_forward(call)
+    total = _launch.forward(call)
     grad_out = torch.randn_like(total.out)
     terms = torch.empty_like(total.lse, dtype=torch.int64)
     grads = [torch.empty_like(x) for x in (call.query, call.key, call.value)]
@@ -107,7 +105,7 @@ def runner(which: Pass, call: _launch.Call) -> Callable[[Config | None], list[Te
             _launch.overrides[which] = config
         try:
             if which == "forward":
-                return [_launch.run_forward(call).out]
+                return [_launch.forward(call).out]
             if which == "query":
                 _launch.query_gradient(call, grad_out, None, total, terms, grads[0])
                 return grads[:1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dilated_core import _custom_op
+from dilated_core import _torch_internals
 
 
 class LiveBytes(TorchDispatchMode):
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         self._live = {x.untyped_storage().data_ptr() for x in known}
 
     def __enter__(self) -> "LiveBytes":
-        self._patch.setattr(_custom_op, "_is_eager", lambda *_: True)
+        self._patch.setattr(_torch_internals, "is_eager", lambda *_: True)
         super().__enter__()
         return self
 

@@ -7,36 +7,34 @@ dtype before the next product, results rounded to it. A GPU test holds it agains
 """
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dilated_core._inputs import Options
+from dilated_core._call import DilatedCall
 from dilated_core._reference import _dropout_factor
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
 def rounded_attention(
-    options: Options,
+    call: DilatedCall,
     inputs: list[Tensor],
     upstream: tuple[Tensor, Tensor],
-    cu_seqlens: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Out (B, N, H, D), lse (B, H, N) and the gradients of a call, rounded as fused attention is.
 
     `inputs` are query (B, N, H, D), key and value (B, M, H_kv, D); `upstream` the gradients of out
-    and lse. With `cu_seqlens` the batch is 1 and holds sequences, one after the other.
+    and lse.
     """
+    cu_seqlens = call.cu_seqlens
     if cu_seqlens is None:
-        return _batch(options, inputs, upstream, 0)
+        return _batch(call, inputs, upstream, 0)
     parts = []
     for index, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
         rows = slice(start, stop)
-        mask = options.key_padding_mask
-        local = replace(options, key_padding_mask=None if mask is None else mask[:, rows])
+        local = call._replace(scores=call.scores.at_keys(rows))
         parts.append(
             _batch(
                 local,
@@ -51,7 +49,7 @@ def rounded_attention(
 
 
 def _batch(
-    options: Options, inputs: list[Tensor], upstream: tuple[Tensor, Tensor], first: int
+    call: DilatedCall, inputs: list[Tensor], upstream: tuple[Tensor, Tensor], first: int
 ) -> dict[str, Tensor]:
     dtype, (_, length, heads, _), key_length = inputs[0].dtype, inputs[0].shape, inputs[1].shape[1]
     group = heads // inputs[1].shape[2]
@@ -59,23 +57,23 @@ def _batch(
     key, value = (x.float().repeat_interleave(group, dim=2) for x in inputs[1:])
     grad_out, grad_lse = upstream[0].to(dtype).float(), upstream[1].float()
 
-    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * options.scale
-    count = options.pattern.multiplicity(
-        length, heads, is_causal=options.is_causal, key_length=key_length
+    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * call.scores.scale
+    count = call.pattern.multiplicity(
+        length, heads, is_causal=call.scores.is_causal, key_length=key_length
     ).to(query.device)
-    if options.key_padding_mask is not None:
-        count = count * ~options.key_padding_mask[:, None, None, :]
+    if call.scores.key_padding_mask is not None:
+        count = count * ~call.scores.key_padding_mask[:, None, None, :]
     scores = (scores + count.float().log()).masked_fill(count == 0, -math.inf)
     zero = torch.zeros(heads, length)
-    if not options.is_causal:
-        zero = options.pattern.zero_keys(length, heads, key_length=key_length).float()
+    if not call.scores.is_causal:
+        zero = call.pattern.zero_keys(length, heads, key_length=key_length).float()
     zero = zero.log().to(query.device).expand(len(query), -1, -1)
     padded = torch.cat([scores, zero[..., None]], 3)
     lse = padded.logsumexp(-1)
     shift = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
     # The kernels round exp(score - maximum) and divide at the end.
     high = padded.amax(-1, keepdim=True).masked_fill(shift == math.inf, 0.0)
-    factor = _dropout_factor(options, scores, first) if options.dropout_p > 0 else 1.0
+    factor = _dropout_factor(call.scores, scores, first) if call.scores.dropout_p > 0 else 1.0
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).float()
@@ -88,8 +86,8 @@ def _batch(
     delta = (grad_out * out).sum(-1).transpose(1, 2) - grad_lse
     ds = rounded(p * (dp - delta[..., None]))
     grads = (
-        torch.einsum("bhnm,bmhd->bnhd", ds, key) * options.scale,
-        torch.einsum("bhnm,bnhd->bmhd", ds, query) * options.scale,
+        torch.einsum("bhnm,bmhd->bnhd", ds, key) * call.scores.scale,
+        torch.einsum("bhnm,bnhd->bmhd", ds, query) * call.scores.scale,
         torch.einsum("bhnm,bnhd->bmhd", rounded(p * factor), grad_out),
     )
     dq, dk, dv = (

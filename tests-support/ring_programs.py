@@ -12,7 +12,8 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dilated_core import DilatedPattern, Partial, _torch_backend
+from dilated_core import DilatedPattern, Partial
+from dilated_core._torch import engine
 from dilated_ring import _exchange, _functional, _routes, ring_attention
 from dilated_ring._topology import find_ring
 from dilated_ring._trade import obstacle
@@ -255,6 +256,6 @@ _FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "later ranks are seen": (
         _functional, "Problem", lambda exact: lambda *sizes: exact(*sizes[:-1], False)
     ),
-    "merge without a guard": (_torch_backend, "merge_", lambda exact: _unguarded_merge),
+    "merge without a guard": (engine, "merge_", lambda exact: _unguarded_merge),
     "keys and values share a buffer": (_exchange, "unpack", _one_buffer),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from dilated_core import (
     dilated_attention,
     dilated_attention_varlen,
 )
-from dilated_core._torch_backend import OPERATORS
+from dilated_core._torch.engine import OPERATORS
 from dilated_testing import Problem, relative_error
 
 PATTERN = DilatedPattern([5, 11], [1, 2])

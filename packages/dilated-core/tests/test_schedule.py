@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dilated_core import DilatedPattern
-from dilated_core._nested import nests, visit_once
-from dilated_core._schedule import schedule
+from dilated_core._schedules.nested import nests, visit_once
+from dilated_core._schedules.schedule import schedule
 from dilated_testing import nested_patterns, patterns
 
 

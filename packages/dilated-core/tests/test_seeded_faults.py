@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dilated_core import DilatedPattern, _dense, _partial, _reference, _schedule, _torch_backend
+from dilated_core import DilatedPattern, _partial, _reference
 from dilated_core._partial import Partial
+from dilated_core._schedules import schedule as _schedule
+from dilated_core._torch import dense as _dense
+from dilated_core._torch import engine as _torch_backend
 from dilated_testing import Problem, relative_error
 
 PATTERN = DilatedPattern([6, 13], [1, 3], count_padding=False)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_core.extending import SPARE_RUNS, Blocks, Sizes
+from dilated_core.extending import SPARE_RUNS, BlockSizes, Sizes
 from dilated_sparse import BlockLayout, layouts
 from dilated_sparse._block_plan import build
 from sparse_problems import any_layouts
@@ -103,11 +103,13 @@ def test_a_plan_shows_the_pairs_of_the_layout(data, is_causal, by_key, blocks):
     heads = kv_heads * data.draw(st.integers(1, 3))
     layout = data.draw(any_layouts(heads=heads, causal=is_causal))
     if layout.length and layout.key_length:
-        check(layout, heads, kv_heads, is_causal, by_key, Blocks(*blocks))
+        check(layout, heads, kv_heads, is_causal, by_key, BlockSizes(*blocks))
 
 
 @pytest.mark.parametrize("block_size", [33, 64, 70, 100])
-@pytest.mark.parametrize("blocks", [Blocks(16, 64, 64), Blocks(32, 32, 32), Blocks(64, 128, 16)])
+@pytest.mark.parametrize(
+    "blocks", [BlockSizes(16, 64, 64), BlockSizes(32, 32, 32), BlockSizes(64, 128, 16)]
+)
 @pytest.mark.parametrize(("is_causal", "by_key"), [(False, False), (True, False), (True, True)])
 def test_blocks_of_several_words_a_row(block_size, blocks, is_causal, by_key):
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +121,7 @@ def test_blocks_of_several_words_a_row(block_size, blocks, is_causal, by_key):
 
 def plan_of(layout, heads=1, kv_heads=1, is_causal=False, by_key=False, blocks=(64, 64, 32)):
     sizes = Sizes(layout.length, layout.key_length, heads, kv_heads, 0, 0, is_causal, CPU)
-    return build(layout, sizes, by_key, Blocks(*blocks))
+    return build(layout, sizes, by_key, BlockSizes(*blocks))
 
 
 def test_full_blocks_side_by_side_are_one_run_without_a_mask():

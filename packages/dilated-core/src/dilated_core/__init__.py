@@ -1,7 +1,10 @@
 """Dilated attention for PyTorch: exact, linear in length, with exact gradients."""
 
 from dilated_core.__about__ import __version__
+from dilated_core._attend import select_backend
+from dilated_core._branches import Branch, validate_segment_dilation_match
 from dilated_core._cache import DilatedKVCache
+from dilated_core._choice import BackendChoice
 from dilated_core._functional import (
     dilated_attention,
     dilated_attention_varlen,
@@ -9,8 +12,7 @@ from dilated_core._functional import (
 )
 from dilated_core._modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_core._partial import Partial, merge
-from dilated_core._pattern import Branch, DilatedPattern, validate_segment_dilation_match
-from dilated_core._selection import BackendChoice, select_backend
+from dilated_core._pattern import DilatedPattern
 
 __all__ = [
     "BackendChoice",

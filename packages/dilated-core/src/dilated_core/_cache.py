@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core import _dense
-from dilated_core._inputs import Options, check_options, check_padding_mask, check_tensors
+from dilated_core._call import DilatedCall, check_call
 from dilated_core._partial import Partial, merge_
 from dilated_core._pattern import DilatedPattern
-from dilated_core._runs import head_strides
-from dilated_core._torch_backend import attend_rows
+from dilated_core._schedules.runs import head_strides
+from dilated_core._torch import dense
+from dilated_core._torch.engine import attend_wide
 
 
 class DilatedKVCache:
@@ -75,24 +75,22 @@ class DilatedKVCache:
             TypeError, ValueError: naming the argument, what it must be, and what it was.
             RuntimeError: an input requires gradients.
         """
-        check_tensors(query, key, value, enable_gqa=True, dims=4)
+        scores = check_call(
+            query, key, value, scale=scale, key_padding_mask=key_padding_mask, enable_gqa=True
+        )._replace(is_causal=True)
         if query.shape[1] != key.shape[1]:
             raise ValueError(f"key must have query's length {query.shape[1]}. Got {key.shape[1]}.")
-        check_padding_mask(key_padding_mask, key.shape[0], key.shape[1], query.device)
-        scale = check_options(
-            query, self.pattern, is_causal=True, scale=scale, dropout_p=0.0,
-            enable_gqa=True, return_lse=False,
-        )  # fmt: skip
+        self.pattern.branch_heads(query.shape[2])
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             raise RuntimeError(
                 "a DilatedKVCache gives no gradients: use torch.no_grad() or inference_mode()."
             )
         if self._branches:
             self._check_fits(query, key)
-        options = Options(self.pattern, True, scale, key_padding_mask)
-        total = attend_rows(options, query, key, value, start=self.length)
+        call = DilatedCall(self.pattern, scores)
+        total = attend_wide(call, query, key, value, start=self.length)
         for branch in self._branches:
-            branch.attend(self.length, query, scale, total)
+            branch.attend(self.length, query, scores.scale, total)
         out = total.out.to(query.dtype)
         # Nothing of the cache changes before all that may fail is done.
         if not self._branches:
@@ -228,12 +226,12 @@ class _BranchCache:
                     for i in range(stride.count)
                 ]
                 stream = _pick(wanted, rows.start)
-                call = _dense.Rows(scale, is_causal=False)
+                call = dense.RowAttention(scale, is_causal=False)
                 q = query[:, kept, h].transpose(1, 2)
                 k, v = self.key[:, stream, :held], self.value[:, stream, :held]
                 if self.has_padding:
                     call = call._replace(key_mask=self.padding[:, rows.start, :held])
-                part = _dense.attend(call, q, k, v)
+                part = dense.attend(call, q, k, v)
                 views = Partial(total.out[:, kept, h].transpose(1, 2), total.lse[:, h, kept])
                 merge_(views, part)
 

@@ -1,32 +1,139 @@
-"""What one attention call is asked to compute, checked once at the public edge."""
+"""What an attention call is asked to compute, checked once at the public edge.
+
+Shapes: query (B, N, H, D), key and value (B, M, H_kv, D); packed sequences (total, H, D).
+"""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_core import _checks
-from dilated_core._pattern import DilatedPattern
+from dilated_core._branches import Branches
+from dilated_core._partial import Partial
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, eq=False)
-class Options:
-    """Everything about a call but its tensors q, k, v."""
+class Scores(NamedTuple):
+    """What one call does with its scores, for any pattern or layout.
 
-    pattern: DilatedPattern
+    Attributes:
+        is_causal: hide the keys after each query.
+        scale: factor on the scores.
+        key_padding_mask: (B, M) bool, True = ignore, or None.
+        dropout_p: probability of dropping a weight.
+        seed: () int64, of the dropout mask; None without dropout.
+    """
+
     is_causal: bool
     scale: float
     key_padding_mask: Tensor | None = None
     dropout_p: float = 0.0
     seed: Tensor | None = None
 
+    def at_keys(self, rows: slice) -> "Scores":
+        """The same for some of the keys."""
+        mask = self.key_padding_mask
+        return self if mask is None else self._replace(key_padding_mask=mask[:, rows])
 
-def shape(tensor: Tensor) -> tuple[int, ...]:
-    """A shape as a tuple, for messages."""
-    return tuple(tensor.shape)
+    def seeded(self, device: torch.device) -> "Scores":
+        """With a seed, if there is dropout."""
+        if not self.dropout_p:
+            return self
+        # On query's device and from its default generator: no host sync, and checkpointing, which
+        # restores that generator, draws the same mask again.
+        return self._replace(seed=torch.randint(2**62, (), device=device))
+
+
+class DilatedCall(NamedTuple):
+    """A checked call of dilated attention, beside its tensors.
+
+    Attributes:
+        pattern: which keys a query sees.
+        scores: what to do with the scores.
+        cu_seqlens: (S + 1,), where the batch is 1 and the rows are S sequences, one after the
+            other; else None.
+    """
+
+    pattern: Branches
+    scores: Scores
+    cu_seqlens: Tensor | None = None
+
+
+class Upstream(NamedTuple):
+    """What a backward starts from.
+
+    Attributes:
+        grad_out: (B, N, H, D).
+        grad_lse: (B, H, N), or None.
+        query: (B, N, H, D).
+        key: (B, M, H_kv, D).
+        value: (B, M, H_kv, D).
+        total: the merged partial of all keys.
+    """
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    total: Partial
+
+
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Scores:
+    """Raise unless a call is valid; say what it does with its scores, without a seed as yet.
+
+    With `cu_seqlens` query is (total, H, D), key and value are (total, H_kv, D) and the mask,
+    which is returned as (1, total), is (total,).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+    """
+    _checks.boolean("is_causal", is_causal)
+    _checks.boolean("enable_gqa", enable_gqa)
+    _checks.boolean("return_lse", return_lse)
+    check_tensors(query, key, value, enable_gqa=enable_gqa, dims=4 if cu_seqlens is None else 3)
+    length, key_length = query.shape[-3], key.shape[-3]
+    if cu_seqlens is not None:
+        if length != key_length:
+            raise ValueError(f"key must have query's total {length}. Got {key_length}.")
+        check_cu_seqlens(cu_seqlens, length, query.device)
+        if isinstance(key_padding_mask, Tensor):
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+    elif is_causal and length > key_length:
+        raise ValueError(
+            f"query length must not exceed key length when is_causal=True. "
+            f"Got {length} and {key_length}."
+        )
+    if key_padding_mask is not None:
+        batch = key.shape[0] if cu_seqlens is None else 1
+        check_padding_mask(key_padding_mask, batch, key_length, query.device)
+    dropout_p = _checks.fraction("dropout_p", dropout_p)
+    scale = _checks.scale(scale)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return Scores(is_causal, scale, key_padding_mask, dropout_p)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype where autocast is on, as torch's own attention does."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def check_tensors(
@@ -38,7 +145,7 @@ def check_tensors(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor. Got {type(tensor).__name__}.")
         if tensor.ndim != dims:
-            raise ValueError(f"{name} must have shape {layout}. Got {shape(tensor)}.")
+            raise ValueError(f"{name} must have shape {layout}. Got {tuple(tensor.shape)}.")
         if tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64. Got {tensor.dtype}."
@@ -49,15 +156,18 @@ def check_tensors(
             raise ValueError(
                 f"{name} must be on query's device {query.device}. Got {tensor.device}."
             )
-    if value.shape != key.shape:
-        raise ValueError(f"value must have key's shape {shape(key)}. Got {shape(value)}.")
-    if dims == 4 and key.shape[0] != query.shape[0]:
-        raise ValueError(f"key must have query's batch size {query.shape[0]}. Got {key.shape[0]}.")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's head_dim {query.shape[-1]}. Got {key.shape[-1]}.")
-    if query.shape[-1] == 0 or query.shape[-2] == 0:
-        raise ValueError(f"query must have at least one head and head_dim 1. Got {shape(query)}.")
-    heads, kv_heads = query.shape[-2], key.shape[-2]
+    rows, key_rows = query.shape, key.shape
+    if value.shape != key_rows:
+        raise ValueError(
+            f"value must have key's shape {tuple(key_rows)}. Got {tuple(value.shape)}."
+        )
+    if dims == 4 and key_rows[0] != rows[0]:
+        raise ValueError(f"key must have query's batch size {rows[0]}. Got {key_rows[0]}.")
+    if key_rows[-1] != rows[-1]:
+        raise ValueError(f"key must have query's head_dim {rows[-1]}. Got {key_rows[-1]}.")
+    if rows[-1] == 0 or rows[-2] == 0:
+        raise ValueError(f"query must have at least one head and head_dim 1. Got {tuple(rows)}.")
+    heads, kv_heads = rows[-2], key_rows[-2]
     if enable_gqa:
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(
@@ -69,39 +179,6 @@ def check_tensors(
             f"key must have query's number of heads ({heads}) unless enable_gqa=True. "
             f"Got {kv_heads}."
         )
-
-
-def check_options(
-    query: Tensor,
-    pattern: DilatedPattern,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    return_lse: bool,
-) -> float:
-    """Raise unless the options are valid; return the scale to use."""
-    if not isinstance(pattern, DilatedPattern):
-        raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
-    for name, flag in (
-        ("is_causal", is_causal),
-        ("enable_gqa", enable_gqa),
-        ("return_lse", return_lse),
-    ):
-        _checks.boolean(name, flag)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, float | int):
-        raise TypeError(f"dropout_p must be a float. Got {dropout_p!r}.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1). Got {dropout_p}.")
-    pattern.branch_heads(query.shape[-2])
-    if scale is None:
-        return 1.0 / math.sqrt(query.shape[-1])
-    if isinstance(scale, bool) or not isinstance(scale, float | int):
-        raise TypeError(f"scale must be a float or None. Got {scale!r}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite. Got {scale}.")
-    return float(scale)
 
 
 def check_padding_mask(
@@ -117,7 +194,7 @@ def check_padding_mask(
     if mask.shape != (batch, key_length):
         raise ValueError(
             f"key_padding_mask must have shape (batch, key length)={(batch, key_length)}. "
-            f"Got {shape(mask)}."
+            f"Got {tuple(mask.shape)}."
         )
     if mask.device != device:
         raise ValueError(f"key_padding_mask must be on query's device {device}. Got {mask.device}.")
@@ -125,12 +202,12 @@ def check_padding_mask(
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, device: torch.device) -> None:
     """Raise unless cu_seqlens is 0 = c_0 <= c_1 <= ... = total, as int32 or int64."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a Tensor. Got {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64. Got {cu_seqlens.dtype}.")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape (sequences + 1,). Got {shape(cu_seqlens)}.")
+        raise ValueError(
+            f"cu_seqlens must have shape (sequences + 1,). Got {tuple(cu_seqlens.shape)}."
+        )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens must be on query's device {device}. Got {cu_seqlens.device}.")
     if device.type == "cpu" and not torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """Argument checks of the public functions: an error names argument, requirement, value."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -32,3 +33,23 @@ def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool. Got {value!r} of type {type(value).__name__}.")
     return value
+
+
+def fraction(name: str, value: object) -> float:
+    """Return `value` as a float in [0, 1), or raise an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name} must be a float. Got {value!r}.")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1). Got {value}.")
+    return float(value)
+
+
+def scale(value: object) -> float | None:
+    """Return a scale of scores as a finite float, or None, or raise an error that names it."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"scale must be a float or None. Got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite. Got {value}.")
+    return float(value)

@@ -1,62 +1,93 @@
-"""Which backend serves a call, and why: a pure function of the request."""
+"""Which way a call is served, and why: pure functions of the request."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-from torch import Tensor
-
-from dilated_core import triton_kernels
-
-Backend = Literal["reference", "torch", "triton"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
-class BackendChoice:
-    """The backend that serves a call.
+class Choice:
+    """The way that serves a call.
 
     Attributes:
-        backend: its name.
+        name: its name.
         reason: why it was picked.
-        rejected: for every other backend, why it was not.
+        rejected: for every other way, its name and why it was not.
     """
 
-    backend: Backend
+    name: str
     reason: str
-    rejected: tuple[tuple[Backend, str], ...]
+    rejected: tuple[tuple[str, str], ...]
 
 
-def select_backend(query: Tensor, key: Tensor, backend: str | None = None) -> BackendChoice:
-    """Pick the backend of a call by device, dtype and sizes of its tensors; values do not matter.
+@dataclass(frozen=True)
+class BackendChoice(Choice):
+    """The backend that serves a call: a `Choice`, whose name is `backend` as well."""
+
+    @property
+    def backend(self) -> str:
+        """Its name."""
+        return self.name
+
+
+Kind = TypeVar("Kind", bound=Choice)
+
+
+def check_name(argument: str, given: object, names: tuple[str, ...]) -> None:
+    """Raise a ValueError unless an argument is None or one of the names."""
+    if given is not None and given not in names:
+        raise ValueError(
+            f"{argument} must be None or one of {', '.join(map(repr, names))}. Got {given!r}."
+        )
+
+
+def pick(
+    argument: str,
+    given: str | None,
+    names: tuple[str, ...],
+    reasons: Mapping[str, str],
+    obstacles: Mapping[str, str | None],
+) -> str:
+    """The name of the way that serves a call, as `choose`, which says why as well."""
+    if given is None:
+        return next(name for name in reasons if obstacles.get(name) is None)
+    check_name(argument, given, names)
+    if (obstacle := obstacles.get(given)) is not None:
+        raise ValueError(
+            f"{argument} must be able to serve the call. Got {given!r}, but {obstacle}."
+        )
+    return given
+
+
+def choose(
+    kind: type[Kind],
+    argument: str,
+    given: str | None,
+    names: tuple[str, ...],
+    reasons: Mapping[str, str],
+    obstacles: Mapping[str, str | None],
+    unasked: Mapping[str, str],
+) -> Kind:
+    """Choose one of some ways to serve a call.
 
     Args:
-        query: (B, N, H, D).
-        key: (B, M, H_kv, D).
-        backend: the name of one to force it.
+        kind: the class of the result.
+        argument: what the caller names one by, for errors.
+        given: the name of one to force it, or None.
+        names: all of them.
+        reasons: for those that may be picked, in the order of preference, why each is.
+        obstacles: for those that cannot serve the call, why; None where one can.
+        unasked: for those that are never picked, why they run only when asked for.
 
     Raises:
-        ValueError: `backend` names none, or one that cannot serve the call.
+        ValueError: `given` names none, or one that cannot serve the call.
     """
-    obstacle = triton_kernels.unsupported(query, key)
-    if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(
-                f"backend must be None or one of {', '.join(map(repr, BACKENDS))}. Got {backend!r}."
-            )
-        if backend == "triton" and obstacle is not None:
-            raise ValueError(
-                f"backend must be able to serve the call. Got 'triton', but {obstacle}."
-            )
-        others = tuple((b, f"backend={backend!r} was given") for b in BACKENDS if b != backend)
-        return BackendChoice(backend, "it was given", others)
-    oracle: tuple[Backend, str] = (
-        "reference",
-        "it is the slow oracle: it runs only when asked for",
-    )
-    if obstacle is None:
-        reason = "one pass over the runs of all branches is the fastest on CUDA"
-        return BackendChoice(
-            "triton", reason, (oracle, ("torch", "triton serves the call, faster"))
-        )
-    reason = "torch's fused attention on strided views serves every device and dtype"
-    return BackendChoice("torch", reason, (oracle, ("triton", obstacle)))
+    picked = pick(argument, given, names, reasons, obstacles)
+    if given is not None:
+        others = [(name, f"{argument}={given!r} was given") for name in names if name != given]
+        return kind(picked, "it was given", tuple(others))
+    rejected = [*unasked.items()]
+    rejected += [(name, why) for name, why in obstacles.items() if why is not None]
+    later = [name for name in reasons if name != picked and obstacles.get(name) is None]
+    rejected += [(name, f"{picked} serves the call and comes first") for name in later]
+    return kind(picked, reasons[picked], tuple(rejected))

@@ -1,19 +1,9 @@
-"""The public functions: validate once, pick a backend, compute."""
+"""The public functions."""
 
-import torch
 from torch import Tensor
 
-from dilated_core import _inputs, _reference, _torch_backend, triton_kernels
-from dilated_core._inputs import Options
-from dilated_core._operators import Forward
+from dilated_core._attend import attend
 from dilated_core._pattern import DilatedPattern
-from dilated_core._selection import Backend, select_backend
-
-_BACKENDS: dict[Backend, Forward] = {
-    "reference": _reference.attend,
-    "torch": _torch_backend.OPERATORS.attend,
-    "triton": triton_kernels.attend,
-}
 
 
 def dilated_attention(
@@ -57,22 +47,12 @@ def dilated_attention(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    _inputs.check_tensors(query, key, value, enable_gqa=enable_gqa, dims=4)
-    _inputs.check_padding_mask(key_padding_mask, key.shape[0], key.shape[1], query.device)
-    if is_causal and query.shape[1] > key.shape[1]:
-        raise ValueError(
-            f"query length must not exceed key length when is_causal=True. "
-            f"Got {query.shape[1]} and {key.shape[1]}."
-        )
-    options = _options(
-        query, pattern, is_causal, scale, key_padding_mask, dropout_p, enable_gqa, return_lse
-    )
-    query, key, value = _autocast(query, key, value)
-    out, lse = _BACKENDS[select_backend(query, key, backend).backend](
-        options, query, key, value, None
-    )
-    out = out.to(query.dtype)
-    return (out, lse) if return_lse else out
+    _check_pattern(pattern)
+    return attend(
+        pattern, query, key, value, is_causal=is_causal, scale=scale,
+        key_padding_mask=key_padding_mask, dropout_p=dropout_p, enable_gqa=enable_gqa,
+        return_lse=return_lse, backend=backend,
+    )  # fmt: skip
 
 
 def dilated_attention_varlen(
@@ -112,22 +92,14 @@ def dilated_attention_varlen(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
     """
-    _inputs.check_tensors(query, key, value, enable_gqa=enable_gqa, dims=3)
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"key must have query's total {query.shape[0]}. Got {key.shape[0]}.")
-    _inputs.check_cu_seqlens(cu_seqlens, query.shape[0], query.device)
-    if key_padding_mask is not None and isinstance(key_padding_mask, Tensor):
-        key_padding_mask = key_padding_mask.unsqueeze(0)
-    _inputs.check_padding_mask(key_padding_mask, 1, query.shape[0], query.device)
-    options = _options(
-        query, pattern, is_causal, scale, key_padding_mask, dropout_p, enable_gqa, return_lse
-    )
-    query, key, value = (x.unsqueeze(0) for x in _autocast(query, key, value))
-    out, lse = _BACKENDS[select_backend(query, key, backend).backend](
-        options, query, key, value, cu_seqlens
-    )
-    out = out[0].to(query.dtype)
-    return (out, lse[0]) if return_lse else out
+    _check_pattern(pattern)
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a Tensor. Got {type(cu_seqlens).__name__}.")
+    return attend(
+        pattern, query, key, value, is_causal=is_causal, scale=scale,
+        key_padding_mask=key_padding_mask, dropout_p=dropout_p, enable_gqa=enable_gqa,
+        return_lse=return_lse, backend=backend, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def reference_attention(
@@ -154,29 +126,6 @@ def reference_attention(
     )  # fmt: skip
 
 
-def _options(
-    query: Tensor,
-    pattern: DilatedPattern,
-    is_causal: bool,
-    scale: float | None,
-    key_padding_mask: Tensor | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    return_lse: bool,
-) -> Options:
-    scale = _inputs.check_options(
-        query, pattern, is_causal=is_causal, scale=scale, dropout_p=dropout_p,
-        enable_gqa=enable_gqa, return_lse=return_lse,
-    )  # fmt: skip
-    # On query's device and from its default generator: no host sync, and checkpointing, which
-    # restores that generator, draws the same mask again.
-    seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
-    return Options(pattern, is_causal, scale, key_padding_mask, float(dropout_p), seed)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype where autocast is on, as torch's own attention does."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+def _check_pattern(pattern: object) -> None:
+    if not isinstance(pattern, DilatedPattern):
+        raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")

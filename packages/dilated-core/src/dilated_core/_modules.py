@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dilated_core import _checks, _reference
+from dilated_core._attend import BACKENDS, attend
 from dilated_core._cache import DilatedKVCache
-from dilated_core._functional import dilated_attention
-from dilated_core._inputs import Options
+from dilated_core._call import DilatedCall, Scores
+from dilated_core._head_attention import HeadAttention
 from dilated_core._pattern import DilatedPattern
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
 
@@ -17,7 +18,7 @@ from dilated_core.interfaces import AttentionModule, PositionEmbedding
 MAX_WEIGHTS = 1 << 26
 
 
-class DilatedAttention(nn.Module):
+class DilatedAttention(HeadAttention):
     """`dilated_attention` as a module: (B, N, H, D) heads in, (B, N, H, D) out.
 
     Args:
@@ -25,6 +26,10 @@ class DilatedAttention(nn.Module):
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training.
         backend: "triton", "torch" or "reference" to force one; None picks.
+
+    Raises:
+        TypeError: pattern is no DilatedPattern, or dropout or scale no number.
+        ValueError: dropout is not in [0, 1), scale is not finite, or backend names none.
     """
 
     def __init__(
@@ -35,14 +40,10 @@ class DilatedAttention(nn.Module):
         dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scale=scale, dropout=dropout, backend=backend, backends=BACKENDS)
         if not isinstance(pattern, DilatedPattern):
             raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
-        _check_dropout(dropout)
         self.pattern = pattern
-        self.scale = scale
-        self.dropout = dropout
-        self.backend = backend
 
     def forward(
         self,
@@ -54,12 +55,9 @@ class DilatedAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend: query (B, N, H, D), key and value (B, M, H_kv, D), mask (B, M) True = ignore."""
-        out = dilated_attention(
-            query, key, value, self.pattern,
-            is_causal=is_causal, scale=self.scale, key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.ndim == 4 and key.ndim == 4 and query.shape[2] != key.shape[2],
-            backend=self.backend,
+        out = attend(
+            self.pattern, query, key, value, is_causal=is_causal,
+            key_padding_mask=key_padding_mask, backend=self.backend, **self.options(query, key),
         )  # fmt: skip
         return cast(Tensor, out)
 
@@ -84,16 +82,12 @@ class DilatedAttention(nn.Module):
                 f"(batch * heads * length * key length). Got {size}."
             )
         scale = head_dim**-0.5 if self.scale is None else self.scale
-        options = Options(self.pattern, is_causal, scale, key_padding_mask)
-        return _reference.weights_and_lse(options, query, key)[0].to(query.dtype)
+        call = DilatedCall(self.pattern, Scores(is_causal, scale, key_padding_mask))
+        return _reference.weights_and_lse(call, query, key)[0].to(query.dtype)
 
-    def extra_repr(self) -> str:
-        """The arguments that differ from their defaults."""
-        parts = [repr(self.pattern)]
-        for name, default in (("scale", None), ("dropout", 0.0), ("backend", None)):
-            if (value := getattr(self, name)) != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
+    def shown(self) -> str:
+        """The pattern."""
+        return repr(self.pattern)
 
 
 class MultiheadDilatedAttention(nn.Module):
@@ -328,8 +322,3 @@ def _positions(
         )
     first = key_length - length if is_causal else 0
     return positions[first : first + length], positions[:key_length]
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1). Got {dropout}.")

@@ -1,6 +1,8 @@
 """An attention function as two custom operators, so that torch.compile sees one node each.
 
 A backend is a forward and a backward over raw tensors and a call: all that is asked beside them.
+An eager call goes to it as it is; only one that is traced goes through the operators, for which it
+is taken apart into tensors and plain values.
 Shapes: query (B, N, H, D), key and value (B, M, H_kv, D), lse (B, H, N).
 """
 
@@ -11,30 +13,31 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import maybe_current_level
-from torch._compile import _disable_dynamo
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
+from dilated_core import _torch_internals
+from dilated_core._branches import Branches
+from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
 
 Call = TypeVar("Call")
+Gradients = tuple[Tensor, Tensor, Tensor]
 _NOTHING = nullcontext()
 
 
-class Form(NamedTuple, Generic[Call]):
+class OperatorForm(NamedTuple, Generic[Call]):
     """How a call goes through an operator.
 
     Attributes:
         schema: its arguments there, as torch writes a schema; all tensors come first.
-        pack: makes these arguments of a call.
-        unpack: makes a call of query, key and these arguments.
+        tensors: the tensors, or None, of a call, which must not change before its backward.
+        values: the other arguments.
+        unpack: makes a call of query, key and all of these.
     """
 
     schema: str
-    pack: Callable[[Call], tuple[Any, ...]]
+    tensors: Callable[[Call], tuple[Tensor | None, ...]]
+    values: Callable[[Call], tuple[Any, ...]]
     unpack: Callable[..., Call]
 
 
@@ -48,12 +51,9 @@ class Operators(NamedTuple, Generic[Call]):
 
 def define(
     name: str,
-    form: Form[Call],
+    form: OperatorForm[Call],
     forward: Callable[[Call, Tensor, Tensor, Tensor], Partial],
-    backward: Callable[
-        [Call, Tensor, Tensor | None, Tensor, Tensor, Tensor, Partial],
-        tuple[Tensor, Tensor, Tensor],
-    ],
+    backward: Callable[[Call, Upstream], Gradients],
     empty_lse: Callable[[Tensor], Tensor],
 ) -> Operators[Call]:
     """Register the operators `{name}_forward` and `{name}_backward`, with exact gradients.
@@ -62,8 +62,7 @@ def define(
         name: with the namespace, "package::backend".
         form: how a call goes through.
         forward: computes out in query's dtype and lse.
-        backward: from (call, grad_out, grad_lse, query, key, value, total), computes the
-            gradients in query's dtype.
+        backward: computes the gradients in query's dtype.
         empty_lse: makes an lse for a query, uninitialised, laid out as forward's.
     """
     inputs = "Tensor query, Tensor key, Tensor value"
@@ -76,10 +75,10 @@ def define(
     def run_backward(
         grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
         out: Tensor, lse: Tensor, *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        call, total = form.unpack(query, key, *rest), Partial(out, lse)
+    ) -> Gradients:  # fmt: skip
+        upstream = Upstream(grad_out, grad_lse, query, key, value, Partial(out, lse))
         with _without_autocast(query):
-            return backward(call, grad_out, grad_lse, query, key, value, total)
+            return backward(form.unpack(query, key, *rest), upstream)
 
     def fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _empty(query), empty_lse(query)
@@ -87,7 +86,7 @@ def define(
     def fake_backward(
         _grad_out: Tensor, _grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
         *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> Gradients:  # fmt: skip
         return _empty(query), _empty(key), _empty(value)
 
     forward_op = _register(
@@ -100,22 +99,104 @@ def define(
         " -> (Tensor, Tensor, Tensor)",
         run_backward, fake_backward,
     )  # fmt: skip
-    tensors = 3 + form.schema.count("Tensor")
+    count = form.schema.count("Tensor")
+
+    class Traced(torch.autograd.Function):
+        """The operators, with gradients.
+
+        As `torch.library.register_autograd` would, without its conversions of a schema.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+            with _torch_internals.below_autograd():
+                out, lse = forward_op(*arguments)
+            ctx.save_for_backward(*arguments[:3], out, lse, *arguments[3 : 3 + count])
+            ctx.rest = arguments[3 + count :]
+            ctx.set_materialize_grads(False)
+            return out, lse
+
+        @staticmethod
+        @once_differentiable
+        @_torch_internals.disable_dynamo  # which sees it where a part of a step is compiled
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+            query, *saved = ctx.saved_tensors
+            if grad_out is None:
+                grad_out = torch.zeros_like(query)
+            grads = backward_op(grad_out, grad_lse, query, *saved, *ctx.rest)
+            return (*grads, *(None for _ in range(count + len(ctx.rest))))
+
+    traced: Callable[..., tuple[Tensor, Tensor]] = Traced.apply
+
+    def differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
+        if _wants_grads(*arguments[:3]):
+            return traced(*arguments)
+        with _torch_internals.below_autograd():
+            out, lse = forward_op(*arguments)
+        return out, lse
+
     namespace, short = forward_op.name().split("::")
-    differentiable = _differentiable(forward_op, backward_op, tensors)
-    _library(namespace).impl(short, _disable_dynamo(differentiable), "Autograd")
+    _library(namespace).impl(short, _torch_internals.disable_dynamo(differentiable), "Autograd")
 
-    def backward_of_direct(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
+    def compute(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        # Reading them tells whether a tensor was changed since the forward.
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(query)
         given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
-        return (run_backward if _is_eager(*given) else backward_op)(grad_out, grad_lse, *rest)
+        if _torch_internals.is_eager(*given, query):
+            total = Partial(out, lse)
+            with _without_autocast(query):
+                grads = backward(ctx.call, Upstream(grad_out, grad_lse, query, key, value, total))
+        else:
+            grads = backward_op(
+                grad_out, grad_lse, query, key, value, out, lse, *tensors, *form.values(ctx.call)
+            )
+        return (None, *grads)
 
-    direct = _differentiable(run_forward, backward_of_direct, tensors)
+    compute = _torch_internals.disable_dynamo(compute)
+    refuse_second = once_differentiable(compute)
+
+    class Eager(torch.autograd.Function):
+        """The backend itself, with gradients."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, call: Call, query: Tensor, key: Tensor, value: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            out, lse = run(call, query, key, value)
+            ctx.save_for_backward(query, key, value, out, lse, *form.tensors(call))
+            ctx.call = call
+            ctx.set_materialize_grads(False)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+            return (refuse_second if torch.is_grad_enabled() else compute)(ctx, grad_out, grad_lse)
+
+    def run(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+        with _torch_internals.below_autograd(), _without_autocast(query):
+            return forward(call, query, key, value)
+
+    eager: Callable[..., tuple[Tensor, Tensor]] = Eager.apply
 
     def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-        compute = direct if _is_eager(query, key, value) else forward_op
-        return Partial(*compute(query, key, value, *form.pack(call)))
+        if not _torch_internals.is_eager(query, key, value):
+            packed = *form.tensors(call), *form.values(call)
+            return Partial(*forward_op(query, key, value, *packed))
+        if _wants_grads(query, key, value):
+            return Partial(*eager(call, query, key, value))
+        return run(call, query, key, value)
 
     return Operators(attend, forward_op, backward_op)
+
+
+def _wants_grads(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a call goes through autograd, which refuses tangents."""
+    if _torch_internals.has_tangents():
+        return True
+    wanted = query.requires_grad or key.requires_grad or value.requires_grad
+    return wanted and torch.is_grad_enabled()
 
 
 def _register(
@@ -125,63 +206,9 @@ def _register(
     namespace, short = name.split("::")
     library = _library(namespace)
     library.define(short + schema, tags=torch.Tag.pt2_compliant_tag)
-    library.impl(short, _disable_dynamo(function), "CompositeExplicitAutograd")
+    library.impl(short, _torch_internals.disable_dynamo(function), "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=library)
     return getattr(getattr(torch.ops, namespace), short).default
-
-
-def _differentiable(forward: Any, backward: Any, tensors: int) -> Callable[..., Any]:
-    """A forward with gradients by a backward; `tensors` of its arguments are or may be some.
-
-    As `torch.library.register_autograd` would, without its conversions of a schema in each call,
-    which take as long as all else on the host.
-    """
-
-    class Attend(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            with torch._C._AutoDispatchBelowAutograd():
-                out, lse = forward(*inputs)
-            ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:tensors])
-            ctx.rest = inputs[tensors:]
-            ctx.set_materialize_grads(False)
-            return out, lse
-
-        @staticmethod
-        @once_differentiable
-        @_disable_dynamo  # which sees it where only a part of a step is compiled
-        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-            query, *saved = ctx.saved_tensors
-            if grad_out is None:
-                grad_out = torch.zeros_like(query)
-            grads = backward(grad_out, grad_lse, query, *saved, *ctx.rest)
-            return (*grads, *(None for _ in range(tensors - 3 + len(ctx.rest))))
-
-    apply: Callable[..., tuple[Tensor, Tensor]] = Attend.apply
-
-    def differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
-        wants_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
-        if wants_grads or forward_ad._current_level >= 0:  # where tangents are refused
-            return apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward(*inputs)
-        return out, lse
-
-    return differentiable
-
-
-def _is_eager(*inputs: Tensor) -> bool:
-    """Whether nothing but autograd takes part in a call, so that it need not be an operator.
-
-    Through torch's dispatcher a forward takes the host longer by about a half.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or _len_torch_dispatch_stack()
-        or maybe_current_level() is not None
-        or any(type(x) not in (Tensor, Parameter) or x.is_meta or x.is_neg() for x in inputs)
-    )
 
 
 @cache
@@ -198,3 +225,29 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def _empty(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _unpack(
+    _query: Tensor,
+    _key: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pattern: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> DilatedCall:
+    scores = Scores(is_causal, scale, key_padding_mask, dropout_p, seed)
+    return DilatedCall(Branches.from_code(pattern), scores, cu_seqlens)
+
+
+DILATED = OperatorForm(
+    "Tensor? key_padding_mask, Tensor? seed, Tensor? cu_seqlens, str pattern, bool is_causal, "
+    "float scale, float dropout_p",
+    lambda call: (call.scores.key_padding_mask, call.scores.seed, call.cu_seqlens),
+    lambda call: (
+        call.pattern.code, call.scores.is_causal, call.scores.scale, call.scores.dropout_p,
+    ),
+    _unpack,
+)  # fmt: skip

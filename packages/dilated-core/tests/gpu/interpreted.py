@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dilated_core import DilatedPattern
-from dilated_core._inputs import Options
+from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._reference import attend as reference
-from dilated_core._torch_backend import attend_rows, rows_backward
-from dilated_core.triton_kernels import _launch, attend, attend_span, attend_span_backward
-from dilated_core.triton_kernels._launch import Config
+from dilated_core._torch.engine import attend_wide, backward_wide
+from dilated_core._triton import _launch, attend, attend_span, attend_span_backward
+from dilated_core._triton._launch import Config
 
 # Segments long enough that every key is visited once, with a weight.
 NESTED = DilatedPattern([64, 128, 256], [1, 2, 4])
@@ -84,31 +84,31 @@ def largest_error(name: str) -> float:
         inputs[1] *= torch.where(torch.arange(key_length) < 59, early, late)[:, None, None]
     upstream = draw(batch, length, heads, head_dim), draw(batch, heads, length)
     padding = options.get("padding")
-    call = Options(
-        pattern,
+    scores = Scores(
         options.get("is_causal", False),
         options.get("scale", head_dim**-0.5),
         torch.rand(batch, key_length, generator=generator) < padding if padding else None,
         options.get("dropout_p", 0.0),
         torch.tensor(2**40 + 12345) if options.get("dropout_p") else None,
     )
-    packed = [torch.tensor(ends)] if ends else []
+    call = DilatedCall(pattern, scores, torch.tensor(ends) if ends else None)
     results = []
     if "first_key" in options:
         first = options["first_key"]
         for kind, forward, backward, place in (
             (dtype, attend_span, attend_span_backward, {"first_key": first}),
-            (torch.float64, attend_rows, rows_backward, {"start": first, "whole_length": 999}),
+            (torch.float64, attend_wide, backward_wide, {"start": first, "whole_length": 999}),
         ):
             rows = [x.to(kind) for x in inputs]
             part = forward(call, *rows, **place)
             seen = part.lse > -torch.inf
-            grads = backward(call, upstream[0].to(kind), upstream[1].to(kind), *rows, part, **place)
+            given = Upstream(upstream[0].to(kind), upstream[1].to(kind), *rows, part)
+            grads = backward(call, given, **place)
             results.append([part.out, part.lse.masked_fill(~seen, 999.0), *grads])
         return _largest(results)
     for function, kind in ((attend, dtype), (reference, torch.float64)):
         tensors = [x.to(kind).requires_grad_() for x in inputs]
-        out, lse = function(call, *tensors, *packed)
+        out, lse = function(call, *tensors)
         seen = lse > -torch.inf
         total = (out * upstream[0]).sum() + (lse.masked_fill(~seen, 0.0) * upstream[1]).sum()
         grads = torch.autograd.grad(total, tensors)

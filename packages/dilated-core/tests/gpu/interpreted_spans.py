@@ -16,10 +16,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from dilated_core import DilatedPattern, _fused, _torch_backend, triton_kernels
+from dilated_core import DilatedPattern, _row_attention, _triton
 from dilated_core._spans import DilatedSpans
-from dilated_core.triton_kernels import _launch
-from dilated_core.triton_kernels._launch import Config
+from dilated_core._torch import rows as _rows
+from dilated_core._triton import _launch
+from dilated_core._triton._launch import Config
 from dilated_testing import Problem, relative_error
 from span_by_span import run_by_spans
 
@@ -65,23 +66,23 @@ def own_partial(exact: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(rows: Any, grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
         *tensors, _ = rest
-        return exact(rows, grad_out, grad_lse, *tensors, _fused.attend(rows, *tensors))
+        return exact(rows, grad_out, grad_lse, *tensors, _row_attention.attend(rows, *tensors))
 
     return backward
 
 
 def same_heads(exact: Callable[..., Any]) -> Callable[..., Any]:
     """Views in which all groups have the heads of the first."""
-    return lambda x, runs, *heads: exact(x, runs, *heads[:3])
+    return lambda x, runs, *heads: exact(x, runs, *heads[:3], 0, *heads[4:])
 
 
 # name: (where, what, the wrong one)
 FAULTS = {
-    "its own partial": (_fused, "attend_backward", own_partial),
-    "heads of the first group": (_torch_backend, "row_view", same_heads),
+    "its own partial": (_row_attention, "attend_backward", own_partial),
+    "heads of the first group": (_rows, "grouped", same_heads),
     "no gradient of lse": (
-        triton_kernels, "attend_rows_backward",
-        lambda exact: lambda *rest: exact(*rest[:4], None, *rest[5:]),
+        _triton, "attend_rows_backward",
+        lambda exact: lambda *rest: exact(*rest[:3], rest[3]._replace(grad_lse=None)),
     ),
 }  # fmt: skip
 
@@ -100,7 +101,7 @@ def main() -> None:
     """Print the errors."""
     for which in ("forward", "query", "key"):
         _launch.overrides[which] = Config(32, 32, 4, 1)
-    triton_kernels.unsupported = lambda query, key: None
+    _triton.unsupported = lambda query, key: None
     # A span's attention to itself is interpreted elsewhere.
     DilatedSpans._has_kernel = lambda *_: False
     errors = {name: largest_error(name) for name in CASES}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_core import DilatedPattern
-from dilated_core.triton_kernels import _plan
-from dilated_core.triton_kernels._plan import Blocks, Plan, Request
+from dilated_core._triton import _plan
+from dilated_core._triton._plan import BlockSizes, Request, TilePlan
 
 CPU = torch.device("cpu")
 
@@ -41,13 +41,13 @@ def patterns(draw: st.DrawFn) -> DilatedPattern:
 
 
 def seen(
-    plan: Plan,
+    plan: TilePlan,
     row_head: int,
     size: int,
     shape: tuple[int, int],
     is_causal: bool,
     by_key: bool,
-    blocks: Blocks,
+    blocks: BlockSizes,
     sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multiplicity (size, rows, columns), zero keys (rows,) and times each row is owned."""
@@ -109,7 +109,7 @@ def test_a_plan_shows_every_key_as_often_as_the_definition(
     queries, keys = (start, start + length), (0, key_length)
     rows, columns = (keys, queries) if by_key else (queries, keys)
     plan = _plan.plan(
-        Request(pattern, *heads, by_key, rows, columns, is_causal, Blocks(*blocks)), CPU
+        Request(pattern, *heads, by_key, rows, columns, is_causal, BlockSizes(*blocks)), CPU
     )
     expected = pattern.multiplicity(
         length, heads[0], is_causal=is_causal, key_length=key_length
@@ -118,7 +118,9 @@ def test_a_plan_shows_every_key_as_often_as_the_definition(
     size = heads[0] // heads[1] if by_key else 1
     for row_head in range(heads[1] if by_key else heads[0]):
         shape = (rows[1], columns[1])
-        count, zero, owned = seen(plan, row_head, size, shape, is_causal, by_key, Blocks(*blocks))
+        count, zero, owned = seen(
+            plan, row_head, size, shape, is_causal, by_key, BlockSizes(*blocks)
+        )
         count = count[:, rows[0] :, columns[0] :]
         assert (owned[rows[0] :] == 1).all()
         if by_key:
@@ -149,7 +151,7 @@ def test_a_packed_plan_shows_every_sequence_its_own_keys(
     ends = torch.tensor([0, *lengths]).cumsum(0)
     span = (0, total)
     plan = _plan.packed_plan(
-        Request(pattern, *heads, by_key, span, span, is_causal, Blocks(*blocks)), ends
+        Request(pattern, *heads, by_key, span, span, is_causal, BlockSizes(*blocks)), ends
     )
     size = heads[0] // heads[1] if by_key else 1
     for i, n in enumerate(lengths):
@@ -157,7 +159,7 @@ def test_a_packed_plan_shows_every_sequence_its_own_keys(
         zeros = pattern.zero_keys(n, heads[0])
         for row_head in range(heads[1] if by_key else heads[0]):
             count, zero, owned = seen(
-                plan, row_head, size, (n, n), is_causal, by_key, Blocks(*blocks), i
+                plan, row_head, size, (n, n), is_causal, by_key, BlockSizes(*blocks), i
             )
             assert (owned == 1).all()
             if by_key:
@@ -173,7 +175,7 @@ def test_a_packed_plan_shows_every_sequence_its_own_keys(
 def test_a_nested_pattern_visits_each_key_once(rates: tuple[int, ...]) -> None:
     pattern = DilatedPattern([64 * 2**k for k in range(5)], rates)
     # Rows of 2 in segments of 64, like 64 in 2048; taller tiles also pay for two segments.
-    request = Request(pattern, 1, 1, False, (0, 1024), (0, 1024), False, Blocks(2, 4, 4))
+    request = Request(pattern, 1, 1, False, (0, 1024), (0, 1024), False, BlockSizes(2, 4, 4))
     plan = _plan.plan(request, CPU)
     full, masked = (2 * int(runs[..., 2].sum()) for runs in (plan.full, plan.masked))
     pairs = pattern.flops(1024, 1, 1) / 4
@@ -201,7 +203,7 @@ def test_tiles_are_those_that_cost_little(
     """Of the pairs by the definition; a masked pair costs as much as 2.5 others."""
     length, narrow = 131072, 32
     request = Request(
-        pattern, 1, 1, False, (0, length), (0, length), is_causal, Blocks(rows, 64, narrow)
+        pattern, 1, 1, False, (0, length), (0, length), is_causal, BlockSizes(rows, 64, narrow)
     )
     plan = _plan.plan(request, CPU)
     full, masked = (rows * int(plan.tiles[..., field].sum()) for field in (3, 4))
@@ -225,7 +227,7 @@ def test_a_plan_of_real_size_shows_sampled_rows_their_keys(
     name: str, is_causal: bool, by_key: bool
 ) -> None:
     pattern, length, heads = USED[name], 50021, 3
-    span, blocks = (0, length), Blocks(128, 128, 64)
+    span, blocks = (0, length), BlockSizes(128, 128, 64)
     plan = _plan.plan(Request(pattern, heads, heads, by_key, span, span, is_causal, blocks), CPU)
     positions = torch.arange(length)
     for head in range(heads):
@@ -250,12 +252,12 @@ def test_a_plan_of_real_size_shows_sampled_rows_their_keys(
 
 
 def shown_to(
-    plan: Plan,
+    plan: TilePlan,
     tiles: list[list[int]],
     row: int,
     is_causal: bool,
     by_key: bool,
-    blocks: Blocks,
+    blocks: BlockSizes,
     length: int,
 ) -> Tensor:
     """How often the plan shows each column to one row, (length,)."""

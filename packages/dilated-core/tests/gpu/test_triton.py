@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_core import DilatedPattern
-from dilated_core._inputs import Options
+from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._reference import attend as reference
+from dilated_core._triton import attend, unsupported
 from dilated_core.interfaces import KeyRows, SpanCall
-from dilated_core.triton_kernels import attend, unsupported
 from mixed_precision import NAMES, rounded_attention
 
 pytestmark = pytest.mark.gpu
@@ -63,10 +63,18 @@ def draw(batch: int, length: int, key_length: int, heads: int, kv_heads: int, he
     return [torch.randn(batch, n, h, head_dim, device=DEVICE).to(dtype) for n, h in shapes]
 
 
-def run(function: Any, options: Options, inputs: list[Tensor], upstream: tuple[Tensor, Tensor],
-        *packed: Tensor) -> dict[str, Tensor]:  # fmt: skip
+def asked(
+    pattern: DilatedPattern, is_causal: bool, *rest: Any, ends: Tensor | None = None
+) -> DilatedCall:
+    """A call: scale, and then, if any, padding mask, dropout_p and seed; ends of sequences."""
+    return DilatedCall(pattern, Scores(is_causal, *rest), ends)
+
+
+def run(
+    function: Any, options: DilatedCall, inputs: list[Tensor], upstream: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
     tensors = [x.detach().requires_grad_() for x in inputs]
-    out, lse = function(options, *tensors, *packed)
+    out, lse = function(options, *tensors)
     grads = torch.autograd.grad(
         (out, lse), tensors,
         (upstream[0].to(out.dtype), upstream[1].masked_fill(lse == -math.inf, 0.0).to(lse.dtype)),
@@ -75,7 +83,7 @@ def run(function: Any, options: Options, inputs: list[Tensor], upstream: tuple[T
 
 
 def fused_attention(
-    options: Options, inputs: list[Tensor], upstream: tuple[Tensor, Tensor]
+    options: DilatedCall, inputs: list[Tensor], upstream: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
     """Fused attention of torch with dense scores; it takes no gradient to lse."""
     head_dim, length, heads = inputs[0].shape[-1], inputs[0].shape[1], inputs[0].shape[2]
@@ -85,7 +93,7 @@ def fused_attention(
         for x in tensors
     ]
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        *padded, None, True, scale=options.scale
+        *padded, None, True, scale=options.scores.scale
     )
     out = out.transpose(1, 2)[..., :head_dim]
     grads = torch.autograd.grad(out, tensors, upstream[0].to(out.dtype))
@@ -104,7 +112,7 @@ def fused_errors(
     batch = 1024 // length
     inputs = draw(batch, length, length, 4, 4, head_dim, dtype)
     upstream = torch.randn_like(inputs[0]), torch.zeros(batch, 4, length, device=DEVICE)
-    options = Options(DilatedPattern([length], [1]), False, head_dim**-0.5)
+    options = asked(DilatedPattern([length], [1]), False, head_dim**-0.5)
     exact = run(reference, options, [x.double() for x in inputs], upstream)
     found = (f(options, inputs, upstream) for f in (fused_attention, rounded_attention))
     fused, rounded = ({n: error(x[n], exact[n]) for n in NAMES} for x in found)
@@ -145,11 +153,11 @@ def test_every_result_is_as_exact_as_fused_attention(
     torch.manual_seed(seed)
     length, key_length = sorted(lengths) if is_causal else lengths
     # Enough rows that rounding errors average out.
-    batch, packed = 2 + 600 // min(lengths), []
+    batch, ends = 2 + 600 // min(lengths), None
     if sequences:
         batch, length = 1, key_length
         cuts = torch.randint(0, length + 1, (sequences - 1,)).sort().values.tolist()
-        packed = [torch.tensor([0, *cuts, length], device=DEVICE, dtype=torch.int32)]
+        ends = torch.tensor([0, *cuts, length], device=DEVICE, dtype=torch.int32)
     inputs = draw(batch, length, key_length, *heads, head_dim, dtype)
     upstream = (
         torch.randn(inputs[0].shape, device=DEVICE).to(dtype),
@@ -157,16 +165,16 @@ def test_every_result_is_as_exact_as_fused_attention(
     )
     mask = torch.rand(batch, key_length, device=DEVICE) < padding if padding else None
     drop = torch.randint(2**62, (), device=DEVICE) if dropout_p else None
-    options = Options(pattern, is_causal, head_dim**-0.5, mask, dropout_p, drop)
-    actual = run(attend, options, inputs, upstream, *packed)
-    expected = run(reference, options, [x.double() for x in inputs], upstream, *packed)
-    rounded = rounded_attention(options, inputs, upstream, *packed)
+    options = asked(pattern, is_causal, head_dim**-0.5, mask, dropout_p, drop, ends=ends)
+    actual = run(attend, options, inputs, upstream)
+    expected = run(reference, options, [x.double() for x in inputs], upstream)
+    rounded = rounded_attention(options, inputs, upstream)
     fused, _ = fused_errors(head_dim, dtype, 512)
     single, _ = fused_errors(head_dim, dtype, 1)
     # The log-sum-exp of one key is its score; of many, their errors average out.
     fused = fused | {"lse": max(fused["lse"], single["lse"])}
     least = dict.fromkeys(NAMES, 0.0)
-    if lengths == (1, 1) and not (packed or padding or dropout_p):
+    if lengths == (1, 1) and not (ends is not None or padding or dropout_p):
         # Gradients through the one score cancel: what fused attention leaves of them here.
         plain = upstream[0], torch.zeros_like(upstream[1])
         exact = run(reference, options, [x.double() for x in inputs], plain)
@@ -217,7 +225,7 @@ def test_spans_of_a_sequence_make_the_whole(is_causal: bool, seed: int) -> None:
         add_to(whole["dq"][:, here])
         for name, grad in (("dk", home.key), ("dv", home.value)):
             whole[name].index_put_((torch.tensor([0], device=DEVICE), row, head), grad[0], True)
-    options = Options(NESTED, is_causal, head_dim**-0.5)
+    options = asked(NESTED, is_causal, head_dim**-0.5)
     expected = run(reference, options, [x.double() for x in inputs], upstream)
     rounded = rounded_attention(options, inputs, upstream)
     ratios = {n: error(whole[n], expected[n]) / error(rounded[n], expected[n]) for n in NAMES}
@@ -226,24 +234,25 @@ def test_spans_of_a_sequence_make_the_whole(is_causal: bool, seed: int) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_element_is_written(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dilated_core.triton_kernels import _launch
+    from dilated_core._triton import _launch
 
     for name in ("empty_like", "empty_lse"):
         make = getattr(_launch, name)
         monkeypatch.setattr(_launch, name, lambda x, make=make: make(x).fill_(math.nan))
     for pattern in PATTERNS:
         inputs = draw(2, 517, 701, 6, 2, 48, torch.bfloat16)
-        options = Options(pattern, is_causal, 0.2)
-        total = _launch.forward(options, *inputs, None)
-        grad_out = torch.randn_like(total.out)
-        grads = _launch.backward(options, grad_out, None, *inputs, total, None)
+        options = asked(pattern, is_causal, 0.2)
+        call = _launch.pattern_call(options, *inputs)
+        total = _launch.forward(call)
+        upstream = Upstream(torch.randn_like(total.out), None, *inputs, total)
+        grads = _launch.backward(call, upstream)
         assert not any(x.isnan().any() for x in (*total, *grads))
 
 
 def test_the_same_inputs_give_the_same_bits() -> None:
     inputs = draw(2, 2000, 2000, 6, 2, 64, torch.bfloat16)
     upstream = torch.randn_like(inputs[0]), torch.randn(2, 6, 2000, device=DEVICE)
-    options = Options(PLAIN, True, 0.125, None, 0.1, torch.tensor(7, device=DEVICE))
+    options = asked(PLAIN, True, 0.125, None, 0.1, torch.tensor(7, device=DEVICE))
     first, second = (run(attend, options, inputs, upstream) for _ in "ab")
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
@@ -254,7 +263,7 @@ def test_memory_above_results_is_small() -> None:
     size = sum(x.numel() * x.element_size() for x in inputs)
     tensors = [x.requires_grad_() for x in inputs]
     upstream = torch.randn_like(inputs[0])
-    options = Options(pattern, False, 0.125)
+    options = asked(pattern, False, 0.125)
 
     def step() -> int:
         torch.cuda.reset_peak_memory_stats()
@@ -270,7 +279,7 @@ def test_memory_above_results_is_small() -> None:
 
 def test_a_captured_graph_replays() -> None:
     inputs = draw(1, 1500, 1500, 4, 4, 64, torch.float16)
-    options = Options(NESTED, True, 0.125)
+    options = asked(NESTED, True, 0.125)
     attend(options, *inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -286,7 +295,7 @@ def test_a_captured_graph_replays() -> None:
 
 def test_capturing_an_unseen_shape_says_to_run_once_before() -> None:
     inputs = draw(1, 1501, 1501, 4, 4, 64, torch.float16)
-    options = Options(DilatedPattern([31], [3]), False, 0.125)
+    options = asked(DilatedPattern([31], [3]), False, 0.125)
     with warnings.catch_warnings():
         # torch warns that the captured graph is empty.
         warnings.simplefilter("ignore")
@@ -301,11 +310,11 @@ def test_capturing_an_unseen_shape_says_to_run_once_before() -> None:
 def test_a_call_needs_no_host_sync() -> None:
     inputs = draw(1, 1000, 1000, 4, 4, 64, torch.float16)
     ends = torch.tensor([0, 300, 1000], device=DEVICE, dtype=torch.int32)
-    options = Options(PLAIN, True, 0.125)
-    expected = [attend(options, *inputs, *rest).out for rest in ((), (ends,))]
+    options = asked(PLAIN, True, 0.125)
+    expected = [attend(options._replace(cu_seqlens=rest), *inputs).out for rest in (None, ends)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        actual = [attend(options, *inputs, *rest).out for rest in ((), (ends,))]
+        actual = [attend(options._replace(cu_seqlens=rest), *inputs).out for rest in (None, ends)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(map(torch.equal, actual, expected))
@@ -317,7 +326,7 @@ def test_it_compiles_to_one_graph(is_causal: bool) -> None:
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         assert unsupported(query, key) is None
-        out, lse = attend(Options(PLAIN, is_causal, 0.125), query, key, value)
+        out, lse = attend(asked(PLAIN, is_causal, 0.125), query, key, value)
         return out * 2, lse
 
     upstream = torch.randn_like(inputs[0])
@@ -331,7 +340,7 @@ def test_it_compiles_to_one_graph(is_causal: bool) -> None:
 
 
 def test_the_operators_pass_opcheck() -> None:
-    from dilated_core.triton_kernels import _operators
+    from dilated_core._triton import _operators
 
     tensors = [x.requires_grad_() for x in draw(1, 100, 100, 4, 2, 16, torch.float32)]
     arguments = (*tensors, None, None, None, PLAIN.code, True, 0.25, 0.0)
@@ -341,7 +350,7 @@ def test_the_operators_pass_opcheck() -> None:
 def test_strided_inputs_are_read_in_place() -> None:
     packed = torch.randn(2, 400, 3, 4, 64, device=DEVICE, dtype=torch.float16)
     inputs = [x.detach() for x in packed.unbind(2)]
-    options = Options(PLAIN, False, 0.125)
+    options = asked(PLAIN, False, 0.125)
     expected = attend(options, *(x.contiguous() for x in inputs))
     assert torch.equal(attend(options, *inputs).out, expected.out)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
@@ -353,7 +362,7 @@ def test_more_than_2_31_elements_are_addressed() -> None:
     pattern = DilatedPattern([2048, 1 << 21], [1, 1024])
     inputs = draw(1, 1_500_000, 1_500_000, 12, 12, 128, torch.bfloat16)
     assert inputs[0].numel() > 2**31
-    options = Options(pattern, False, 128**-0.5)
+    options = asked(pattern, False, 128**-0.5)
     last = [x[:, :, 11:].clone() for x in inputs]
     whole = attend(options, *inputs)
     # Head 11 of 12 has offset 11; alone it would have offset 0, so compare head 0's rows too.

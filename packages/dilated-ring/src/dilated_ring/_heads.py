@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dilated_core import Partial
 from dilated_core.extending import (
-    Rows,
+    RowAttention,
     accumulate_dtype,
     attend_rows,
     attend_rows_backward,
@@ -126,7 +126,7 @@ class HeadsJob:
 
     def _groups(
         self, index: Indices, rows: Tensor, padding: Tensor | None
-    ) -> Iterator[tuple[Group, tuple[Tensor, Tensor, Tensor], Rows]]:
+    ) -> Iterator[tuple[Group, tuple[Tensor, Tensor, Tensor], RowAttention]]:
         """Heads to attend at once: their query, key and value (B, h, m, D), and how."""
         for group in index.groups:
             places = group.queries, group.keys, group.keys
@@ -141,7 +141,7 @@ class HeadsJob:
             yield (
                 group,
                 (q, k, v),
-                Rows(self.call.scale, self.call.is_causal, mask, keep, self.call.dropout_p),
+                RowAttention(self.call.scale, self.call.is_causal, mask, keep, self.call.dropout_p),
             )
 
     def _keep(self, group: Group, batch: int) -> Callable[[range], Tensor]:

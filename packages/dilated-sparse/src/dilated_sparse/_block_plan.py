@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.extending import SPARE_RUNS, Blocks, Plan, Sizes
+from dilated_core.extending import SPARE_RUNS, BlockSizes, Sizes, TilePlan
 from dilated_sparse._grid import FULL, spread
 from dilated_sparse._layout import BlockLayout
 
@@ -95,7 +95,7 @@ class _Table(NamedTuple):
     total: Tensor
 
 
-def build(layout: BlockLayout, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:
+def build(layout: BlockLayout, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
     """The plan of a layout with these block sizes, over query tiles or over key tiles."""
     layout = layout.to(sizes.device)
     layout = layout.transpose() if by_key else layout
@@ -125,7 +125,7 @@ def build(layout: BlockLayout, sizes: Sizes, by_key: bool, blocks: Blocks) -> Pl
     has_bits = len(found[1][1].group) > 0
     head_class = torch.arange(heads, dtype=torch.int32, device=layout.device)
     tile_table, early = _tiles(axes, full_table, masked_table, tiles, classes, blocks)
-    return Plan(
+    return TilePlan(
         tiles=tile_table,
         full=full_table.runs,
         masked=masked_table.runs,
@@ -254,7 +254,7 @@ def _compress(
 
 
 def _tiles(
-    axes: _Axes, full: _Table, masked: _Table, tiles: int, classes: int, blocks: Blocks
+    axes: _Axes, full: _Table, masked: _Table, tiles: int, classes: int, blocks: BlockSizes
 ) -> tuple[Tensor, int]:
     """(classes, R * tiles, 8) int32, those with the most work first, and how many stand out."""
     layout, device = axes.layout, axes.layout.device

@@ -7,19 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-from dilated_core.extending import Form, define_operators
+from dilated_core.extending import OperatorForm, define_operators
 from dilated_sparse import _torch_backend, _triton_backend
 from dilated_sparse._layout import BlockLayout
 from dilated_sparse._options import Options
 
 
-def _pack(options: Options) -> tuple[Any, ...]:
+def _tensors(options: Options) -> tuple[Tensor | None, ...]:
     layout = options.layout
     return (
         options.key_padding_mask, options.seed, layout.run_offsets, layout.run_columns,
-        layout.run_counts, layout.run_masks, layout.table, layout.block_size, layout.heads,
-        options.is_causal, options.scale, options.dropout_p,
+        layout.run_counts, layout.run_masks, layout.table,
     )  # fmt: skip
+
+
+def _values(options: Options) -> tuple[Any, ...]:
+    layout = options.layout
+    return layout.block_size, layout.heads, options.is_causal, options.scale, options.dropout_p
 
 
 def _unpack(
@@ -45,18 +49,21 @@ def _unpack(
     return Options(layout, is_causal, scale, key_padding_mask, dropout_p, seed)
 
 
-_FORM = Form(
+_FORM = OperatorForm(
     "Tensor? key_padding_mask, Tensor? seed, Tensor run_offsets, Tensor run_columns, "
     "Tensor run_counts, Tensor run_masks, Tensor table, int block_size, int layout_heads, "
     "bool is_causal, float scale, float dropout_p",
-    _pack,
+    _tensors,
+    _values,
     _unpack,
 )
 TORCH = define_operators(
     "dilated_sparse::torch", _FORM,
-    _torch_backend.forward, _torch_backend.backward, _torch_backend.empty_lse,
+    _torch_backend.forward, lambda call, up: _torch_backend.backward(call, *up),
+    _torch_backend.empty_lse,
 )  # fmt: skip
 TRITON = define_operators(
     "dilated_sparse::triton", _FORM,
-    _triton_backend.forward, _triton_backend.backward, _torch_backend.empty_lse,
+    _triton_backend.forward, lambda call, up: _triton_backend.backward(call, *up),
+    _torch_backend.empty_lse,
 )  # fmt: skip

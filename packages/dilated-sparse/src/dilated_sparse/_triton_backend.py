@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dilated_core.extending import (
-    Blocks,
+    BlockSizes,
     Config,
     Pair,
     Partial,
     Pass,
-    Plan,
     PlanCache,
+    Scores,
     Sizes,
+    TilePlan,
+    Upstream,
     drive,
     drive_backward,
 )
@@ -51,7 +53,7 @@ class LayoutSchedule(NamedTuple):
             pair = _for_partial_blocks(pair, which == "query")
         return fit(pair, self.layout.block_size)
 
-    def plan(self, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:
+    def plan(self, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
         """The plan over query tiles, or over key tiles; made once."""
         grouped = (sizes.heads, sizes.kv_heads) if by_key else sizes.heads
         key = (by_key, grouped, sizes.is_causal, sizes.first_key, blocks)
@@ -89,7 +91,7 @@ def fit(pair: Pair, block_size: int) -> Config:
 
 def forward(options: Options, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     """Attention outside of any operator: out (B, N, H, D) in query's dtype and lse (B, H, N)."""
-    return drive(options, LayoutSchedule(options.layout), query, key, value)
+    return drive(_scores(options), LayoutSchedule(options.layout), query, key, value)
 
 
 def backward(
@@ -102,5 +104,11 @@ def backward(
     total: Partial,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value, in their dtype."""
-    schedule = LayoutSchedule(options.layout)
-    return drive_backward(options, schedule, grad_out, grad_lse, query, key, value, total)
+    upstream = Upstream(grad_out, grad_lse, query, key, value, total)
+    return drive_backward(_scores(options), LayoutSchedule(options.layout), upstream)
+
+
+def _scores(options: Options) -> Scores:
+    return Scores(
+        options.is_causal, options.scale, options.key_padding_mask, options.dropout_p, options.seed
+    )

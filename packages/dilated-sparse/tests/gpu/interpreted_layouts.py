@@ -14,8 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from hypothesis import given, settings
 
+from dilated_core._triton import _launch
 from dilated_core.extending import Config
-from dilated_core.triton_kernels import _launch
 from dilated_sparse import BlockLayout, layouts
 from dilated_sparse._operators import TRITON
 from dilated_sparse._options import Options

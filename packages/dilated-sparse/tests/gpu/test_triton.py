@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dilated_core._inputs import Options as CoreOptions
+from dilated_core._call import DilatedCall, Scores
 from dilated_sparse import (
     BlockLayout,
     block_sparse_attention,
@@ -115,7 +115,7 @@ def test_every_result_is_as_exact_as_fused_attention(
     actual = run(TRITON.attend, options, inputs, upstream)
     expected = run(reference, options, [x.double() for x in inputs], upstream)
     upstream = upstream[0], upstream[1].masked_fill(expected["lse"] == -math.inf, 0.0)
-    rounded = rounded_attention(CoreOptions(DenseMask(layout), *rest), inputs, upstream)
+    rounded = rounded_attention(DilatedCall(DenseMask(layout), Scores(*rest)), inputs, upstream)
     for name in NAMES:
         same_scores = difference(rounded[name], expected[name])
         # Where little is visible, rounding may all but vanish on one side: a few units remain.
@@ -126,7 +126,7 @@ def test_every_result_is_as_exact_as_fused_attention(
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("block_size", SIZES)
 def test_every_element_is_written(is_causal, block_size, monkeypatch):
-    from dilated_core.triton_kernels import _launch
+    from dilated_core._triton import _launch
     from dilated_sparse import _triton_backend
 
     for name in ("empty_like", "empty_lse"):
@@ -221,7 +221,7 @@ def test_it_is_picked_where_it_can_serve():
 
 
 def test_another_layout_or_length_compiles_no_kernel():
-    from dilated_core.triton_kernels import _kernels
+    from dilated_core._triton import _kernels
 
     def compiled():
         kernels = (

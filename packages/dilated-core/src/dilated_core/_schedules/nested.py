@@ -11,8 +11,8 @@ takes rows by 256 only from 768 rows on, loses more.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dilated_core._pattern import Branch, DilatedPattern
-from dilated_core._runs import Runs, Task, head_strides
+from dilated_core._branches import Branch, Branches
+from dilated_core._schedules.runs import RowRuns, Task, head_strides
 
 # More siblings in a segment would mean more and smaller tasks.
 _MAX_SIBLINGS = 4
@@ -27,7 +27,7 @@ class _Rows(NamedTuple):
     step: int
 
 
-def nests(pattern: DilatedPattern, heads: int, inner: Branch, outer: Branch) -> bool:
+def nests(pattern: Branches, heads: int, inner: Branch, outer: Branch) -> bool:
     """Whether `visit_once` serves two branches of a pattern."""
     (w, r), (w_out, r_out) = inner, outer
     return (
@@ -45,7 +45,7 @@ def nests(pattern: DilatedPattern, heads: int, inner: Branch, outer: Branch) -> 
 
 
 def visit_once(
-    pattern: DilatedPattern, inner: Branch, outer: Branch, length: int, heads: int, kv_heads: int
+    pattern: Branches, inner: Branch, outer: Branch, length: int, heads: int, kv_heads: int
 ) -> Iterator[Task]:
     """The tasks of non-causal self-attention over `length` positions by two branches that nest.
 
@@ -82,13 +82,13 @@ def _pairs(
                 yield w_out, queries, _Rows(first, last, offset, rate), 1, False, False
 
 
-def _runs(w: int, length: int, queries: _Rows, keys: _Rows) -> Iterator[tuple[Runs, Runs]]:
+def _runs(w: int, length: int, queries: _Rows, keys: _Rows) -> Iterator[tuple[RowRuns, RowRuns]]:
     """The runs in whole segments as one group, and those of the last, short segment."""
     count, tail = divmod(length, w)
     for first, groups, end in ((0, count, w), (count * w, 1 if tail else 0, tail)):
         if groups:
             q, k = (
-                Runs(
+                RowRuns(
                     first + rows.start + rows.offset,
                     rows.step,
                     max(0, -(-(min(rows.stop, end) - rows.start - rows.offset) // rows.step)),

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core._pattern import DilatedPattern
-from dilated_core._runs import Heads, Runs, Task, head_strides
-from dilated_core._schedule import clip
+from dilated_core._branches import Branches
+from dilated_core._schedules.runs import HeadStride, RowRuns, Task, head_strides
+from dilated_core._schedules.schedule import clip
 
 
-class Block(NamedTuple):
+class PackedBlock(NamedTuple):
     """Packed rows of one branch and offset: those of each key head in turn.
 
     Attributes:
@@ -28,7 +28,7 @@ class Block(NamedTuple):
     """
 
     branch: int
-    rows: Runs
+    rows: RowRuns
     kv_heads: tuple[int, ...]
 
 
@@ -43,7 +43,7 @@ class PackedTask(NamedTuple):
     """
 
     task: Task
-    positions: Runs
+    positions: RowRuns
 
     def after(self, rows: int) -> "PackedTask":
         """The same task where `rows` other packed rows come first."""
@@ -55,7 +55,7 @@ class PackedTask(NamedTuple):
 class DilatedRows:
     """What a span of queries sees of another span of keys (a `PackedRows`)."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[PackedBlock, ...]
     tasks: tuple[PackedTask, ...]
 
     @property
@@ -85,7 +85,7 @@ class DilatedRows:
 
 
 def pack(
-    pattern: DilatedPattern,
+    pattern: Branches,
     queries: range,
     keys: range,
     heads: int,
@@ -93,7 +93,7 @@ def pack(
     is_causal: bool,
 ) -> DilatedRows:
     """The rows of a span of keys that a span of queries sees; the two do not overlap."""
-    blocks: list[Block] = []
+    blocks: list[PackedBlock] = []
     tasks: list[PackedTask] = []
     if queries and keys and not (is_causal and keys.start >= queries.stop):
         packed = 0
@@ -109,13 +109,13 @@ def pack(
 
 
 def _blocks(
-    pattern: DilatedPattern,
+    pattern: Branches,
     branch: int,
     queries: range,
     keys: range,
     heads: int,
     kv_heads: int,
-) -> Iterator[tuple[Block, list[PackedTask]]]:
+) -> Iterator[tuple[PackedBlock, list[PackedTask]]]:
     """The packed rows of a branch, offset by offset, with tasks that count them from 0."""
     w, r = pattern.branches[branch]
     # Only the segment that holds both the end of the earlier span and the start of the later one
@@ -124,30 +124,29 @@ def _blocks(
     if last // w != first // w:
         return
     segment = range(first // w * w, first // w * w + w)
-    members: dict[int, list[int]] = {}
-    for head in pattern.branch_heads(heads)[branch]:
-        members.setdefault(pattern.head_offset(head, heads, r), []).append(head)
-    for offset, kept in members.items():
+    for offset, kept in pattern.streams(heads)[branch]:
         q = clip(segment.start + offset, r, segment, queries)
         k = clip(segment.start + offset, r, segment, keys)
         if not q.count or not k.count:
             continue
         group = heads // kv_heads
         read = tuple(dict.fromkeys(head // group for head in kept))
-        block = Block(branch, replace(k, start=k.start - keys.start), read)
+        block = PackedBlock(branch, replace(k, start=k.start - keys.start), read)
         q = replace(q, start=q.start - queries.start)
         # Where no key head is read twice, their rows are evenly spaced here, if not where they are.
         strides = head_strides(kept, group if len(read) < len(kept) else 1)
         yield block, [_task(q, k, stride, read, group) for stride in strides]
 
 
-def _task(queries: Runs, keys: Runs, heads: Heads, read: tuple[int, ...], group: int) -> PackedTask:
+def _task(
+    queries: RowRuns, keys: RowRuns, heads: HeadStride, read: tuple[int, ...], group: int
+) -> PackedTask:
     """The task of a stride of heads, whose key heads are evenly spaced in `read`."""
     places = [
         read.index((heads.start + i * heads.step) // group) for i in range(min(2, heads.count))
     ]
     step = (places[-1] - places[0]) * keys.count
-    packed = Runs(places[0] * keys.count, 1, keys.count)
+    packed = RowRuns(places[0] * keys.count, 1, keys.count)
     return PackedTask(Task(queries, packed, replace(heads, kv_start=0, kv_step=step), False), keys)
 
 

@@ -5,13 +5,15 @@ queries and keys, over groups of equal shape (the segments of a branch) and a st
 math that carries a task out does not know which pattern it serves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import lcm
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class RowRuns:
     """`groups` strided runs of rows: row i of run g is start + g * group_step + i * step."""
 
     start: int
@@ -22,7 +24,7 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class HeadStride:
     """A stride of query heads and the key heads they read, one to one.
 
     The query heads of a group begin `group_step` after those of the group before.
@@ -51,9 +53,9 @@ class Task:
         first_keys: no earlier task of the schedule has these key rows.
     """
 
-    queries: Runs
-    keys: Runs
-    heads: Heads
+    queries: RowRuns
+    keys: RowRuns
+    heads: HeadStride
     is_causal: bool
     zero_keys: int = 0
     multiplicity: int = 1
@@ -61,7 +63,28 @@ class Task:
     first_keys: bool = False
 
 
-def head_strides(members: list[int], group: int) -> Iterator[Heads]:
+class TaskList(tuple[Task, ...]):
+    """The tasks of a schedule, and what is found out about them for one call, for the next."""
+
+    @cached_property
+    def memory(self) -> dict[Any, Any]:
+        """For whoever carries the tasks out."""
+        return {}
+
+    @cached_property
+    def first_queries(self) -> int:
+        """Query rows of all heads that have a task which comes first."""
+        tasks = (task for task in self if task.first_queries)
+        return sum(t.queries.groups * t.queries.count * t.heads.count for t in tasks)
+
+    @cached_property
+    def first_keys(self) -> int:
+        """Key rows of all key heads that have a task which comes first."""
+        tasks = (task for task in self if task.first_keys)
+        return sum(t.keys.groups * t.keys.count * t.heads.count for t in tasks)
+
+
+def head_strides(members: Sequence[int], group: int) -> Iterator[HeadStride]:
     """Split evenly spaced query heads into strides whose key heads are distinct and evenly spaced.
 
     Query head h reads key head h // group.
@@ -72,4 +95,4 @@ def head_strides(members: list[int], group: int) -> Iterator[Heads]:
     period = lcm(step, group)
     for first in range(members[0], min(members[0] + period, members[-1] + 1), step):
         count = (members[-1] - first) // period + 1
-        yield Heads(first, period, count, first // group, period // group)
+        yield HeadStride(first, period, count, first // group, period // group)

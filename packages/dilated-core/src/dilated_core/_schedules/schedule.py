@@ -5,21 +5,21 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 
-from dilated_core._nested import nests, visit_once
-from dilated_core._pattern import DilatedPattern
-from dilated_core._runs import Runs, Task, head_strides
+from dilated_core._branches import Branches
+from dilated_core._schedules.nested import nests, visit_once
+from dilated_core._schedules.runs import RowRuns, Task, TaskList, head_strides
 
 
 @lru_cache(maxsize=256)
 def schedule(
-    pattern: DilatedPattern,
+    pattern: Branches,
     queries: range,
     keys: range,
     heads: int,
     kv_heads: int,
     is_causal: bool,
     length: int,
-) -> tuple[Task, ...]:
+) -> TaskList:
     """The tasks whose merged partials are the attention of a span of queries to a span of keys.
 
     Spans are global positions of a sequence of `length` keys; row numbers in a task are local: they
@@ -55,11 +55,11 @@ def schedule(
             for task in new
         )
         k += len(pair)
-    return tuple(tasks)
+    return TaskList(tasks)
 
 
 def _branch_tasks(
-    pattern: DilatedPattern,
+    pattern: Branches,
     branch: int,
     queries: range,
     keys: range,
@@ -71,14 +71,9 @@ def _branch_tasks(
     """The tasks of one branch."""
     w, r = pattern.branches[branch]
     slots = -(-min(w, length) // r) if pattern.count_padding and not is_causal else 0
-    for offset in range(min(r, w)):
-        members = [
-            h
-            for h in pattern.branch_heads(heads)[branch]
-            if pattern.head_offset(h, heads, r) == offset
-        ]
+    for offset, members in pattern.streams(heads)[branch]:
         strides = list(head_strides(members, heads // kv_heads))
-        for q, k, causal in _segments(w, r, offset, queries, keys, is_causal) if strides else ():
+        for q, k, causal in _segments(w, r, offset, queries, keys, is_causal):
             zero_keys = max(0, slots - _rows_in_segment(w, r, queries.start + q.start, length))
             if k.count or zero_keys:
                 yield from (Task(q, k, stride, causal, zero_keys) for stride in strides)
@@ -93,7 +88,7 @@ def _rows_in_segment(w: int, r: int, row: int, length: int) -> int:
 
 def _segments(
     w: int, r: int, offset: int, queries: range, keys: range, is_causal: bool
-) -> Iterator[tuple[Runs, Runs, bool]]:
+) -> Iterator[tuple[RowRuns, RowRuns, bool]]:
     """The (query runs, key runs, is_causal) of one branch and offset, in local rows."""
     if not queries:
         return
@@ -101,7 +96,7 @@ def _segments(
     start, stop = max(queries.start, keys.start), min(queries.stop, keys.stop)
     whole = range(-(-start // w), stop // w)
     if whole and offset < w:
-        runs = Runs(whole.start * w + offset, r, -(-(w - offset) // r), len(whole), w)
+        runs = RowRuns(whole.start * w + offset, r, -(-(w - offset) // r), len(whole), w)
         yield _local(runs, queries), _local(runs, keys), is_causal
     first, last = queries.start // w, -(-queries.stop // w)
     if not whole:
@@ -115,20 +110,20 @@ def _segments(
             yield from _align(_local(q, queries), _local(k, keys), earlier, is_causal)
 
 
-def _local(runs: Runs, span: range) -> Runs:
+def _local(runs: RowRuns, span: range) -> RowRuns:
     return replace(runs, start=runs.start - span.start)
 
 
-def clip(first: int, step: int, segment: range, span: range) -> Runs:
+def clip(first: int, step: int, segment: range, span: range) -> RowRuns:
     """The run first, first + step, ... cut to the rows of a segment that lie in a span."""
     lo, hi = max(segment.start, span.start), min(segment.stop, span.stop)
     start = first + max(0, -(-(lo - first) // step)) * step
-    return Runs(start, step, max(0, -(-(hi - start) // step)))
+    return RowRuns(start, step, max(0, -(-(hi - start) // step)))
 
 
 def _align(
-    queries: Runs, keys: Runs, earlier: int, is_causal: bool
-) -> Iterator[tuple[Runs, Runs, bool]]:
+    queries: RowRuns, keys: RowRuns, earlier: int, is_causal: bool
+) -> Iterator[tuple[RowRuns, RowRuns, bool]]:
     """Split a causal pair whose first query sits `earlier` keys into the run.
 
     All queries see the earlier keys; the rest is an ordinary causal square.

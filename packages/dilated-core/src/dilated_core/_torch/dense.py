@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from dilated_core._partial import Partial, accumulate_dtype
+from dilated_core._torch_internals import flash, flash_backward
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _CHUNK_SCORES = 1 << 22
 
 
-class Rows(NamedTuple):
+class RowAttention(NamedTuple):
     """How the rows of one call attend.
 
     Attributes:
@@ -37,13 +36,13 @@ class Rows(NamedTuple):
     dropout_p: float = 0.0
 
 
-def attend(rows: Rows, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+def attend(rows: RowAttention, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     """Attention over these keys: out (b, h, n, D), lse (b, h, n); 0 and -inf where none is seen."""
-    if query.device.type == "cpu" and rows.keep is None:
+    if query.is_cpu and rows.keep is None:
         mask = _additive(rows.key_mask, query.dtype)
         factor, scale = _positive(rows, query.dtype)
         query = query if factor == 1 else query * factor
-        out, lse = _FLASH(query, key, value, 0.0, rows.is_causal, attn_mask=mask, scale=scale)
+        out, lse = flash(query, key, value, 0.0, rows.is_causal, attn_mask=mask, scale=scale)
         if rows.key_mask is not None:
             # The operator reports lse 0 for a row that sees nothing.
             lse = lse.masked_fill(_sees_nothing(rows, query.shape[2]), -math.inf)
@@ -52,7 +51,7 @@ def attend(rows: Rows, query: Tensor, key: Tensor, value: Tensor) -> Partial:
 
 
 def attend_backward(
-    rows: Rows,
+    rows: RowAttention,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -60,22 +59,31 @@ def attend_backward(
     value: Tensor,
     total: Partial,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to query, key, value from these keys, given the merged partial of all keys."""
-    # exp(score - inf) = 0: a row that sees nothing anywhere gives and gets no gradient.
-    lse = total.lse.masked_fill(total.lse == -math.inf, math.inf)
-    if query.device.type == "cpu" and rows.keep is None and grad_lse is None:
+    """Gradients to query, key, value from these keys, given the merged partial of all keys.
+
+    Its lse is one of `hide_unseen`.
+    """
+    if query.is_cpu and rows.keep is None and grad_lse is None:
         mask = _additive(rows.key_mask, query.dtype)
         factor, scale = _positive(rows, query.dtype)
         query = query if factor == 1 else query * factor
-        grad_query, grad_key, grad_value = _FLASH_BACKWARD(
-            grad_out, query, key, value, total.out, lse, 0.0, rows.is_causal,
+        grad_query, grad_key, grad_value = flash_backward(
+            grad_out, query, key, value, total.out, total.lse, 0.0, rows.is_causal,
             attn_mask=mask, scale=scale,
         )  # fmt: skip
         return grad_query if factor == 1 else grad_query * factor, grad_key, grad_value
-    return _backward_in_chunks(rows, grad_out, grad_lse, query, key, value, total.out, lse)
+    return _backward_in_chunks(rows, grad_out, grad_lse, query, key, value, total)
 
 
-def _positive(rows: Rows, dtype: torch.dtype) -> tuple[float, float]:
+def hide_unseen(lse: Tensor) -> Tensor:
+    """A lse for a backward: a row that sees nothing gives and gets no gradient.
+
+    There exp(score - lse) is to be 0, so the lse is inf in place of -inf.
+    """
+    return lse.masked_fill(lse == -math.inf, math.inf)
+
+
+def _positive(rows: RowAttention, dtype: torch.dtype) -> tuple[float, float]:
     """The scale as a factor on the query and a scale for torch's operator.
 
     The operator (torch 2.11 to 2.13) hides later keys before it scales: -inf times 0, or a scale
@@ -94,7 +102,7 @@ def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return zeros.masked_fill_(key_mask, -math.inf)[:, None, None, :]
 
 
-def _sees_nothing(rows: Rows, length: int) -> Tensor:
+def _sees_nothing(rows: RowAttention, length: int) -> Tensor:
     """(b, 1, n) or (b, 1, 1): query rows all of whose keys are masked."""
     assert rows.key_mask is not None
     if not rows.is_causal:
@@ -104,7 +112,7 @@ def _sees_nothing(rows: Rows, length: int) -> Tensor:
     return masked_so_far[:, None, last]
 
 
-def _chunks(rows: Rows, query: Tensor, key: Tensor) -> Iterator[tuple[range, int]]:
+def _chunks(rows: RowAttention, query: Tensor, key: Tensor) -> Iterator[tuple[range, int]]:
     """Ranges of query rows, and how many keys they can see, with bounded score blocks."""
     (b, h, n, _), m = query.shape, key.shape[2]
     size = max(1, _CHUNK_SCORES // max(1, b * h * m))
@@ -113,7 +121,7 @@ def _chunks(rows: Rows, query: Tensor, key: Tensor) -> Iterator[tuple[range, int
         yield chunk, min(chunk.stop, m) if rows.is_causal else m
 
 
-def _scores(rows: Rows, query: Tensor, key: Tensor, chunk: range) -> Tensor:
+def _scores(rows: RowAttention, query: Tensor, key: Tensor, chunk: range) -> Tensor:
     scores = query @ key.transpose(-1, -2) * rows.scale
     if rows.key_mask is not None:
         scores.masked_fill_(rows.key_mask[:, None, None, : key.shape[2]], -math.inf)
@@ -124,13 +132,13 @@ def _scores(rows: Rows, query: Tensor, key: Tensor, chunk: range) -> Tensor:
     return scores
 
 
-def _keep_factor(rows: Rows, chunk: range, seen: int, dtype: torch.dtype) -> Tensor | None:
+def _keep_factor(rows: RowAttention, chunk: range, seen: int, dtype: torch.dtype) -> Tensor | None:
     if rows.keep is None:
         return None
     return rows.keep(chunk)[..., :seen].to(dtype) / (1.0 - rows.dropout_p)
 
 
-def _attend_in_chunks(rows: Rows, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+def _attend_in_chunks(rows: RowAttention, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     dtype = accumulate_dtype(query.dtype)
     out = torch.empty(query.shape, dtype=dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
@@ -148,16 +156,15 @@ def _attend_in_chunks(rows: Rows, query: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def _backward_in_chunks(
-    rows: Rows,
+    rows: RowAttention,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    total: Partial,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulate_dtype(query.dtype)
+    dtype, (out, lse) = accumulate_dtype(query.dtype), total
     key, value = key.to(dtype), value.to(dtype)
     grad_query = torch.empty(query.shape, dtype=dtype, device=query.device)
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)

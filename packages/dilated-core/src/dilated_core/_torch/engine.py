@@ -6,29 +6,28 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dilated_core import _dense
+from dilated_core import _operators
+from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._dropout import keep_mask
-from dilated_core._inputs import Options
-from dilated_core._operators import define
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge_, put_
-from dilated_core._rows import calls, mask_view, row_view
-from dilated_core._runs import Runs, Task
-from dilated_core._schedule import schedule
+from dilated_core._schedules.runs import RowRuns, Task, TaskList
+from dilated_core._schedules.schedule import schedule
+from dilated_core._torch import dense
+from dilated_core._torch.rows import Cut, cuts, views_of
 
 
-def attend_rows(
-    options: Options,
+def attend_wide(
+    call: DilatedCall,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: Tensor | None = None,
     *,
     start: int = 0,
     whole_length: int | None = None,
@@ -36,204 +35,166 @@ def attend_rows(
     """Dilated attention outside of any operator, so without gradients; out stays wide.
 
     Args:
-        options: what to compute.
+        call: what to compute.
         query: (B, N, H, D).
         key: (B, M, H_kv, D).
         value: (B, M, H_kv, D).
-        cu_seqlens: (S + 1,), where the rows are S sequences, one after the other.
         start: global position of the first key.
         whole_length: keys in the whole sequence, where there are more than these.
     """
     out = torch.empty(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
     lse = _empty_lse(query)
-    query, key, value = map(unit_stride, (query, key, value))
-    for place, queries, keys in _places(
-        options, cu_seqlens, [query, out, lse_rows(lse)], [key, value]
-    ):
-        placed = replace(place, key_start=start, whole_length=whole_length)
-        if not placed.first_tasks_cover_queries():
-            queries[1].zero_()
-            queries[2].fill_(-math.inf)
-        attend_into(placed, *queries, *keys)
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    queries, keys = [query, out, lse.transpose(1, 2)], [key, value]
+    for stretch, at_queries, at_keys in _stretches(call, queries, keys, start, whole_length):
+        if stretch.tasks.first_queries < at_queries[0].shape[1] * query.shape[2]:
+            at_queries[1].zero_()
+            at_queries[2].fill_(-math.inf)
+        _attend_into(stretch, at_queries, at_keys)
     return Partial(out, lse)
 
 
-def _forward(
-    options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
-) -> Partial:
-    out, lse = attend_rows(options, query, key, value, cu_seqlens)
+def _forward(call: DilatedCall, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+    out, lse = attend_wide(call, query, key, value)
     return Partial(out.to(query.dtype), lse)
 
 
-def _backward(
-    options: Options,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    total: Partial,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = rows_backward(options, grad_out, grad_lse, query, key, value, total, cu_seqlens)
-    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+def _backward(call: DilatedCall, upstream: Upstream) -> _operators.Gradients:
+    dq, dk, dv = backward_wide(call, upstream)
+    dtype = upstream.query.dtype
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def rows_backward(
-    options: Options,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    total: Partial,
-    cu_seqlens: Tensor | None = None,
-    *,
-    start: int = 0,
-    whole_length: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `attend_rows`, given the partial of all keys; gradients stay wide."""
+def backward_wide(
+    call: DilatedCall, upstream: Upstream, *, start: int = 0, whole_length: int | None = None
+) -> _operators.Gradients:
+    """The adjoint of `attend_wide`, given the partial of all keys; gradients stay wide."""
+    grad_out, grad_lse, query, key, value, total = upstream
     dtype = accumulate_dtype(query.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     grad_out, query, key, value = map(unit_stride, (grad_out, query, key, value))
-    queries = [query, total.out, grad_out, dq, lse_rows(total.lse)]
+    lse = dense.hide_unseen(total.lse)
+    queries = [query, total.out, grad_out, dq, lse.transpose(1, 2)]
     if grad_lse is not None:
-        queries.append(lse_rows(grad_lse).contiguous())
-    for place, at_queries, at_keys in _places(options, cu_seqlens, queries, [key, value, dk, dv]):
-        place = replace(place, key_start=start, whole_length=whole_length)
-        if not place.first_tasks_cover_queries():
+        queries.append(grad_lse.transpose(1, 2).contiguous())
+    keys = [key, value, dk, dv]
+    for stretch, at_queries, at_keys in _stretches(call, queries, keys, start, whole_length):
+        if stretch.tasks.first_queries < at_queries[0].shape[1] * query.shape[2]:
             at_queries[3].zero_()
-        if not place.first_tasks_cover_keys():
+        if stretch.tasks.first_keys < at_keys[0].shape[1] * key.shape[2]:
             at_keys[2].zero_()
             at_keys[3].zero_()
-        _accumulate_gradients(place, at_queries, at_keys)
+        _accumulate_gradients(stretch, at_queries, at_keys)
     return dq, dk, dv
 
 
-def attend_into(
-    place: "Place", query: Tensor, out: Tensor, lse: Tensor, key: Tensor, value: Tensor
-) -> None:
-    """Merge every task's partial into out and lse, which first tasks overwrite."""
-    for task in place.tasks():
-        q, o, row_lse = query_views(task, query, out, lse)
-        if task.keys.count:
-            views = q, o, row_lse, *key_views(task, key, value)
-            for rows, (q_, o_, l_, k_, v_) in place.calls(task, *views):
-                part = _dense.attend(rows, q_, k_, v_)
+def _attend_into(stretch: "Stretch", queries: list[Tensor], keys: list[Tensor]) -> None:
+    """Merge every task's partial into out and lse, which first tasks overwrite.
+
+    queries: query, out, lse; keys: key, value.
+    """
+    for task, pieces in stretch.cuts(queries, keys):
+        for piece in pieces:
+            q, out, lse = views_of(queries, piece.queries)
+            if task.keys.count:
+                rows = stretch.row_attention(task, piece)
+                k, v = views_of(keys, piece.keys[:2])
+                part = dense.attend(rows, q, k, v)
                 if task.multiplicity > 1:
                     part = Partial(part.out, part.lse + math.log(task.multiplicity))
-                (put_ if task.first_queries else merge_)(Partial(o_, l_.squeeze(-1)), part)
-        if task.zero_keys:
-            add_zero_keys_(Partial(o, row_lse.squeeze(-1)), task.zero_keys)
+                (put_ if task.first_queries else merge_)(Partial(out, lse), part)
+            if task.zero_keys:
+                add_zero_keys_(Partial(out, lse), task.zero_keys)
 
 
-def _accumulate_gradients(place: "Place", queries: list[Tensor], keys: list[Tensor]) -> None:
+def _accumulate_gradients(stretch: "Stretch", queries: list[Tensor], keys: list[Tensor]) -> None:
     """Add every task's gradients, each taken against the merged out and lse; first tasks overwrite.
 
     queries: query, out, grad_out, grad_query, lse and, if any, grad_lse; keys: key, value,
     grad_key, grad_value.
     """
-    for task in place.tasks():
-        if task.keys.count:
-            views = query_views(task, *queries) + key_views(task, *keys)
-            for rows, pieces in place.calls(task, *views):
-                q, o, do, dq, lse, *dl = pieces[: len(queries)]
-                k, v, dk, dv = pieces[len(queries) :]
+    for task, pieces in stretch.cuts(queries, keys):
+        if not task.keys.count:
+            continue
+        for piece in pieces:
+            q, o, do, dq, lse, *dl = views_of(queries, piece.queries)
+            k, v, dk, dv = views_of(keys, piece.keys[:4])
+            if task.multiplicity > 1:
                 # A key that counts c times weighs c exp(score - lse) = exp(score - (lse - log c)).
-                total = Partial(o, lse.squeeze(-1) - math.log(task.multiplicity))
-                grad_lse = dl[0].squeeze(-1) if dl else None
-                parts = _dense.attend_backward(rows, do, grad_lse, q, k, v, total)
-                is_first = task.first_queries, task.first_keys, task.first_keys
-                for grad, part, first in zip((dq, dk, dv), parts, is_first, strict=True):
-                    if first:
-                        grad.copy_(part)
-                    else:
-                        grad += part
+                lse = lse - math.log(task.multiplicity)
+            rows = stretch.row_attention(task, piece)
+            parts = dense.attend_backward(rows, do, dl[0] if dl else None, q, k, v, Partial(o, lse))
+            is_first = task.first_queries, task.first_keys, task.first_keys
+            for grad, part, first in zip((dq, dk, dv), parts, is_first, strict=True):
+                if first:
+                    grad.copy_(part)
+                else:
+                    grad += part
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """One sequence, or a batch of equal ones, within a call: its options and sizes.
+class Stretch:
+    """One sequence, or a batch of equal ones, within a call, and the tasks on it.
 
-    The keys start at position `key_start` of a sequence of `whole_length` keys, which ends with
-    them where that is None.
+    Attributes:
+        scores: what to do with the scores; the mask is that of these keys.
+        tasks: what to attend.
+        query_start: position of the first query.
+        key_start: position of the first key.
+        batch_start: index of the first sequence.
+        positions: positions of the keys of each task, where they are not a span.
     """
 
-    options: Options
-    batch_start: int
-    query_length: int
-    key_length: int
-    heads: int
-    kv_heads: int
-    key_start: int = 0
-    whole_length: int | None = None
+    scores: Scores
+    tasks: TaskList
+    query_start: int
+    key_start: int
+    batch_start: int = 0
+    positions: Mapping[Task, RowRuns] | None = None
 
-    @property
-    def query_start(self) -> int:
-        """Position of the first query: when causal, the queries end where the keys end."""
-        earlier = self.key_length - self.query_length if self.options.is_causal else 0
-        return self.key_start + earlier
-
-    def tasks(self) -> tuple[Task, ...]:
-        """The schedule of this sequence."""
-        queries = range(self.query_start, self.query_start + self.query_length)
-        keys = range(self.key_start, self.key_start + self.key_length)
-        length = keys.stop if self.whole_length is None else self.whole_length
-        return schedule(
-            self.options.pattern,
-            queries,
-            keys,
-            self.heads,
-            self.kv_heads,
-            self.options.is_causal,
-            length,
+    def cuts(
+        self, queries: list[Tensor], keys: list[Tensor]
+    ) -> tuple[tuple[Task, tuple[Cut, ...]], ...]:
+        """The tasks, each with its pieces of the tensors, and of the mask as the last key."""
+        at_keys = [x.stride() for x in keys]
+        if (mask := self.scores.key_padding_mask) is not None:
+            at_keys.append(mask.stride())
+        batch, head_dim = queries[0].shape[0], queries[0].shape[3]
+        return cuts(
+            self.tasks, batch, head_dim, tuple([x.stride() for x in queries]), tuple(at_keys)
         )
 
-    def query_positions(self, task: Task) -> Runs:
+    def row_attention(self, task: Task, piece: Cut) -> dense.RowAttention:
+        """How the rows of a piece attend."""
+        scores, mask, keep = self.scores, None, None
+        if scores.key_padding_mask is not None:
+            (mask,) = views_of([scores.key_padding_mask], piece.keys[-1:])
+        if scores.dropout_p > 0:
+            keep = _Keep(self, task, piece.places)
+        return dense.RowAttention(scores.scale, task.is_causal, mask, keep, scores.dropout_p)
+
+    def query_positions(self, task: Task) -> RowRuns:
         """The global positions of a task's queries."""
         return replace(task.queries, start=self.query_start + task.queries.start)
 
-    def key_positions(self, task: Task) -> Runs:
+    def key_positions(self, task: Task) -> RowRuns:
         """The global positions of a task's keys."""
+        if self.positions is not None:
+            return self.positions[task]
         return replace(task.keys, start=self.key_start + task.keys.start)
-
-    def first_tasks_cover_queries(self) -> bool:
-        """Whether each query row of each head has a task that comes first."""
-        tasks = (task for task in self.tasks() if task.first_queries)
-        covered = sum(t.queries.groups * t.queries.count * t.heads.count for t in tasks)
-        return covered == self.query_length * self.heads
-
-    def first_tasks_cover_keys(self) -> bool:
-        """Whether each key row of each key head has a task that comes first."""
-        tasks = (task for task in self.tasks() if task.first_keys)
-        covered = sum(t.keys.groups * t.keys.count * t.heads.count for t in tasks)
-        return covered == self.key_length * self.kv_heads
-
-    def calls(self, task: Task, *views: Tensor) -> Iterator[tuple[_dense.Rows, list[Tensor]]]:
-        """The pieces of a task's views, each with how its rows attend."""
-        options, (batch, groups) = self.options, views[0].shape[:2]
-        small = []
-        if options.key_padding_mask is not None:
-            small.append(mask_view(options.key_padding_mask, task.keys))
-        if options.dropout_p > 0:
-            device = views[0].device
-            batch_index = torch.arange(batch, device=device) + self.batch_start
-            small.append(batch_index[:, None].expand(batch, groups))
-            small.append(torch.arange(groups, device=device).expand(batch, groups))
-        for large, extra in calls(views, small):
-            mask = extra[0] if options.key_padding_mask is not None else None
-            keep = _Keep(self, task, *extra[-2:]) if options.dropout_p > 0 else None
-            yield _dense.Rows(options.scale, task.is_causal, mask, keep, options.dropout_p), large
 
 
 class _Keep:
     """The dropout mask of one piece of a task, for a range of its query rows."""
 
-    def __init__(self, place: Place, task: Task, batch: Tensor, group: Tensor) -> None:
-        assert place.options.seed is not None
-        self._seed, self._dropout_p = int(place.options.seed), place.options.dropout_p
-        self._place, self._task = place, task
-        self._batch, self._group = batch, group
+    def __init__(self, stretch: Stretch, task: Task, places: range) -> None:
+        assert stretch.scores.seed is not None
+        self._seed, self._dropout_p = int(stretch.scores.seed), stretch.scores.dropout_p
+        device = stretch.scores.seed.device
+        place = torch.arange(places.start, places.stop, places.step, device=device)
+        self._stretch, self._task = stretch, task
+        self._batch = place // task.queries.groups + stretch.batch_start
+        self._group = place % task.queries.groups
 
     def __call__(self, rows: range) -> Tensor:
         task, device = self._task, self._batch.device
@@ -247,30 +208,42 @@ class _Keep:
             self._dropout_p,
             self._batch[:, None, None, None],
             head[:, :, None, None],
-            self._positions(self._place.query_positions(task), row)[:, None, :, None],
-            self._positions(self._place.key_positions(task), column)[:, None, None, :],
+            self._positions(self._stretch.query_positions(task), row)[:, None, :, None],
+            self._positions(self._stretch.key_positions(task), column)[:, None, None, :],
         )
 
-    def _positions(self, runs: Runs, row: Tensor) -> Tensor:
+    def _positions(self, runs: RowRuns, row: Tensor) -> Tensor:
         return runs.start + self._group[:, None] * runs.group_step + row * runs.step
 
 
-def _places(
-    options: Options, cu_seqlens: Tensor | None, queries: list[Tensor], keys: list[Tensor]
-) -> Iterator[tuple[Place, list[Tensor], list[Tensor]]]:
+def _stretches(
+    call: DilatedCall,
+    queries: list[Tensor],
+    keys: list[Tensor],
+    start: int,
+    whole_length: int | None,
+) -> Iterator[tuple[Stretch, list[Tensor], list[Tensor]]]:
     """The sequences of a call, each with its rows of the tensors (B, N, H, ...)."""
+    pattern, scores, cu_seqlens = call
     heads, kv_heads = queries[0].shape[2], keys[0].shape[2]
+
+    def stretch(scores: Scores, length: int, key_length: int, batch_start: int) -> Stretch:
+        # When causal, the queries end where the keys end.
+        first = start + key_length - length if scores.is_causal else start
+        at_queries, at_keys = range(first, first + length), range(start, start + key_length)
+        whole = at_keys.stop if whole_length is None else whole_length
+        tasks = schedule(pattern, at_queries, at_keys, heads, kv_heads, scores.is_causal, whole)
+        return Stretch(scores, tasks, first, start, batch_start)
+
     if cu_seqlens is None:
-        lengths = queries[0].shape[1], keys[0].shape[1]
-        yield Place(options, 0, *lengths, heads, kv_heads), queries, keys
+        yield stretch(scores, queries[0].shape[1], keys[0].shape[1], 0), queries, keys
         return
-    for i, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
-        mask = options.key_padding_mask
-        local = replace(options, key_padding_mask=None if mask is None else mask[:, start:stop])
+    for i, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        rows = slice(begin, end)
         yield (
-            Place(local, i, stop - start, stop - start, heads, kv_heads),
-            [x[:, start:stop] for x in queries],
-            [x[:, start:stop] for x in keys],
+            stretch(scores.at_keys(rows), end - begin, end - begin, i),
+            [x[:, rows] for x in queries],
+            [x[:, rows] for x in keys],
         )
 
 
@@ -281,27 +254,11 @@ def _empty_lse(query: Tensor) -> Tensor:
     return torch.empty((batch, length, heads), dtype=dtype, device=query.device).transpose(1, 2)
 
 
-def lse_rows(lse: Tensor) -> Tensor:
-    """(B, H, N) to (B, N, H, 1), so that it is cut and viewed like rows."""
-    return lse.transpose(1, 2).unsqueeze(-1)
-
-
 def unit_stride(x: Tensor) -> Tensor:
     """Fused attention reads rows of unit stride; anything else is copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def query_views(task: Task, *tensors: Tensor) -> list[Tensor]:
-    """The rows and heads of (B, N, H, ...) that a task's queries are."""
-    runs, heads = task.queries, task.heads
-    at = heads.start, heads.step, heads.count, heads.group_step
-    return [row_view(x, runs, *at) for x in tensors]
-
-
-def key_views(task: Task, *tensors: Tensor) -> list[Tensor]:
-    """The rows and heads of (B, M, H_kv, ...) that a task's keys are."""
-    runs, heads = task.keys, task.heads
-    return [row_view(x, runs, heads.kv_start, heads.kv_step, heads.count) for x in tensors]
-
-
-OPERATORS = define("torch", _forward, _backward, _empty_lse)
+OPERATORS = _operators.define(
+    "dilated_core::torch", _operators.DILATED, _forward, _backward, _empty_lse
+)

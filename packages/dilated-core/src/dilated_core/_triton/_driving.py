@@ -3,9 +3,8 @@
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
-from dilated_core.triton_kernels._plan import Blocks, Plan
+from dilated_core._triton._plan import BlockSizes, TilePlan
 
 Pass = Literal["forward", "query", "key"]
 
@@ -25,9 +24,9 @@ class Config(NamedTuple):
     registers: int | None = None
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> BlockSizes:
         """What a plan needs of it."""
-        return Blocks(self.rows, self.columns, min(self.columns, self.masked))
+        return BlockSizes(self.rows, self.columns, min(self.columns, self.masked))
 
 
 class Pair(NamedTuple):
@@ -59,35 +58,11 @@ class Sizes(NamedTuple):
     device: torch.device
 
 
-class Scores(Protocol):
-    """What one call does with its scores. `seed` () int64 is there where `dropout_p` is not 0."""
-
-    @property
-    def is_causal(self) -> bool:
-        """Hide the keys after each query."""
-
-    @property
-    def scale(self) -> float:
-        """Factor on the scores."""
-
-    @property
-    def key_padding_mask(self) -> Tensor | None:
-        """(B, M) bool, True = ignore."""
-
-    @property
-    def dropout_p(self) -> float:
-        """Probability of dropping a weight."""
-
-    @property
-    def seed(self) -> Tensor | None:
-        """Seed of the dropout mask."""
-
-
-class Schedule(Protocol):
+class Tiling(Protocol):
     """Which keys each query sees, as plans for the kernels."""
 
     def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """The block sizes of a pass, from those that are fast for its head_dim and dtype."""
 
-    def plan(self, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:
+    def plan(self, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
         """The plan over query tiles, or over key tiles; without a host sync once it is known."""

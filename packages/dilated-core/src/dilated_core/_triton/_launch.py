@@ -4,6 +4,7 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,13 +12,18 @@ import torch
 from torch import Tensor
 
 from dilated_core import _dropout
-from dilated_core._inputs import Options
+from dilated_core._branches import Branches
+from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
-from dilated_core._pattern import DilatedPattern
-from dilated_core.triton_kernels import _kernels
-from dilated_core.triton_kernels._driving import Config, Pair, Pass, Schedule, Scores, Sizes
-from dilated_core.triton_kernels._plan import Blocks, Plan, Request, packed_plan, plan
-from dilated_core.triton_kernels._strips import Shape, work
+from dilated_core._triton import _kernels
+from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
+from dilated_core._triton._plan import BlockSizes, Request, TilePlan, packed_plan, plan
+from dilated_core._triton._strips import StepShape, work
+from dilated_core._triton._triton_internals import Launch
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+_HERE = nullcontext()
+_LAUNCHES_OF_A_PLAN = 64
 
 
 def _same(config: Config) -> Pair:
@@ -92,11 +98,11 @@ def _power_of_two(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def config(which: Pass, schedule: Schedule, sizes: Sizes, query: Tensor) -> Config:
+def config(which: Pass, tiling: Tiling, sizes: Sizes, query: Tensor) -> Config:
     """The block sizes for these inputs; they do not depend on the length."""
     if which in overrides:
         return overrides[which]
-    return schedule.choose(which, sizes, _pair(which, query.shape[-1], query.dtype))
+    return tiling.choose(which, sizes, _pair(which, query.shape[-1], query.dtype))
 
 
 @lru_cache(maxsize=1024)
@@ -107,25 +113,25 @@ def _pair(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
 
 
 @lru_cache(maxsize=1024)
-def _by_work(pair: Pair, pattern: DilatedPattern, heads: int) -> Config:
+def _by_work(pair: Pair, pattern: Branches, heads: int) -> Config:
     tall, short = (
-        work(pattern, heads, Shape(c.rows, c.columns, is_causal=False))
+        work(pattern, heads, StepShape(c.rows, c.columns, is_causal=False))
         for c in (pair.tall, pair.short)
     )
     return pair.short if short < pair.gain * tall else pair.tall
 
 
-class PatternSchedule(NamedTuple):
+class PatternTiling(NamedTuple):
     """The plans of a dilated pattern, for equal sequences or for packed ones."""
 
-    pattern: DilatedPattern
+    pattern: Branches
     cu_seqlens: Tensor | None
 
     def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """Short tiles where they are the quicker ones."""
         return pair.short if sizes.is_causal else _by_work(pair, self.pattern, sizes.heads)
 
-    def plan(self, sizes: Sizes, by_key: bool, blocks: Blocks) -> Plan:
+    def plan(self, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
         """The plan over query tiles, or over key tiles."""
         queries = (sizes.first_query, sizes.first_query + sizes.length)
         keys = (sizes.first_key, sizes.first_key + sizes.key_length)
@@ -138,80 +144,105 @@ class PatternSchedule(NamedTuple):
         return packed_plan(request, self.cu_seqlens)
 
 
-class Call:
+class KernelCall:
     """What the passes of one call have in common."""
 
     def __init__(
-        self, options: Scores, schedule: Schedule, query: Tensor, key: Tensor, value: Tensor,
+        self, scores: Scores, tiling: Tiling, query: Tensor, key: Tensor, value: Tensor,
         cu_seqlens: Tensor | None = None, first_key: int = 0,
     ) -> None:  # fmt: skip
-        self.options, self.schedule, self.cu_seqlens = options, schedule, cu_seqlens
-        self.padding = _flat(options.key_padding_mask)
-        self.query, self.key, self.value = map(_unit_stride, (query, key, value))
+        self.scores, self.tiling, self.cu_seqlens = scores, tiling, cu_seqlens
+        mask = scores.key_padding_mask
+        self.padding = None if mask is None else _flat(mask).view(torch.uint8)
+        self.query, self.key, self.value = _flat(query), _flat(key), _flat(value)
         self.batch, length, self.heads, self.head_dim = query.shape
-        key_length, self.kv_heads = key.shape[1], key.shape[2]
-        last_rows = cu_seqlens is None and options.is_causal
+        _, key_length, self.kv_heads, _ = key.shape
+        last_rows = cu_seqlens is None and scores.is_causal
         self.sizes = Sizes(
             length, key_length, self.heads, self.kv_heads,
-            first_key + (key_length - length if last_rows else 0), first_key, options.is_causal,
+            first_key + (key_length - length if last_rows else 0), first_key, scores.is_causal,
             query.device,
         )  # fmt: skip
+        self.strides = self.query.stride()[:3], self.key.stride()[:3], self.value.stride()[:3]
 
-    def config(self, which: Pass) -> Config:
-        """The block sizes of a pass."""
-        return config(which, self.schedule, self.sizes, self.query)
+    def launch(
+        self, which: Pass, pointers: list[Tensor], strides: tuple[tuple[int, ...], ...], **more: Any
+    ) -> None:
+        """Launch the kernel of a pass.
 
-    def plan(self, by_key: bool, chosen: Config) -> Plan:
-        """The plan over query tiles, or over key tiles."""
-        return self.schedule.plan(self.sizes, by_key, chosen.blocks)
-
-    def grid(self, tables: Plan, heads: int) -> tuple[int]:
-        """One program for each tile, head and batch row."""
-        return (tables.tiles.shape[1] * heads * self.batch,)
-
-    def tables(self, tables: Plan) -> list[Tensor]:
-        """The arguments from `tiles` to `seed`; absent ones are any pointer."""
-        mask, options = self.padding, self.options
-        return [
-            *tables.tensors(),
+        Args:
+            which: the pass.
+            pointers: its tensors, before those of the tables.
+            strides: theirs, in the order of its arguments.
+            more: compile-time arguments that the pass has alone.
+        """
+        scores, chosen = self.scores, config(which, self.tiling, self.sizes, self.query)
+        tables = self.tiling.plan(self.sizes, which == "key", chosen.blocks)
+        known = (
+            which, chosen, self.batch, self.kv_heads, self.head_dim, strides, scores.scale,
+            scores.dropout_p, self.padding is None, tuple([x.dtype for x in pointers]),
+            *more.values(),
+        )  # fmt: skip
+        made = tables.launches.get(known)
+        if made is None:
+            if len(tables.launches) >= _LAUNCHES_OF_A_PLAN:
+                tables.launches.clear()
+            made = tables.launches[known] = self._launch(which, chosen, tables, strides, more)
+        made(
+            pointers,
+            # Absent ones are any pointer.
             tables.tiles if self.cu_seqlens is None else self.cu_seqlens,
-            tables.tiles if mask is None else mask.view(torch.uint8),
-            tables.tiles if options.seed is None else options.seed,
-        ]
+            tables.tiles if self.padding is None else self.padding,
+            tables.tiles if scores.seed is None else scores.seed,
+        )
 
-    def scalars(self, tables: Plan, *final: float) -> list[float]:
-        """The arguments from `scale` to `first_key`."""
-        options = self.options
-        drop = min(_dropout.threshold(options.dropout_p), 2**32 - 1)
-        return [
-            abs(options.scale) * math.log2(math.e), *final, drop,
-            1.0 / (1.0 - options.dropout_p), tables.tiles.shape[1], tables.early,
-            self.sizes.first_query, self.sizes.first_key,
+    def _launch(
+        self, which: Pass, chosen: Config, tables: TilePlan,
+        strides: tuple[tuple[int, ...], ...], more: dict[str, Any],
+    ) -> Launch:  # fmt: skip
+        scores, slots = self.scores, tables.tiles.shape[1]
+        heads = self.kv_heads if which == "key" else self.heads
+        drop = min(_dropout.threshold(scores.dropout_p), 2**32 - 1)
+        scale = [abs(scores.scale) * math.log2(math.e)]
+        # Those that hold the columns.
+        first, second = strides[1][1], strides[2][1]
+        if which == "key":
+            first, second = strides[0][1], strides[4][1]
+        if which != "forward":
+            scale.append(scores.scale)
+        numbers = [
+            *(x for each in strides for x in each), *scale, drop, 1.0 / (1.0 - scores.dropout_p),
+            slots, tables.early, self.sizes.first_query, self.sizes.first_key,
         ]  # fmt: skip
-
-    def constants(
-        self, which: Pass, tables: Plan, chosen: Config, heads: int, first: Tensor, second: Tensor
-    ) -> dict[str, Any]:
-        """Compile-time arguments and launch options; `first` and `second` hold the columns."""
-        farthest = tables.largest_step * chosen.columns * max(first.stride(1), second.stride(1))
         width, tail = head_dim_blocks(which, self.head_dim)
-        return {
-            "HEADS": heads, "GROUP": self.heads // self.kv_heads, "MASK": tables.mask,
-            "EARLY": tables.early > 0,
-            "D": self.head_dim, "BLOCK_D": width, "TAIL": tail,
-            "BLOCK_ROWS": chosen.rows, "FULL_COLUMNS": chosen.columns,
-            "MASKED_COLUMNS": chosen.blocks.masked,
-            "CAUSAL": self.options.is_causal, "PADDED": self.padding is not None,
-            "DROPOUT": self.options.dropout_p > 0, "PACKED": self.cu_seqlens is not None,
-            "NEGATIVE": self.options.scale < 0, "WIDE": farthest >= 2**31,
-            "ALIKE": first.stride(1) == second.stride(1), "IEEE": self.query.dtype == torch.float32,
+        constants = {
+            "HEADS": heads, "GROUP": self.heads // self.kv_heads, "D": self.head_dim,
+            "BLOCK_D": width, "TAIL": tail, **more,
+            "MASK": tables.mask, "EARLY": tables.early > 0, "BLOCK_ROWS": chosen.rows,
+            "FULL_COLUMNS": chosen.columns, "MASKED_COLUMNS": chosen.blocks.masked,
+            "CAUSAL": scores.is_causal, "PADDED": self.padding is not None,
+            "DROPOUT": scores.dropout_p > 0, "PACKED": self.cu_seqlens is not None,
+            "NEGATIVE": scores.scale < 0,
+            "WIDE": tables.largest_step * chosen.columns * max(first, second) >= 2**31,
+            "ALIKE": first == second, "IEEE": self.query.dtype == torch.float32,
+        }  # fmt: skip
+        options = {
             "num_warps": chosen.warps, "num_stages": chosen.stages, "maxnreg": chosen.registers,
         }  # fmt: skip
+        grid = slots * heads * self.batch
+        return Launch(_KERNELS[which], grid, tables.tensors(), numbers, constants, options)
 
     @property
-    def mask_stride(self) -> int:
+    def mask_strides(self) -> tuple[int, ...]:
         """The stride of the padding mask's batch."""
-        return 0 if self.padding is None else self.padding.stride(0)
+        return (0 if self.padding is None else self.padding.stride(0),)
+
+
+_KERNELS: dict[Pass, Any] = {
+    "forward": _kernels.forward_kernel,
+    "query": _kernels.query_gradient_kernel,
+    "key": _kernels.key_gradient_kernel,
+}
 
 
 def _canonical(request: Request) -> Request:
@@ -222,91 +253,64 @@ def _canonical(request: Request) -> Request:
     return request
 
 
-def forward(
-    options: Options, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
-) -> Partial:
-    """Dilated attention: out (B, N, H, D) in query's dtype and lse (B, H, N) in float32."""
-    return run_forward(pattern_call(options, query, key, value, cu_seqlens))
-
-
-def backward(
-    options: Options,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    total: Partial,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of dilated attention to query, key and value, in their dtype."""
-    call = pattern_call(options, query, key, value, cu_seqlens)
-    return run_backward(call, grad_out, grad_lse, total)
-
-
 def pattern_call(
-    options: Options,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None = None,
-    first_key: int = 0,
-) -> Call:
+    call: DilatedCall, query: Tensor, key: Tensor, value: Tensor, first_key: int = 0
+) -> KernelCall:
     """A call of dilated attention; the keys start at position `first_key` of their sequence."""
-    schedule = PatternSchedule(options.pattern, cu_seqlens)
-    return Call(options, schedule, query, key, value, cu_seqlens, first_key)
+    pattern, scores, cu_seqlens = call
+    tiling = PatternTiling(pattern, cu_seqlens)
+    return KernelCall(scores, tiling, query, key, value, cu_seqlens, first_key)
 
 
-def rows_call(
-    scale: float, is_causal: bool, key_mask: Tensor | None, query: Tensor, key: Tensor,
-    value: Tensor,
-) -> Call:  # fmt: skip
+def rows_call(scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> KernelCall:
     """A call in which every query sees every key or, when causal, those at and before it."""
-    pattern = DilatedPattern([max(query.shape[1], key.shape[1], 1)], [1])
-    return pattern_call(Options(pattern, is_causal, scale, key_mask), query, key, value)
+    pattern = _dense(max(query.shape[1], key.shape[1], 1))
+    return pattern_call(DilatedCall(pattern, scores), query, key, value)
 
 
-def run_forward(call: Call, *, wide: bool = False) -> Partial:
+@lru_cache(maxsize=256)
+def _dense(length: int) -> Branches:
+    return Branches([length], [1])
+
+
+def forward(call: KernelCall, *, wide: bool = False) -> Partial:
     """Compute out (B, N, H, D) in query's dtype or, if `wide`, in float32, like lse (B, H, N)."""
-    query, key, value = call.query, call.key, call.value
-    out, lse = (empty_wide if wide else empty_like)(query), empty_lse(query)
-    if not query.numel():
-        return Partial(out, lse)
-    chosen = call.config("forward")
-    tables = call.plan(False, chosen)
-    value_width, value_tail = _value_blocks(query.shape[-1])
-    # A padding mask may hide the keys that shifts are taken from, and weights that are relative to
-    # any other score than the greatest do not fit in float16.
-    optimistic = call.padding is None and query.dtype != torch.float16
-    _kernels.forward_kernel[call.grid(tables, call.heads)](
-        query, key, value, out, lse, *call.tables(tables),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *lse.stride()[:2], call.mask_stride, *call.scalars(tables),
-        **call.constants("forward", tables, chosen, call.heads, key, value),
-        OPTIMISTIC=optimistic, VALUE_D=value_width, VALUE_TAIL=value_tail,
-    )  # fmt: skip
+    query = call.query
+    # Kernels are launched on the current device, so make it the tensors' one.
+    with _on_device(query):
+        out, lse = (empty_wide if wide else empty_like)(query), empty_lse(query)
+        if query.numel():
+            value_width, value_tail = _value_blocks(call.head_dim)
+            # A padding mask may hide the keys that shifts are taken from, and weights that are
+            # relative to any other score than the greatest do not fit in float16.
+            optimistic = call.padding is None and query.dtype != torch.float16
+            call.launch(
+                "forward", [query, call.key, call.value, out, lse],
+                (*call.strides, out.stride()[:3], lse.stride()[:2], call.mask_strides),
+                VALUE_D=value_width, VALUE_TAIL=value_tail, OPTIMISTIC=optimistic,
+            )  # fmt: skip
     return Partial(out, lse)
 
 
-def run_backward(
-    call: Call, grad_out: Tensor, grad_lse: Tensor | None, total: Partial, *, wide: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: KernelCall, upstream: Upstream, *, wide: bool = False) -> Gradients:
     """Gradients to query, key and value, in their dtype or, if `wide`, in float32."""
     make = empty_wide if wide else empty_like
-    grads = make(call.query), make(call.key), make(call.value)
-    if not call.query.numel() or not call.key.numel():
-        for grad in grads:
-            grad.zero_()
-        return grads
-    grad_out = _unit_stride(grad_out)
-    terms = torch.empty_like(total.lse, dtype=torch.int64)
-    query_gradient(call, grad_out, grad_lse, total, terms, grads[0])
-    key_gradients(call, grad_out, terms, grads[1], grads[2])
+    query, key, value = call.query, call.key, call.value
+    with _on_device(query):
+        dq, dk, dv = grads = make(query), make(key), make(value)
+        if not query.numel() or not key.numel():
+            for grad in grads:
+                grad.zero_()
+            return grads
+        do = _flat(upstream.grad_out)
+        terms = torch.empty_like(upstream.total.lse, dtype=torch.int64)
+        query_gradient(call, do, upstream.grad_lse, upstream.total, terms, dq)
+        key_gradients(call, do, terms, dk, dv)
     return grads
 
 
 def query_gradient(
-    call: Call,
+    call: KernelCall,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     total: Partial,
@@ -314,35 +318,36 @@ def query_gradient(
     grad_query: Tensor,
 ) -> None:
     """Fill grad_query, and terms (B, H, N) int64, which the gradients to keys need."""
-    query, key, value = call.query, call.key, call.value
     out, lse = total
-    chosen = call.config("query")
-    tables = call.plan(False, chosen)
     seen = lse if grad_lse is None else grad_lse
-    _kernels.query_gradient_kernel[call.grid(tables, call.heads)](
-        query, key, value, out, lse, grad_out, seen, grad_query, terms, *call.tables(tables),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *grad_out.stride()[:3], *lse.stride()[:2], seen.stride(0), seen.stride(2), seen.stride(1),
-        call.mask_stride, *call.scalars(tables, call.options.scale),
-        **call.constants("query", tables, chosen, call.heads, key, value),
+    batch, head, row = seen.stride()
+    call.launch(
+        "query", [call.query, call.key, call.value, out, lse, grad_out, seen, grad_query, terms],
+        (
+            *call.strides, out.stride()[:3], grad_out.stride()[:3], lse.stride()[:2],
+            (batch, row, head), call.mask_strides,
+        ),
         GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
 
 
 def key_gradients(
-    call: Call, grad_out: Tensor, terms: Tensor, grad_key: Tensor, grad_value: Tensor
+    call: KernelCall, grad_out: Tensor, terms: Tensor, grad_key: Tensor, grad_value: Tensor
 ) -> None:
     """Fill grad_key and grad_value."""
-    query, key, value = call.query, call.key, call.value
-    chosen = call.config("key")
-    tables = call.plan(True, chosen)
-    _kernels.key_gradient_kernel[call.grid(tables, call.kv_heads)](
-        query, key, value, grad_out, grad_key, grad_value, terms, *call.tables(tables),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:3],
-        *grad_out.stride()[:3], *terms.stride()[:2], call.mask_stride,
-        *call.scalars(tables, call.options.scale),
-        **call.constants("key", tables, chosen, call.kv_heads, query, grad_out),
+    call.launch(
+        "key", [call.query, call.key, call.value, grad_out, grad_key, grad_value, terms],
+        (
+            *call.strides, grad_key.stride()[:3], grad_out.stride()[:3], terms.stride()[:2],
+            call.mask_strides,
+        ),
     )  # fmt: skip
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -361,10 +366,6 @@ def empty_lse(query: Tensor) -> Tensor:
     return torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def _flat(x: Tensor) -> Tensor:
     """The kernels read rows of unit stride; anything else is copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _flat(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()

@@ -21,13 +21,13 @@ runs can drive them. Rows and columns are numbered by position.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dilated_core._pattern import DilatedPattern
-from dilated_core.triton_kernels._strips import Shape, Slot, head_offsets, sorted_branches, strips
+from dilated_core._branches import Branches
+from dilated_core._triton._strips import Slot, StepShape, head_offsets, sorted_branches, strips
 
 # "before": rows see columns at or before them, as queries see keys; "after": the transpose.
 Causal = Literal["no", "before", "after"]
@@ -39,7 +39,7 @@ _CACHED_PLANS = 24
 _TILES_AT_ONCE = 2**15
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """Rows of a tile, columns of a step, and columns of a masked step, which divide those."""
 
     rows: int
@@ -50,14 +50,14 @@ class Blocks(NamedTuple):
 class Request(NamedTuple):
     """What a plan depends on; positions of rows and columns are half-open ranges."""
 
-    pattern: DilatedPattern
+    pattern: Branches
     heads: int
     kv_heads: int
     by_key: bool
     rows: tuple[int, int]
     columns: tuple[int, int]
     is_causal: bool
-    blocks: Blocks
+    blocks: BlockSizes
 
     @property
     def causal(self) -> Causal:
@@ -71,7 +71,7 @@ class Request(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """Tables on one device; see the module.
 
     Attributes:
@@ -87,6 +87,7 @@ class Plan:
             2 if segments or row steps may, 3 if bits may.
         early: how many tiles of each class have so much work that those of all heads start first.
         stream: the id of the stream that built it.
+        launches: kernels that were launched with it, for whoever launches them again.
     """
 
     tiles: Tensor
@@ -98,6 +99,7 @@ class Plan:
     mask: int
     early: int = 0
     stream: int = 0
+    launches: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tables."""
@@ -144,26 +146,26 @@ class PlanCache:
     """
 
     size: int = _CACHED_PLANS
-    recent: OrderedDict[object, Plan | _Template] = field(default_factory=OrderedDict)
-    captured: dict[object, Plan | _Template] = field(default_factory=dict)
+    recent: OrderedDict[object, TilePlan | _Template] = field(default_factory=OrderedDict)
+    captured: dict[object, TilePlan | _Template] = field(default_factory=dict)
 
-    def plan(self, key: object, device: torch.device, build: Callable[[], Plan]) -> Plan:
+    def plan(self, key: object, device: torch.device, build: Callable[[], TilePlan]) -> TilePlan:
         """The plan of this key and device, built where it is missing; for any stream and in graphs.
 
         Raises:
             RuntimeError: it is missing, and a CUDA graph is being captured.
         """
 
-        def complete() -> Plan:
+        def complete() -> TilePlan:
             return replace(build(), stream=_stream_id(device))
 
         found = self.value((key, device), device, complete)
-        assert isinstance(found, Plan)
+        assert isinstance(found, TilePlan)
         return found
 
     def value(
-        self, key: object, device: torch.device, build: Callable[[], Plan | _Template]
-    ) -> Plan | _Template:
+        self, key: object, device: torch.device, build: Callable[[], TilePlan | _Template]
+    ) -> TilePlan | _Template:
         """The same for anything that has tables."""
         found = self.recent.get(key) or self.captured.get(key)
         if found is None:
@@ -178,7 +180,7 @@ class PlanCache:
         self._share(key, found, device)
         return found
 
-    def _share(self, key: object, found: Plan | _Template, device: torch.device) -> None:
+    def _share(self, key: object, found: TilePlan | _Template, device: torch.device) -> None:
         """Keep tables alive for captured graphs and for other streams than their own."""
         if device.type != "cuda":
             return
@@ -194,17 +196,17 @@ _pinned: dict[int, PlanCache] = {}
 _cache = PlanCache()
 
 
-def plan(request: Request, device: torch.device) -> Plan:
+def plan(request: Request, device: torch.device) -> TilePlan:
     """The plan of a batch of equal sequences; cached, and built without a host sync after that."""
 
-    def build() -> Plan:
+    def build() -> TilePlan:
         template = _template(request, device)
         return _exact_tables(request, template)
 
     return _cache.plan(request, device, build)
 
 
-def packed_plan(request: Request, cu_seqlens: Tensor) -> Plan:
+def packed_plan(request: Request, cu_seqlens: Tensor) -> TilePlan:
     """The plan of packed sequences, built on the device from their lengths at every call.
 
     `request` is that of one sequence as long as all of them together.
@@ -287,7 +289,7 @@ _HUGE = 2**40
 
 def _template(request: Request, device: torch.device) -> _Template:
     branches, _ = sorted_branches(request.pattern)
-    shape = Shape(request.blocks.rows, request.blocks.columns, request.is_causal)
+    shape = StepShape(request.blocks.rows, request.blocks.columns, request.is_causal)
     distinct, head_class = _classes(request)
     recipes: dict[tuple[Slot, ...], int] = {}
     table: list[tuple[int, ...]] = []
@@ -357,7 +359,7 @@ def _recipe_table(recipes: Sequence[Sequence[Slot]], device: torch.device) -> Te
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
-def _exact_tables(request: Request, template: _Template) -> Plan:
+def _exact_tables(request: Request, template: _Template) -> TilePlan:
     """The tables of one sequence, made in pieces: what is made on the way is larger than they."""
     tiles = template.tiles()
     pieces = []
@@ -381,14 +383,14 @@ def _exact_tables(request: Request, template: _Template) -> Plan:
     return _narrowed(whole)
 
 
-def _narrowed(plan: Plan) -> Plan:
+def _narrowed(plan: TilePlan) -> TilePlan:
     """The plan without the bounds of rows in its full runs where no run has any."""
     return plan if plan.mask == 2 else replace(plan, full=plan.full[:, :FULL_FIELDS].contiguous())
 
 
 def _tables(
     request: Request, template: _Template, tiles: _Tiles, length: Tensor | int, *, exact: bool
-) -> Plan:
+) -> TilePlan:
     """Fill in the runs of tiles; `length` is that of the columns, per tile or for all.
 
     With `exact` the tables are cut to the widest tile, which needs to read its width back.
@@ -492,7 +494,7 @@ def _tables(
         hidden = [masked_steps.sum(), ((count > 0) & bounded).sum(), zero.sum()]
         some, general, zeros = (int(x) for x in torch.stack(hidden).tolist())
         mask = 2 if general or (zeros and some) else min(some, 1)
-    return Plan(
+    return TilePlan(
         tiles=tile_table.to(torch.int32).contiguous(),
         full=full_records,
         masked=masked_records,

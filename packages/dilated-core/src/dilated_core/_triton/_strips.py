@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from dilated_core._pattern import DilatedPattern
+from dilated_core._branches import Branch, Branches
 
 # One head of a member tuple: its offset in each branch, None where it does not use the branch.
 Offsets = tuple[int | None, ...]
@@ -25,13 +25,6 @@ _CAPS = (1, 2, 4, 8, 16, 32, 64)
 _MAX_RATIO = 4
 # A pair whose row may not see it costs so many others, by measurement.
 _MASKED = 2.5
-
-
-class Branch(NamedTuple):
-    """A (segment length, dilation rate) pair, sorted so that segments grow."""
-
-    segment_length: int
-    dilation_rate: int
 
 
 class Slot(NamedTuple):
@@ -55,7 +48,7 @@ class Slot(NamedTuple):
     zero_keys: bool
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """The rows of a tile, at most, the columns of a step, and whether order hides pairs."""
 
     rows: int
@@ -78,13 +71,13 @@ class Strip(NamedTuple):
     slots: tuple[Slot, ...]
 
 
-def sorted_branches(pattern: DilatedPattern) -> tuple[tuple[Branch, ...], tuple[int, ...]]:
+def sorted_branches(pattern: Branches) -> tuple[tuple[Branch, ...], tuple[int, ...]]:
     """The branches by rising segment length, and the index each has in the pattern."""
     order = sorted(range(len(pattern.segment_lengths)), key=lambda k: pattern.branches[k])
-    return tuple(Branch(*pattern.branches[k]) for k in order), tuple(order)
+    return tuple(pattern.branches[k] for k in order), tuple(order)
 
 
-def head_offsets(pattern: DilatedPattern, heads: int) -> tuple[Offsets, ...]:
+def head_offsets(pattern: Branches, heads: int) -> tuple[Offsets, ...]:
     """The offset of every query head in every (sorted) branch."""
     _, order = sorted_branches(pattern)
     users = pattern.branch_heads(heads)
@@ -102,7 +95,7 @@ def strips(
     members: tuple[Offsets, ...],
     rows: range,
     columns: range,
-    shape: Shape,
+    shape: StepShape,
     zero_keys: bool,
 ) -> Iterator[Strip]:
     """All strips of a span of row positions.
@@ -121,7 +114,7 @@ def strips(
             yield Strip(start, stop, residue, step, cut, block, slots)
 
 
-def work(pattern: DilatedPattern, heads: int, shape: Shape) -> float:
+def work(pattern: Branches, heads: int, shape: StepShape) -> float:
     """Pairs per row that such tiles cost, about; for comparing shapes."""
     branches, _ = sorted_branches(pattern)
     total = 0.0
@@ -162,7 +155,7 @@ def _leaves(
     residues: tuple[Residues, ...],
     whole: tuple[bool, ...],
     cap: int,
-    shape: Shape,
+    shape: StepShape,
     zero_keys: bool,
 ) -> tuple[tuple[int, int, int, int, tuple[Slot, ...]], ...]:
     leaves = []
@@ -211,7 +204,7 @@ def _meets(branches: Sequence[Branch], member: Residues, k: int, residue: int, s
 
 
 @lru_cache(maxsize=1024)
-def _best_cap(branches: tuple[Branch, ...], members: tuple[Offsets, ...], shape: Shape) -> int:
+def _best_cap(branches: tuple[Branch, ...], members: tuple[Offsets, ...], shape: StepShape) -> int:
     """The largest leaf step that pays, by the work it causes."""
     rates = [r for _, r in branches]
     caps = [c for c in _CAPS if c <= 2 * max(rates)]
@@ -220,7 +213,7 @@ def _best_cap(branches: tuple[Branch, ...], members: tuple[Offsets, ...], shape:
 
 
 def _cost(
-    branches: tuple[Branch, ...], residues: tuple[Residues, ...], cap: int, shape: Shape
+    branches: tuple[Branch, ...], residues: tuple[Residues, ...], cap: int, shape: StepShape
 ) -> float:
     total = 0.0
     for residue, step in _split(branches, residues, cap):
@@ -231,7 +224,7 @@ def _cost(
     return total
 
 
-def _tiling(branches: Sequence[Branch], step: int, shape: Shape) -> tuple[int, int]:
+def _tiling(branches: Sequence[Branch], step: int, shape: StepShape) -> tuple[int, int]:
     """Where tiles of a leaf start anew, and how many positions each spans."""
     span = shape.rows * step
     choices = [(span, span)]
@@ -244,7 +237,7 @@ def _tiling(branches: Sequence[Branch], step: int, shape: Shape) -> tuple[int, i
     return min(choices, key=lambda choice: _work(branches, step, choice[0], choice[1], single))
 
 
-def _work(branches: Sequence[Branch], step: int, cut: int, block: int, shape: Shape) -> float:
+def _work(branches: Sequence[Branch], step: int, cut: int, block: int, shape: StepShape) -> float:
     """Padded pairs per row of the leaf, masked ones for what they cost."""
     tiles = -(-cut // block)
     padding = tiles * shape.rows * step / cut

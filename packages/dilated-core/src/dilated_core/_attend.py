@@ -1,0 +1,78 @@
+"""Dilated attention of a pattern's facts: check once, pick a backend, compute."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from dilated_core import _choice, _reference, _triton
+from dilated_core._branches import Branches
+from dilated_core._call import DilatedCall, autocast, check_call
+from dilated_core._choice import BackendChoice
+from dilated_core._partial import Partial
+from dilated_core._torch import engine
+
+Backend = Literal["reference", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# In the order of preference.
+_REASONS = {
+    "triton": "one pass over the runs of all branches is the fastest on CUDA",
+    "torch": "torch's fused attention on strided views serves every device and dtype",
+}
+_UNASKED = {"reference": "it is the slow oracle: it runs only when asked for"}
+_ATTEND: dict[str, Callable[[DilatedCall, Tensor, Tensor, Tensor], Partial]] = {
+    "reference": _reference.attend,
+    "torch": engine.OPERATORS.attend,
+    "triton": _triton.attend,
+}
+
+
+def select_backend(query: Tensor, key: Tensor, backend: str | None = None) -> BackendChoice:
+    """Pick the backend of a call by device, dtype and sizes of its tensors; values do not matter.
+
+    Args:
+        query: (B, N, H, D).
+        key: (B, M, H_kv, D).
+        backend: the name of one to force it.
+
+    Raises:
+        ValueError: `backend` names none, or one that cannot serve the call.
+    """
+    obstacles = {"triton": _triton.unsupported(query, key)}
+    return _choice.choose(
+        BackendChoice, "backend", backend, BACKENDS, _REASONS, obstacles, _UNASKED
+    )
+
+
+def attend(
+    pattern: Branches,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`dilated_attention` or, with `cu_seqlens`, `dilated_attention_varlen`."""
+    scores = check_call(
+        query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse, cu_seqlens=cu_seqlens,
+    ).seeded(query.device)  # fmt: skip
+    pattern.branch_heads(query.shape[-2])
+    query, key, value = autocast(query, key, value)
+    if cu_seqlens is not None:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    obstacles = {"triton": _triton.unsupported(query, key)}
+    name = _choice.pick("backend", backend, BACKENDS, _REASONS, obstacles)
+    out, lse = _ATTEND[name](DilatedCall(pattern, scores, cu_seqlens), query, key, value)
+    if out.dtype != query.dtype:
+        out = out.to(query.dtype)
+    if cu_seqlens is not None:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out

@@ -1,0 +1,1 @@
+"""Schedules of attention as tasks over strided runs: integers only, no tensors."""

@@ -1,0 +1,1 @@
+"""The `torch` backend: tasks on strided views, by torch's fused attention."""
