@@ -191,3 +191,19 @@ def test_a_cache_continues_the_full_forward(kv_heads):
 def test_repr_says_what_is_not_default():
     layer = DilatedAttention(PATTERN, dropout=0.5)
     assert repr(layer) == "DilatedAttention(DilatedPattern([5, 11], [1, 2]), dropout=0.5)"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dropout": "a"}, TypeError, "dropout must be a float. Got 'a'"),
+        ({"dropout": True}, TypeError, "dropout must be a float. Got True"),
+        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\). Got 1.0"),
+        ({"scale": "x"}, TypeError, "scale must be a float or None. Got 'x'"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite. Got nan"),
+        ({"backend": "nope"}, ValueError, "backend must be None or one of 'reference'"),
+    ],
+)
+def test_options_are_checked_when_a_module_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        DilatedAttention(DilatedPattern([4], [1]), **options)
