@@ -1,6 +1,6 @@
 """Block sizes of the GPU kernels: the time of one pass with each, for a pattern or a layout.
 
-For the table in `dilated_core._triton._launch`. Block sizes are rows of a tile, columns of a
+For the table in `dilated_core._triton._blocks`. Block sizes are rows of a tile, columns of a
 step, warps, stages, columns of a masked step, and registers of a thread, of which the last two may
 be left out. Results must agree with those of the table to 1%; all are timed in turn.
 
@@ -25,7 +25,7 @@ from sparse_gpu import layout_of
 from torch import Tensor
 
 from dilated_core._call import DilatedCall, Scores
-from dilated_core._triton import _launch
+from dilated_core._triton import _blocks, _launch
 from dilated_core._triton._driving import Config, Pass
 from dilated_sparse._triton_backend import LayoutSchedule
 
@@ -102,7 +102,7 @@ def runner(which: Pass, call: _launch.KernelCall) -> Callable[[Config | None], l
 
     def run(config: Config | None) -> list[Tensor]:
         if config is not None:
-            _launch.overrides[which] = config
+            _blocks.overrides[which] = config
         try:
             if which == "forward":
                 return [_launch.forward(call).out]
@@ -112,7 +112,7 @@ def runner(which: Pass, call: _launch.KernelCall) -> Callable[[Config | None], l
             _launch.key_gradients(call, grad_out, terms, grads[1], grads[2])
             return grads[1:]
         finally:
-            _launch.overrides.clear()
+            _blocks.overrides.clear()
 
     return run
 

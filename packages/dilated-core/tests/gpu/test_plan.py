@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_core import DilatedPattern
-from dilated_core._triton import _plan
-from dilated_core._triton._plan import BlockSizes, Request, TilePlan
+from dilated_core._triton import _pattern_plans, _plan, _tables
+from dilated_core._triton._plan import BlockSizes, TilePlan
+from dilated_core._triton._tables import Request
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True, scope="module")
 def plans_are_made_in_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_plan, "_TILES_AT_ONCE", 7)
+        patch.setattr(_tables, "_TILES_AT_ONCE", 7)
         yield
 
 
@@ -108,7 +109,7 @@ def test_a_plan_shows_every_key_as_often_as_the_definition(
     start = key_length - length if is_causal else 0
     queries, keys = (start, start + length), (0, key_length)
     rows, columns = (keys, queries) if by_key else (queries, keys)
-    plan = _plan.plan(
+    plan = _pattern_plans.plan(
         Request(pattern, *heads, by_key, rows, columns, is_causal, BlockSizes(*blocks)), CPU
     )
     expected = pattern.multiplicity(
@@ -150,7 +151,7 @@ def test_a_packed_plan_shows_every_sequence_its_own_keys(
         return
     ends = torch.tensor([0, *lengths]).cumsum(0)
     span = (0, total)
-    plan = _plan.packed_plan(
+    plan = _pattern_plans.packed_plan(
         Request(pattern, *heads, by_key, span, span, is_causal, BlockSizes(*blocks)), ends
     )
     size = heads[0] // heads[1] if by_key else 1
@@ -176,7 +177,7 @@ def test_a_nested_pattern_visits_each_key_once(rates: tuple[int, ...]) -> None:
     pattern = DilatedPattern([64 * 2**k for k in range(5)], rates)
     # Rows of 2 in segments of 64, like 64 in 2048; taller tiles also pay for two segments.
     request = Request(pattern, 1, 1, False, (0, 1024), (0, 1024), False, BlockSizes(2, 4, 4))
-    plan = _plan.plan(request, CPU)
+    plan = _pattern_plans.plan(request, CPU)
     full, masked = (2 * int(runs[..., 2].sum()) for runs in (plan.full, plan.masked))
     pairs = pattern.flops(1024, 1, 1) / 4
     assert full < 0.85 * pairs
@@ -205,7 +206,7 @@ def test_tiles_are_those_that_cost_little(
     request = Request(
         pattern, 1, 1, False, (0, length), (0, length), is_causal, BlockSizes(rows, 64, narrow)
     )
-    plan = _plan.plan(request, CPU)
+    plan = _pattern_plans.plan(request, CPU)
     full, masked = (rows * int(plan.tiles[..., field].sum()) for field in (3, 4))
     pairs = pattern.flops(length, 1, 1, is_causal=is_causal) / 4
     assert full + 2.5 * narrow * masked < bound * pairs
@@ -228,7 +229,9 @@ def test_a_plan_of_real_size_shows_sampled_rows_their_keys(
 ) -> None:
     pattern, length, heads = USED[name], 50021, 3
     span, blocks = (0, length), BlockSizes(128, 128, 64)
-    plan = _plan.plan(Request(pattern, heads, heads, by_key, span, span, is_causal, blocks), CPU)
+    plan = _pattern_plans.plan(
+        Request(pattern, heads, heads, by_key, span, span, is_causal, blocks), CPU
+    )
     positions = torch.arange(length)
     for head in range(heads):
         tiles = plan.tiles[int(plan.head_class[head])].tolist()

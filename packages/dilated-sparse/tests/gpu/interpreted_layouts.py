@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from hypothesis import given, settings
 
-from dilated_core._triton import _launch
+from dilated_core._triton import _blocks, _launch
 from dilated_core.extending import Config
 from dilated_sparse import BlockLayout, layouts
 from dilated_sparse._operators import TRITON
@@ -142,14 +142,14 @@ def random_problems():
 def measure(name):
     """The error of a case."""
     layout, rest, blocks = CASES[name]
-    _launch.overrides.clear()
-    _launch.overrides.update(blocks)
+    _blocks.overrides.clear()
+    _blocks.overrides.update(blocks)
     dtype = rest.pop("dtype", torch.float32)
     return largest_error(Problem(layout, **rest), dtype)
 
 
 if __name__ == "__main__":
     poison()
-    _launch.overrides.update(SMALL)
+    _blocks.overrides.update(SMALL)
     random = sys.argv[1:] == ["random"]
     json.dump(random_problems() if random else {name: measure(name) for name in CASES}, sys.stdout)

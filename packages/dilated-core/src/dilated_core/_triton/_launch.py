@@ -1,4 +1,4 @@
-"""Launching the kernels: block sizes, plans, outputs.
+"""Launching the kernels: arguments, outputs.
 
 B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
@@ -6,7 +6,7 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,132 +16,15 @@ from dilated_core._branches import Branches
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
 from dilated_core._triton import _kernels
-from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
-from dilated_core._triton._plan import BlockSizes, Request, TilePlan, packed_plan, plan
-from dilated_core._triton._strips import StepShape, work
+from dilated_core._triton._blocks import config, head_dim_blocks, value_blocks
+from dilated_core._triton._driving import Config, Pass, Sizes, Tiling
+from dilated_core._triton._pattern_plans import PatternTiling
+from dilated_core._triton._plan import TilePlan
 from dilated_core._triton._triton_internals import Launch
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 _HERE = nullcontext()
 _LAUNCHES_OF_A_PLAN = 64
-
-
-def _same(config: Config) -> Pair:
-    """Tiles of one height for everything."""
-    return Pair(config, config)
-
-
-_FORWARD_64 = Pair(Config(128, 64, 4, 4, 32), Config(64, 64, 4, 3, 32, 128), 0.95)
-_KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
-# By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
-# see benchmarks/NOTES.md.
-_HALF: dict[Pass, dict[int, Pair]] = {
-    "forward": {
-        64: _FORWARD_64,
-        80: Pair(Config(128, 64, 4, 3, 64), Config(64, 64, 4, 3, 64), 0.92),
-        96: _same(Config(128, 64, 4, 3, 64)),
-        128: Pair(Config(128, 64, 4, 2, 64), Config(64, 64, 4, 3, 64), 0.975),
-        192: _same(Config(128, 64, 8, 3)),
-        256: _same(Config(128, 32, 8, 3)),
-    },
-    "query": {
-        32: _same(Config(64, 64, 4, 3)),
-        48: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 3), 0.99),
-        64: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 3), 0.99),
-        96: _same(Config(64, 64, 4, 2)),
-        128: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 2, 64), 0.975),
-        192: Pair(Config(128, 32, 8, 3), Config(64, 32, 4, 2)),
-        256: _same(Config(128, 32, 8, 2)),
-    },
-    "key": {
-        32: _KEY_64,
-        48: Pair(Config(64, 64, 4, 3, 32, 168), Config(64, 64, 4, 2, 64, 168)),
-        64: _KEY_64,
-        96: _same(Config(64, 64, 4, 3)),
-        128: _same(Config(64, 64, 4, 2)),
-        192: _same(Config(64, 32, 4, 2)),
-        256: _same(Config(64, 32, 8, 2, 16)),
-    },
-}
-# float32 products are exact, so they run on the ordinary units and want small tiles.
-_SINGLE: dict[int, Pair] = {
-    32: _same(Config(64, 32, 8, 1)),
-    64: _same(Config(32, 32, 8, 1)),
-    128: _same(Config(32, 16, 8, 1)),
-    256: _same(Config(16, 16, 8, 1)),
-}
-# Block sizes to use instead, for tests and measurements.
-overrides: dict[Pass, Config] = {}
-
-
-@lru_cache(maxsize=1024)
-def head_dim_blocks(which: Pass, head_dim: int) -> tuple[int, int]:
-    """The widths of one block, or two, that hold a head_dim.
-
-    Two where they pad less, and in the forward always from 65 to 128, by measurement.
-    """
-    padded = _power_of_two(head_dim)
-    width = padded // 2
-    tail = _power_of_two(head_dim - width)
-    two = width + tail < padded or (which == "forward" and padded == 128)
-    return (width, tail) if two else (padded, 0)
-
-
-def _value_blocks(head_dim: int) -> tuple[int, int]:
-    """The same for the values in the forward: up to 64 one block is faster than to pad less."""
-    padded = _power_of_two(head_dim)
-    return (padded, 0) if padded <= 64 else head_dim_blocks("forward", head_dim)
-
-
-def _power_of_two(head_dim: int) -> int:
-    """The smallest width of a block that holds these dims."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def config(which: Pass, tiling: Tiling, sizes: Sizes, query: Tensor) -> Config:
-    """The block sizes for these inputs; they do not depend on the length."""
-    if which in overrides:
-        return overrides[which]
-    return tiling.choose(which, sizes, _pair(which, query.shape[-1], query.dtype))
-
-
-@lru_cache(maxsize=1024)
-def _pair(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
-    table = _SINGLE if dtype == torch.float32 else _HALF[which]
-    width = sum(head_dim_blocks(which, head_dim))
-    return table[min(size for size in table if size >= width)]
-
-
-@lru_cache(maxsize=1024)
-def _by_work(pair: Pair, pattern: Branches, heads: int) -> Config:
-    tall, short = (
-        work(pattern, heads, StepShape(c.rows, c.columns, is_causal=False))
-        for c in (pair.tall, pair.short)
-    )
-    return pair.short if short < pair.gain * tall else pair.tall
-
-
-class PatternTiling(NamedTuple):
-    """The plans of a dilated pattern, for equal sequences or for packed ones."""
-
-    pattern: Branches
-    cu_seqlens: Tensor | None
-
-    def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
-        """Short tiles where they are the quicker ones."""
-        return pair.short if sizes.is_causal else _by_work(pair, self.pattern, sizes.heads)
-
-    def plan(self, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
-        """The plan over query tiles, or over key tiles."""
-        queries = (sizes.first_query, sizes.first_query + sizes.length)
-        keys = (sizes.first_key, sizes.first_key + sizes.key_length)
-        request = Request(
-            self.pattern, sizes.heads, sizes.kv_heads if by_key else sizes.heads, by_key,
-            keys if by_key else queries, queries if by_key else keys, sizes.is_causal, blocks,
-        )  # fmt: skip
-        if self.cu_seqlens is None:
-            return plan(_canonical(request), sizes.device)
-        return packed_plan(request, self.cu_seqlens)
 
 
 class KernelCall:
@@ -245,14 +128,6 @@ _KERNELS: dict[Pass, Any] = {
 }
 
 
-def _canonical(request: Request) -> Request:
-    """One request for plans that are alike, so that they share a cache entry."""
-    alike = request.heads == request.kv_heads and not request.is_causal
-    if request.by_key and alike and not request.pattern.count_padding:
-        return request._replace(by_key=False)
-    return request
-
-
 def pattern_call(
     call: DilatedCall, query: Tensor, key: Tensor, value: Tensor, first_key: int = 0
 ) -> KernelCall:
@@ -280,7 +155,7 @@ def forward(call: KernelCall, *, wide: bool = False) -> Partial:
     with _on_device(query):
         out, lse = (empty_wide if wide else empty_like)(query), empty_lse(query)
         if query.numel():
-            value_width, value_tail = _value_blocks(call.head_dim)
+            value_width, value_tail = value_blocks(call.head_dim)
             # A padding mask may hide the keys that shifts are taken from, and weights that are
             # relative to any other score than the greatest do not fit in float16.
             optimistic = call.padding is None and query.dtype != torch.float16
