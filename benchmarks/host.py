@@ -5,7 +5,7 @@ rounds, and a figure is the median of 15 calls after warm-up, then of its rounds
 a call of 64 tokens, 4 heads of 16 and two branches, where the host is nearly all there is; on CUDA
 1024 and 4096 tokens, 12 heads of 64, bfloat16, with torch's dense attention beside it.
 
-    python benchmarks/host.py [--commit HASH] [--device cpu|cuda] [--rounds N] [--json FILE]
+    python benchmarks/host.py [--commit HASH|FOLDER] [--device cpu|cuda] [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Times = dict[str, float]
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", default="1c38fec", help="what to compare with")
+    parser.add_argument("--commit", default="1c38fec", help="a commit, or a folder of one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each tree")
     parser.add_argument("--json", help="write the results to this file")
@@ -73,7 +73,10 @@ def row(name: str, rounds: list[tuple[Times, Times]]) -> dict[str, Any]:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """A working tree of that commit."""
+    """A working tree of that commit; a folder is one already."""
+    if Path(commit).is_dir():
+        yield Path(commit)
+        return
     git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "older"
