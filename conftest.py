@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent
+LEFT_OUT = pytest.StashKey[str]()
 SOURCES = {path.parent.name: path.parent.parent for path in ROOT.glob("packages/*/src/*/py.typed")}
 
 # On a machine where no package is installed, test this tree's sources. Where one is installed,
@@ -28,6 +29,42 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
 )
+
+
+# Marks of plugins that arrange tests and decide nothing about them: known without the plugins too.
+PLUGIN_MARKS = {
+    "xdist": "xdist_group(name): tests that share one worker; without pytest-xdist all do",
+    "timeout": "timeout(seconds): what ends a test that hangs; without pytest-timeout nothing does",
+}
+# Its conftest.py imports what the package requires, before any test could be skipped.
+FACTORY_TESTS = ROOT / "packages" / "dilated-factory" / "tests"
+FACTORY_NEEDS = ("matplotlib", "numpy", "pydantic", "rich", "safetensors", "typer")
+FACTORY_LACKS = [name for name in FACTORY_NEEDS if importlib.util.find_spec(name) is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marks of absent plugins known."""
+    for plugin, mark in PLUGIN_MARKS.items():
+        if not config.pluginmanager.hasplugin(plugin):
+            config.addinivalue_line("markers", mark)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the tests of dilated-factory out where what it requires is missing, and say so."""
+    if collection_path != FACTORY_TESTS or not FACTORY_LACKS:
+        return None
+    config.stash[LEFT_OUT] = f"{FACTORY_TESTS.relative_to(ROOT)}: not installed: " + ", ".join(
+        FACTORY_LACKS
+    )
+    return True
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say which tests were left out, and what is missing."""
+    if (left_out := config.stash.get(LEFT_OUT, None)) is not None:
+        terminalreporter.write_line(f"LEFT OUT {left_out}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

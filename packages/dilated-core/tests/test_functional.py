@@ -39,6 +39,12 @@ X = torch.randn(2, 11, 3, 5)
         ({"return_lse": "yes"}, TypeError, "return_lse must be a bool"),
         ({"scale": "big"}, TypeError, "scale must be a float or None. Got 'big'"),
         ({"scale": float("nan")}, ValueError, "scale must be finite. Got nan"),
+        (
+            {"scale": 1e39},
+            ValueError,
+            r"scale must be between -1.7e\+38 and 1.7e\+38 here. Got 1e\+39",
+        ),
+        ({"scale": 10**400}, ValueError, "scale must be between"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\). Got 1.0"),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\). Got -0.1"),
         ({"dropout_p": "p"}, TypeError, "dropout_p must be a float. Got 'p'"),

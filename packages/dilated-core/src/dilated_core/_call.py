@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dilated_core import _checks
 from dilated_core._branches import Branches
-from dilated_core._partial import Partial
+from dilated_core._partial import Partial, accumulate_dtype
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -123,7 +123,8 @@ def check_call(
         batch = key.shape[0] if cu_seqlens is None else 1
         check_padding_mask(key_padding_mask, batch, key_length, query.device)
     dropout_p = _checks.fraction("dropout_p", dropout_p)
-    scale = _checks.scale(scale)
+    # In units of log2 scores are multiplied by up to twice as much.
+    scale = _checks.scale(scale, torch.finfo(accumulate_dtype(query.dtype)).max / 2)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return Scores(is_causal, scale, key_padding_mask, dropout_p)
 

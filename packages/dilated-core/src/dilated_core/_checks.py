@@ -1,6 +1,7 @@
 """Argument checks of the public functions: an error names argument, requirement, value."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 
@@ -44,12 +45,17 @@ def fraction(name: str, value: object) -> float:
     return float(value)
 
 
-def scale(value: object) -> float | None:
-    """Return a scale of scores as a finite float, or None, or raise an error that names it."""
+def scale(value: object, largest: float = sys.float_info.max) -> float | None:
+    """Return a scale of scores as a finite float, or None, or raise an error that names it.
+
+    `largest` is what scores can be multiplied by.
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"scale must be a float or None. Got {value!r}.")
-    if not math.isfinite(value):
+    if abs(value) <= largest:
+        return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"scale must be finite. Got {value}.")
-    return float(value)
+    raise ValueError(f"scale must be between -{largest:.3g} and {largest:.3g} here. Got {value}.")
