@@ -61,6 +61,7 @@ def layout_problems(draw: st.DrawFn, world_size: int) -> Any:
         padding=draw(st.sampled_from([0.0, 0.3])),
         dropout_p=draw(st.sampled_from([0.0, 0.4])),
         seed=draw(st.integers(0, 2**31)),
+        scale=draw(st.sampled_from(programs.SCALES)),
     )
 
 

@@ -30,6 +30,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (difference / norm.clamp(min=1e-4 * max(1, expected.numel()) ** 0.5)).item()
 
 
+# No factor of one's own, and every kind that the option allows: zero, negative, tiny and huge.
+SCALES = [None, None, None, None, 0.0, -0.4, 1e-30, -1e-30, 1e4, -1e4]
+
+
+def stretch(scale: float | None, head_dim: int) -> float:
+    """What queries are to be multiplied by so that their scores have the size of default ones.
+
+    Greater scores would be lost in their own rounding, and smaller ones in any.
+    """
+    return 1.0 if not scale else head_dim**-0.5 / abs(scale)
+
+
 @dataclass
 class Problem:
     """One call of dilated attention with everything that can be chosen about it."""
@@ -46,6 +58,7 @@ class Problem:
     dropout_p: float
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
+    scale: float | None = None
 
     def tensors(
         self, dtype: torch.dtype = torch.float64, device: str = "cpu"
@@ -53,12 +66,13 @@ class Problem:
         """Random q, k, v that require gradients: the same numbers for every dtype and device."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = [(self.length, self.heads)] + 2 * [(self.key_length, self.kv_heads)]
-        return tuple(
+        query, key, value = (
             torch.randn(self.batch, n, h, self.head_dim, dtype=torch.float64, generator=generator)
-            .to(device, dtype)
-            .requires_grad_()
             for n, h in shapes
-        )  # type: ignore[return-value]
+        )
+        query *= stretch(self.scale, self.head_dim)
+        query, key, value = (x.to(device, dtype).requires_grad_() for x in (query, key, value))
+        return query, key, value
 
     def mask(self, device: str = "cpu") -> Tensor | None:
         """A random key padding mask, or None."""
@@ -76,12 +90,13 @@ class Problem:
         lse_gradient: bool = True,
         attention: Callable[..., Any] = dilated_attention,
     ) -> dict[str, Tensor]:
-        """Outputs and, for a random upstream gradient, the gradients."""
+        """Outputs and, for a random upstream gradient, the gradients: to unstretched queries."""
         torch.manual_seed(self.seed)
         out, lse = attention(
             *tensors,
             self.pattern,
             is_causal=self.is_causal,
+            scale=self.scale,
             key_padding_mask=self.mask(str(tensors[0].device)),
             dropout_p=self.dropout_p,
             enable_gqa=True,
@@ -96,9 +111,10 @@ class Problem:
         ]
         upstream[1] = upstream[1].masked_fill(lse == -torch.inf, 0.0)
         outputs = [out, lse] if lse_gradient else [out]
-        grads = torch.autograd.grad(outputs, tensors, upstream[: len(outputs)])
+        dq, *grads = torch.autograd.grad(outputs, tensors, upstream[: len(outputs)])
+        dq = dq * stretch(self.scale, self.head_dim)
         names = ("out", "lse", "dq", "dk", "dv")
-        return dict(zip(names, (out, lse, *grads), strict=True))
+        return dict(zip(names, (out, lse, dq, *grads), strict=True))
 
 
 @st.composite
@@ -132,10 +148,6 @@ def patterns(draw: st.DrawFn, max_segment: int = 23, max_rate: int = 7) -> Dilat
     )
 
 
-# What an option allows, problems have: every sign, zero, and what is zero or infinite in float32.
-scales = st.sampled_from([None, None, None, -0.7, 0.0, 1e-60, -1e-60, 3e-5, 100.0, -100.0])
-
-
 @st.composite
 def problems(
     draw: st.DrawFn, *, max_length: int = 47, dropout: bool = True, cross: bool = True
@@ -163,5 +175,5 @@ def problems(
         padding=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.4])) if dropout else 0.0,
         seed=draw(st.integers(0, 2**31)),
-        options={"scale": draw(scales)},
+        scale=draw(st.sampled_from(SCALES)),
     )

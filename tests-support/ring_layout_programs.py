@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from dilated_ring import ring_attention
-from dilated_testing import relative_error
+from dilated_testing import SCALES, relative_error, stretch
 from process_ranks import device
 from ring_programs import Results, joined
 from sparse_problems import NAMES, Problem, dense_masks
 
-__all__ = ["Problem", "attend_layout", "dense_masks", "joined", "relative_error"]
+__all__ = ["SCALES", "Problem", "attend_layout", "dense_masks", "joined", "relative_error"]
 
 
 def attend_layout(problem: Problem, options: dict[str, Any]) -> Results:
@@ -24,8 +24,8 @@ def attend_layout(problem: Problem, options: dict[str, Any]) -> Results:
     mask = problem.mask()
     torch.manual_seed(problem.seed)
     out, lse = ring_attention(
-        *tensors, problem.layout, is_causal=problem.is_causal, dropout_p=problem.dropout_p,
-        enable_gqa=True, return_lse=True,
+        *tensors, problem.layout, is_causal=problem.is_causal, scale=problem.scale,
+        dropout_p=problem.dropout_p, enable_gqa=True, return_lse=True,
         key_padding_mask=None if mask is None else mask[:, rows].to(device()), **options,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(problem.seed + 2)
@@ -35,6 +35,8 @@ def attend_layout(problem: Problem, options: dict[str, Any]) -> Results:
         torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes
     )
     grad_lse = grad_lse[:, :, rows].to(device()).masked_fill(lse == -torch.inf, 0.0)
-    grads = torch.autograd.grad([out, lse], tensors, [grad_out[:, rows].to(device()), grad_lse])
-    found = zip(NAMES, (out, lse, *grads), strict=True)
+    upstream = [grad_out[:, rows].to(device()), grad_lse]
+    dq, *grads = torch.autograd.grad([out, lse], tensors, upstream)
+    dq = dq * stretch(problem.scale, problem.head_dim)
+    found = zip(NAMES, (out, lse, dq, *grads), strict=True)
     return {name: x.detach().cpu() for name, x in found}

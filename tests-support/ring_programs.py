@@ -17,7 +17,7 @@ from dilated_core._torch import engine
 from dilated_ring import _exchange, _functional, _routes, ring_attention
 from dilated_ring._topology import find_ring
 from dilated_ring._trade import obstacle
-from dilated_testing import Problem, problems
+from dilated_testing import Problem, problems, stretch
 from process_ranks import device
 
 Results = dict[str, Tensor]
@@ -65,8 +65,7 @@ def ring_problems(draw: st.DrawFn, world_size: int, max_shard: int = 13) -> Ring
         whole = draw(_traded(whole, world_size))
     can_trade = world_size == 1 or obstacle(routes_of(whole, world_size)) is None
     strategies = ["gather", "ring", "auto", *["heads"] * can_trade]
-    options = {**whole.options, "strategy": draw(st.sampled_from(strategies))}
-    return RingProblem(whole, options=options)
+    return RingProblem(whole, options={"strategy": draw(st.sampled_from(strategies))})
 
 
 @st.composite
@@ -131,6 +130,7 @@ def attend(problem: RingProblem, dtype: torch.dtype = torch.float64) -> Results:
         whole.pattern,
         group=group,
         is_causal=whole.is_causal,
+        scale=whole.scale,
         key_padding_mask=None if mask is None else mask[:, rows].to(here),
         dropout_p=whole.dropout_p,
         enable_gqa=True,
@@ -139,11 +139,12 @@ def attend(problem: RingProblem, dtype: torch.dtype = torch.float64) -> Results:
     )
     grad_out, grad_lse = upstream(whole)
     grad_lse = grad_lse[:, :, rows].to(here, lse.dtype).masked_fill(lse == -torch.inf, 0.0)
-    grads = torch.autograd.grad(
+    dq, *grads = torch.autograd.grad(
         [out, lse], tensors, [grad_out[:, rows].to(here, out.dtype), grad_lse]
     )
+    dq = dq * stretch(whole.scale, whole.head_dim)
     names = ("out", "lse", "dq", "dk", "dv")
-    found = zip(names, (out, lse, *grads), strict=True)
+    found = zip(names, (out, lse, dq, *grads), strict=True)
     return {name: x.detach().cpu() for name, x in found}
 
 

@@ -5,6 +5,7 @@ import torch
 from dilated_core import Partial
 from dilated_core.extending import accumulate_dtype
 from dilated_core.interfaces import KeyRows, SpanCall
+from dilated_testing import stretch
 
 
 def cut(length, shard):
@@ -21,8 +22,7 @@ class Part:
     """One span of a problem, and what ranks would send it: packed rows of all other spans."""
 
     def __init__(self, problem, span, spans, seed, keys):
-        scale = problem.options.get("scale")
-        scale = problem.head_dim**-0.5 if scale is None else scale
+        scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
         self.call = SpanCall(
             span, problem.length, problem.is_causal, scale, problem.dropout_p, seed
         )
@@ -102,4 +102,5 @@ def run_by_spans(problem, shard, dtype=torch.float64):
         for grad, found in zip(grads[1:], packed, strict=False):
             for b in range(problem.batch):
                 grad[b].index_put_((part.row, part.head), found[b], accumulate=True)
+    grads[0] *= stretch(problem.scale, problem.head_dim)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from dilated_sparse import BlockLayout, block_sparse_attention, layouts
-from dilated_testing import scales
+from dilated_testing import SCALES, stretch
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -30,12 +30,12 @@ class Problem:
         """Random q, k, v that require gradients: the same numbers for every dtype and device."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = [(self.layout.length, self.heads)] + 2 * [(self.layout.key_length, self.kv_heads)]
-        return tuple(
+        query, key, value = (
             torch.randn(self.batch, n, h, self.head_dim, dtype=torch.float64, generator=generator)
-            .to(device, dtype)
-            .requires_grad_()
             for n, h in shapes
         )
+        query *= stretch(self.scale, self.head_dim)
+        return tuple(x.to(device, dtype).requires_grad_() for x in (query, key, value))
 
     def mask(self, device="cpu"):
         """A random key padding mask, or None."""
@@ -46,12 +46,12 @@ class Problem:
         return (drawn < self.padding).to(device)
 
     def run(self, backend, tensors, *, lse_gradient=True, attention=block_sparse_attention):
-        """Outputs and, for a random upstream gradient, the gradients."""
+        """Outputs and, for a random upstream gradient, the gradients: to unstretched queries."""
         torch.manual_seed(self.seed)
         out, lse = attention(
-            *tensors, self.layout, is_causal=self.is_causal,
+            *tensors, self.layout, is_causal=self.is_causal, scale=self.scale,
             key_padding_mask=self.mask(tensors[0].device), dropout_p=self.dropout_p,
-            scale=self.scale, enable_gqa=True, return_lse=True, backend=backend,
+            enable_gqa=True, return_lse=True, backend=backend,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.seed + 2)
         upstream = [
@@ -60,8 +60,9 @@ class Problem:
         ]
         upstream[1] = upstream[1].masked_fill(lse == -torch.inf, 0.0)
         outputs = [out, lse] if lse_gradient else [out]
-        grads = torch.autograd.grad(outputs, tensors, upstream[: len(outputs)])
-        return dict(zip(NAMES, (out, lse, *grads), strict=True))
+        dq, *grads = torch.autograd.grad(outputs, tensors, upstream[: len(outputs)])
+        dq = dq * stretch(self.scale, self.head_dim)
+        return dict(zip(NAMES, (out, lse, dq, *grads), strict=True))
 
 
 @st.composite
@@ -138,5 +139,5 @@ def problems(draw, *, dropout=True, max_length=41):
         padding=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.4])) if dropout else 0.0,
         seed=draw(st.integers(0, 2**31)),
-        scale=draw(scales),
+        scale=draw(st.sampled_from(SCALES)),
     )

@@ -48,6 +48,8 @@ OPTIONS = {
     "plain": {},
     "causal": {"is_causal": True},
     "grouped": {"kv_heads": 1},
+    "scale_zero": {"scale": 0.0, "is_causal": True},
+    "scale_negative": {"scale": -0.4, "is_causal": True},
     "padding": {"padding": 0.3},
     "padding_causal": {"padding": 0.3, "is_causal": True},
     "decoding": {"length": 4, "is_causal": True},
@@ -73,6 +75,7 @@ def test_gradcheck(name):
             *tensors,
             pattern,
             is_causal=problem.is_causal,
+            scale=problem.scale,
             key_padding_mask=problem.mask(),
             dropout_p=problem.dropout_p,
             enable_gqa=True,
@@ -81,6 +84,30 @@ def test_gradcheck(name):
         return out, lse.masked_fill(lse == -math.inf, 0.0)
 
     assert torch.autograd.gradcheck(attend, problem.tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [-1e4, -0.4, -1e-30, -1e-50, 0.0, 1e-50, 1e-42, 1e-30, 1e4])
+def test_a_causal_call_takes_any_factor_in_any_dtype(scale, dtype):
+    """Also one that is 0 only when rounded to the dtype in which scores are scaled."""
+    pattern, size = DilatedPattern([5, 11], [1, 2]), {"heads": 3, "kv_heads": 3, "head_dim": 7}
+    q, k, v = Problem(
+        pattern, 2, 13, 13, **size, is_causal=True, padding=0.0, dropout_p=0.0, seed=3
+    ).tensors(dtype)  # fmt: skip
+    # Scores of thousands would be lost in their own rounding.
+    q = (q.detach() / max(1.0, abs(scale))).requires_grad_()
+    upstream = torch.randn(q.shape) / 16  # else gradients exceed float16
+    results = []
+    for backend, kind in (("torch", dtype), ("reference", torch.float64)):
+        tensors = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        out, lse = dilated_attention(
+            *tensors, pattern, is_causal=True, scale=scale, return_lse=True, backend=backend
+        )
+        dq, dk, dv = torch.autograd.grad(out, tensors, upstream.to(kind))
+        results.append((out, lse, dq / max(1.0, abs(scale)), dk, dv))
+    bound = {torch.float64: 1e-10, torch.float32: 1e-6, torch.float16: 5e-3}.get(dtype, 4e-2)
+    for name, actual, expected in zip(NAMES, *results, strict=True):
+        assert relative_error(actual, expected) < bound, name
 
 
 @given(
@@ -93,7 +120,10 @@ def test_packed_sequences_are_attended_one_by_one(problem, lengths):
     problem.batch, problem.length, problem.key_length = 1, total, total
     q, k, v = problem.tensors()
     mask = problem.mask()
-    options = {"is_causal": problem.is_causal, "enable_gqa": True, "return_lse": True}
+    options = {
+        "is_causal": problem.is_causal, "scale": problem.scale, "enable_gqa": True,
+        "return_lse": True,
+    }  # fmt: skip
     upstream = torch.randn(total, problem.heads, problem.head_dim, dtype=torch.float64)
 
     def packed(backend):
