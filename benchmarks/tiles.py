@@ -27,7 +27,7 @@ from torch import Tensor
 from dilated_core._call import DilatedCall, Scores
 from dilated_core._triton import _blocks, _launch
 from dilated_core._triton._driving import Config, Pass
-from dilated_sparse._triton_backend import LayoutSchedule
+from dilated_sparse._triton_backend import LayoutTiling
 
 PATTERNS = {"doubling": DOUBLING, "paper": PAPER, "gigapath": GIGAPATH, "longnet": LONGNET}
 PATTERN_LENGTH, LAYOUT_LENGTH = 262144, 65536
@@ -88,7 +88,7 @@ def call_of(what: str, heads: int, head_dim: int, is_causal: bool) -> _launch.Ke
     scores = Scores(is_causal, head_dim**-0.5)
     if density:
         layout = layout_of(kind, float(density))
-        return _launch.KernelCall(scores, LayoutSchedule(layout), *inputs)
+        return _launch.KernelCall(scores, LayoutTiling(layout), *inputs)
     return _launch.pattern_call(DilatedCall(PATTERNS[kind], scores), *inputs)
 
 

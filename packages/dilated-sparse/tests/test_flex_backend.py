@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from torch.nn.attention.flex_attention import flex_attention
 
+from dilated_core.extending import Scores
 from dilated_sparse import _flex_backend, block_sparse_attention, layouts, select_backend
-from dilated_sparse._options import Options
+from dilated_sparse._call import BlockCall
 from dilated_testing import relative_error
 from sparse_problems import problems
 
@@ -46,7 +47,8 @@ def test_flex_equals_reference(case):
 def test_padded_keys_are_hidden_in_full_blocks_too():
     layout = layouts.prefix(53, 53, block_size=8)
     padding = torch.rand(1, 53, generator=torch.Generator().manual_seed(1)) < 0.4
-    ours, _ = _flex_backend.attend(Options(layout, False, 0.25, padding), X, X, X)
+    call = BlockCall(layout, Scores(False, 0.25, padding))
+    ours, _ = _flex_backend.attend(call, X, X, X)
     theirs = block_sparse_attention(X, X, X, layout, scale=0.25, key_padding_mask=padding)
     assert relative_error(ours, theirs) < 1e-5
 

@@ -90,5 +90,29 @@ def test_bad_arguments_are_named():
         BlockSparseAttention([3])
     with pytest.raises(TypeError, match=r"pattern must be a DilatedPattern. Got BlockLayout"):
         BlockSparseDilatedAttention(LAYOUT, LAYOUT)
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\). Got 1.0"):
-        BlockSparseAttention(LAYOUT, dropout=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\). Got 1.0"),
+        ({"dropout": "a"}, TypeError, "dropout must be a float. Got 'a'"),
+        ({"scale": "x"}, TypeError, "scale must be a float or None. Got 'x'"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite. Got inf"),
+        ({"backend": "nope"}, ValueError, "backend must be None or one of .*'triton'. Got 'nope'"),
+    ],
+)
+def test_options_are_checked_at_construction(options, error, message):
+    for make in (
+        BlockSparseAttention,
+        lambda *x, **y: BlockSparseDilatedAttention(PATTERN, *x, **y),
+    ):
+        with pytest.raises(error, match=message):
+            make(LAYOUT, **options)
+
+
+def test_the_union_with_a_pattern_refuses_flex_at_construction():
+    """No call could be served: flex gives no lse on the CPU, and patterns have no such backend."""
+    message = "backend must be None or one of 'reference', 'torch', 'triton'. Got 'flex'"
+    with pytest.raises(ValueError, match=message):
+        BlockSparseDilatedAttention(PATTERN, LAYOUT, backend="flex")

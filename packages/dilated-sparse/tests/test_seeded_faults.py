@@ -61,9 +61,8 @@ def test_forgotten_padding_is_caught(monkeypatch):
     hide = _torch_backend.Place.hide
 
     def careless(place, scores):
-        options = place.options
-        bare = type(options)(options.layout, options.is_causal, options.scale)
-        hide(place._replace(options=bare), scores)
+        bare = place.call.scores._replace(key_padding_mask=None)
+        hide(place._replace(call=place.call._replace(scores=bare)), scores)
 
     monkeypatch.setattr(_torch_backend.Place, "hide", careless)
     assert worst_error("padding") > 1e-3

@@ -8,7 +8,7 @@ import torch
 
 from dilated_core.extending import BlockSizes, Config, Pair, Sizes
 from dilated_sparse import layouts
-from dilated_sparse._triton_backend import LayoutSchedule, fit
+from dilated_sparse._triton_backend import LayoutTiling, fit
 
 PAIR = Pair(Config(128, 128, 4, 3, 64), Config(64, 64, 4, 3, 64))
 
@@ -35,7 +35,7 @@ def test_tiles_fit_the_blocks(block_size, expected):
 def plan(layout, by_key=False, is_causal=False, blocks=(64, 64, 32)):
     n = layout.length
     sizes = Sizes(n, n, 2, 2, 0, 0, is_causal, torch.device("cpu"))
-    return LayoutSchedule(layout).plan(sizes, by_key, BlockSizes(*blocks))
+    return LayoutTiling(layout).plan(sizes, by_key, BlockSizes(*blocks))
 
 
 def test_a_plan_is_made_once():

@@ -1,11 +1,11 @@
 """Block-sparse attention: layouts, selection by content, exact attention over visible blocks."""
 
+from dilated_core.extending import BackendChoice
 from dilated_sparse import layouts, select
 from dilated_sparse.__about__ import __version__
-from dilated_sparse._functional import block_sparse_attention
+from dilated_sparse._functional import block_sparse_attention, select_backend
 from dilated_sparse._layout import BlockLayout
 from dilated_sparse._modules import BlockSparseAttention, BlockSparseDilatedAttention
-from dilated_sparse._selection import BackendChoice, select_backend
 
 __all__ = [
     "BackendChoice",

@@ -1,14 +1,29 @@
-"""`BlockLayout` to and from torch's BlockMask."""
+"""Layouts to and from torch's BlockMask."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dilated_sparse._grid import EMPTY, FULL
-from dilated_sparse._layout import BlockLayout, _at_head, _call_mask_mod, from_head_rules, make_grid
+from dilated_sparse._blocks import HeadRule, Kind, Layout, from_head_rule
+from dilated_sparse._grid import EMPTY, FULL, make_grid
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def from_layout(layout: BlockLayout) -> BlockMask:
+def as_rule(mask_mod: MaskMod) -> HeadRule:
+    """What a FlexAttention `mask_mod(batch, head, query, key)` shows in batch 0."""
+
+    def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = mask_mod(torch.zeros_like(head), head, query, key)
+        shape = torch.broadcast_shapes(query.shape, key.shape)
+        return torch.as_tensor(seen, dtype=torch.bool).expand(shape)
+
+    return visible
+
+
+def from_layout(layout: Layout) -> BlockMask:
     """A BlockMask of the same token pairs, batch 1, on the layout's device."""
     partial, full = (_padded(layout, kind) for kind in (False, True))
     return BlockMask.from_kv_blocks(
@@ -17,7 +32,7 @@ def from_layout(layout: BlockLayout) -> BlockMask:
     )  # fmt: skip
 
 
-def to_layout(block_mask: BlockMask) -> BlockLayout:
+def to_layout(kind: type[Kind], block_mask: BlockMask) -> Kind:
     """The layout of a BlockMask of batch 1 and square blocks."""
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a BlockMask. Got {type(block_mask).__name__}.")
@@ -28,22 +43,15 @@ def to_layout(block_mask: BlockMask) -> BlockLayout:
         raise ValueError(
             f"block_mask must have batch size 1. Got {block_mask.kv_num_blocks.shape[0]}."
         )
-    device, mask_mod = block_mask.kv_indices.device, block_mask.mask_mod
-    grid = make_grid(*block_mask.seq_lengths, rows, device)
-
-    def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _call_mask_mod(mask_mod, head, query, key)
-
+    grid = make_grid(*block_mask.seq_lengths, rows, block_mask.kv_indices.device)
     partial = _candidates(block_mask.kv_num_blocks, block_mask.kv_indices)
-    rules = [(*pairs, _at_head(visible, head, device)) for head, pairs in enumerate(partial)]
-    layout = from_head_rules(grid, rules)
+    layout = from_head_rule(kind, grid, as_rule(block_mask.mask_mod), partial)
     if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
         return layout
-    everything = [
-        (*pairs, lambda i, j: torch.ones_like(i + j, dtype=torch.bool))
-        for pairs in _candidates(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    ]
-    return layout | from_head_rules(grid, everything)
+    full = _candidates(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    return layout | from_head_rule(
+        kind, grid, lambda _, i, j: torch.ones_like(i + j, dtype=torch.bool), full
+    )
 
 
 def _candidates(counts: Tensor, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -59,7 +67,7 @@ def _candidates(counts: Tensor, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _padded(layout: BlockLayout, full: bool) -> tuple[Tensor, Tensor]:
+def _padded(layout: Layout, full: bool) -> tuple[Tensor, Tensor]:
     """Counts (1, heads, R) and columns (1, heads, R, C) of the blocks of one kind."""
     grid, blocks = layout.grid, layout.blocks
     here = (blocks.mask == FULL) == full
@@ -78,7 +86,7 @@ def _padded(layout: BlockLayout, full: bool) -> tuple[Tensor, Tensor]:
 class _MaskMod:
     """The token pairs of a layout as a FlexAttention mask_mod."""
 
-    def __init__(self, layout: BlockLayout) -> None:
+    def __init__(self, layout: Layout) -> None:
         grid, blocks = layout.grid, layout.blocks
         shape = layout.heads * grid.rows, grid.columns
         kinds = torch.full(shape, EMPTY, dtype=torch.int32, device=layout.device)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dilated_core.extending import SPARE_RUNS, BlockSizes, Sizes, TilePlan
+from dilated_sparse._blocks import Layout
 from dilated_sparse._grid import FULL, spread
-from dilated_sparse._layout import BlockLayout
 
 _WORD = 32
 _LIMIT = 2**31
@@ -38,7 +38,7 @@ class _Axes(NamedTuple):
         part_rows: rows of a group; the last one of a block may be short or empty.
     """
 
-    layout: BlockLayout
+    layout: Layout
     first_row: int
     first_column: int
     parts: int
@@ -95,7 +95,7 @@ class _Table(NamedTuple):
     total: Tensor
 
 
-def build(layout: BlockLayout, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
+def build(layout: Layout, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
     """The plan of a layout with these block sizes, over query tiles or over key tiles."""
     layout = layout.to(sizes.device)
     layout = layout.transpose() if by_key else layout
@@ -283,7 +283,7 @@ def _tiles(
     return table.to(torch.int32).contiguous(), early
 
 
-def _bits(layout: BlockLayout, words: int, ones: int, spare_rows: int) -> Tensor:
+def _bits(layout: Layout, words: int, ones: int, spare_rows: int) -> Tensor:
     """Words of ones, then the masks of the layout, `words` for each row, then spare rows."""
     table = layout.table
     padded = torch.nn.functional.pad(table, (0, 4 * words - table.shape[2])).contiguous()

@@ -1,7 +1,5 @@
 """Argument checks of the public functions: an error names argument, requirement, value."""
 
-from typing import Any
-
 
 def integer(name: str, value: object, *, low: int = 1) -> int:
     """Return `value` as an int of at least `low`, or raise an error that names it."""
@@ -20,12 +18,10 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
-def number(name: str, value: Any, *, low: float, high: float, closed: bool) -> float:
-    """Return `value` as a float in (low, high] if closed, else in [low, high), or raise."""
+def share(name: str, value: object) -> float:
+    """Return `value` as a float in (0, 1], or raise an error that names it."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"{name} must be a float. Got {value!r}.")
-    inside = low < value <= high if closed else low <= value < high
-    if not inside:
-        interval = f"({low:g}, {high:g}]" if closed else f"[{low:g}, {high:g})"
-        raise ValueError(f"{name} must be in {interval}. Got {value}.")
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1]. Got {value}.")
     return float(value)

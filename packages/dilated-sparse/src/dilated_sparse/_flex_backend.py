@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dilated_sparse import _masks
+from dilated_sparse._block_mask import from_layout
+from dilated_sparse._blocks import Layout
+from dilated_sparse._call import BlockCall
 from dilated_sparse._grid import FULL
-from dilated_sparse._layout import BlockLayout
-from dilated_sparse._options import Options
 
 # FlexAttention's kernels need it on CUDA, and its tables have an entry for each pair of blocks.
 _CUDA_BLOCK, _LEAST_HEAD_DIM, _MOST_ENTRIES = 128, 16, 1 << 24
@@ -24,7 +25,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def unsupported(
     query: Tensor,
-    layout: BlockLayout | None,
+    layout: Layout | None,
     *,
     dropout_p: float,
     has_padding: bool,
@@ -68,7 +69,7 @@ def _unsupported_on_cuda(head_dim: int, block_size: int) -> str | None:
 
 
 def attend(
-    options: Options, query: Tensor, key: Tensor, value: Tensor
+    call: BlockCall, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Out (B, N, H, D) and, on CUDA, lse (B, H, N).
 
@@ -76,12 +77,12 @@ def attend(
         RuntimeError: torch's limit of recompilations is reached; dense attention would follow.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    block_mask = _block_mask(options.layout, options.is_causal, query.device)
+    block_mask = _block_mask(call.layout, call.scores.is_causal, query.device)
     on_cuda = query.device.type == "cuda"
     try:
         result = _compiled()(
-            q, k, v, score_mod=_score_mod(options.key_padding_mask), block_mask=block_mask,
-            scale=options.scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=on_cuda,
+            q, k, v, score_mod=_score_mod(call.scores.key_padding_mask), block_mask=block_mask,
+            scale=call.scores.scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=on_cuda,
             kernel_options=_ONE_STAGE if on_cuda else None,
         )  # fmt: skip
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -94,7 +95,7 @@ def attend(
     if on_cuda:
         out, lse = result
         return out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0).transpose(1, 2), lse
-    blind = ~_seeing(options.layout, options.is_causal)
+    blind = ~_seeing(call.layout, call.scores.is_causal)
     return result.masked_fill(blind.unsqueeze(-1), 0.0).transpose(1, 2), None
 
 
@@ -107,9 +108,9 @@ def _compiled() -> Any:
 
 
 @lru_cache(maxsize=16)
-def _block_mask(layout: BlockLayout, is_causal: bool, device: torch.device) -> Any:
+def _block_mask(layout: Layout, is_causal: bool, device: torch.device) -> Any:
     """The BlockMask of a layout, the same object each time: another one would recompile."""
-    return (layout.causal() if is_causal else layout).to_block_mask(device=device)
+    return from_layout((layout.causal() if is_causal else layout).to(device))
 
 
 def _score_mod(padding: Tensor | None) -> Callable[..., Tensor] | None:
@@ -124,7 +125,7 @@ def _score_mod(padding: Tensor | None) -> Callable[..., Tensor] | None:
 
 
 @lru_cache(maxsize=16)
-def _seeing(layout: BlockLayout, is_causal: bool) -> Tensor:
+def _seeing(layout: Layout, is_causal: bool) -> Tensor:
     """(1 or H, N) bool: the queries that see a key."""
     layout = layout.causal() if is_causal else layout
     runs, b = layout.runs, layout.block_size

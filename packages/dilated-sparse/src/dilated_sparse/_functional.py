@@ -1,26 +1,10 @@
-"""The public function: validate once, pick a backend, compute."""
+"""The public functions."""
 
-import math
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from dilated_core.extending import autocast, check_padding_mask, check_tensors
-from dilated_sparse import _checks, _flex_backend, _operators, _reference
+from dilated_core.extending import BackendChoice, choose
+from dilated_sparse._attend import BACKENDS, REASONS, UNASKED, attend, obstacles
 from dilated_sparse._layout import BlockLayout
-from dilated_sparse._options import Options
-from dilated_sparse._selection import Backend, select_backend
-
-# Flex has no lse where `select_backend` refuses return_lse.
-_BACKENDS: dict[
-    Backend, Callable[[Options, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-] = {
-    "reference": _reference.attend,
-    "torch": _operators.TORCH.attend,
-    "flex": _flex_backend.attend,
-    "triton": _operators.TRITON.attend,
-}
 
 
 def block_sparse_attention(
@@ -58,58 +42,48 @@ def block_sparse_attention(
         float32 or wider. A query that sees no key has out 0, lse -inf and zero gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError: layout is no BlockLayout, or another argument has the wrong type or dtype.
+        ValueError: lengths, heads, devices or sizes do not fit each other, is_causal with more
+            queries than keys, dropout_p is not in [0, 1), scale is not finite, or `backend` names
+            none, or one that cannot serve the call.
     """
-    check_tensors(query, key, value, enable_gqa=_checks.boolean("enable_gqa", enable_gqa), dims=4)
-    check_padding_mask(key_padding_mask, key.shape[0], key.shape[1], query.device)
-    _check_layout(layout, query, key, _checks.boolean("is_causal", is_causal))
-    _checks.boolean("return_lse", return_lse)
-    dropout_p = _checks.number("dropout_p", dropout_p, low=0.0, high=1.0, closed=False)
-    scale = _scale(scale, query.shape[-1])
-    query, key, value = autocast(query, key, value)
-    # On query's device and from its default generator: no host sync, and checkpointing, which
-    # restores that generator, draws the same mask again.
-    seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0 else None
-    options = Options(layout, is_causal, scale, key_padding_mask, dropout_p, seed)
-    choice = select_backend(
-        query, key, backend,
-        layout=layout, dropout_p=dropout_p, has_padding=key_padding_mask is not None,
-        return_lse=return_lse,
-        needs_gradients=torch.is_grad_enabled()
-        and any(x.requires_grad for x in (query, key, value)),
-    )  # fmt: skip
-    out, lse = _BACKENDS[choice.backend](options, query, key, value)
-    out = out.to(query.dtype)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
-
-
-def _check_layout(layout: BlockLayout, query: Tensor, key: Tensor, is_causal: bool) -> None:
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout. Got {type(layout).__name__}.")
-    if (layout.length, layout.key_length) != (query.shape[1], key.shape[1]):
-        raise ValueError(
-            f"layout must have the query and key lengths {(query.shape[1], key.shape[1])}. "
-            f"Got {(layout.length, layout.key_length)}."
-        )
-    if layout.heads not in (1, query.shape[2]):
-        raise ValueError(
-            f"layout must have 1 head or query's {query.shape[2]}. Got {layout.heads}."
-        )
-    if is_causal and query.shape[1] > key.shape[1]:
-        raise ValueError(
-            f"query length must not exceed key length when is_causal=True. "
-            f"Got {query.shape[1]} and {key.shape[1]}."
-        )
+    return attend(
+        layout, query, key, value, is_causal=is_causal, scale=scale,
+        key_padding_mask=key_padding_mask, dropout_p=dropout_p, enable_gqa=enable_gqa,
+        return_lse=return_lse, backend=backend,
+    )  # fmt: skip
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, float | int):
-        raise TypeError(f"scale must be a float or None. Got {scale!r}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite. Got {scale}.")
-    return float(scale)
+def select_backend(
+    query: Tensor,
+    key: Tensor,
+    backend: str | None = None,
+    *,
+    layout: BlockLayout | None = None,
+    dropout_p: float = 0.0,
+    has_padding: bool = False,
+    return_lse: bool = False,
+    needs_gradients: bool = False,
+) -> BackendChoice:
+    """Pick the backend of a call by its request and the device, dtype and sizes of its tensors.
+
+    Args:
+        query: (B, N, H, D); values do not matter.
+        key: (B, M, H_kv, D).
+        backend: the name of one to force it.
+        layout: the layout of the call; without one, flex is left out.
+        dropout_p: as in the call.
+        has_padding: whether the call has a key_padding_mask.
+        return_lse: as in the call.
+        needs_gradients: whether a backward may follow.
+
+    Raises:
+        ValueError: `backend` names none, or one that cannot serve the call.
+    """
+    why_not = obstacles(
+        query, key, backend, layout, dropout_p=dropout_p, has_padding=has_padding,
+        return_lse=return_lse, needs_gradients=needs_gradients,
+    )  # fmt: skip
+    return choose(BackendChoice, "backend", backend, BACKENDS, REASONS, why_not, UNASKED)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dilated_sparse import _masks
+from dilated_sparse import _checks, _masks
 
 FULL = -1
 EMPTY = -2
@@ -85,6 +85,18 @@ class Grid:
             seen = rule(q.clamp(max=self.length - 1), k.clamp(max=self.key_length - 1))
             parts.append(_masks.pack(seen & self.inside(edge[here])))
         return torch.cat(parts)
+
+
+def make_grid(
+    length: int, key_length: int, block_size: int, device: torch.device | str = "cpu"
+) -> Grid:
+    """A checked grid."""
+    return Grid(
+        _checks.integer("length", length, low=0),
+        _checks.integer("key_length", key_length, low=0),
+        _checks.integer("block_size", block_size),
+        torch.device(device),
+    )
 
 
 @dataclass(frozen=True, eq=False)

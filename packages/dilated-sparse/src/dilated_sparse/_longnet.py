@@ -7,8 +7,9 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern
 from dilated_sparse import _checks
-from dilated_sparse._grid import Grid, from_prototypes, group, spread
-from dilated_sparse._layout import BlockLayout, make_grid
+from dilated_sparse._blocks import compress
+from dilated_sparse._grid import Grid, from_prototypes, group, make_grid, spread
+from dilated_sparse._layout import BlockLayout
 
 # Branches whose flags go into one int32.
 _BITS = 31
@@ -129,7 +130,7 @@ def _gather(grid: Grid, parts: list[_HeadBlocks]) -> BlockLayout:
         torch.cat([part.prototypes for part in parts]),
         torch.cat([part.edge for part in parts]),
     )
-    return BlockLayout.from_runs(grid, runs, len(parts))
+    return compress(BlockLayout, grid, runs, len(parts))
 
 
 def _candidates(

@@ -2,15 +2,15 @@
 
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dilated_core import DilatedPattern, Partial, dilated_attention, merge
-from dilated_sparse import _checks
-from dilated_sparse._functional import block_sparse_attention
+from dilated_core.extending import HeadAttention
+from dilated_sparse._attend import BACKENDS, attend
 from dilated_sparse._layout import BlockLayout
 
 
-class BlockSparseAttention(nn.Module):
+class BlockSparseAttention(HeadAttention):
     """`block_sparse_attention` as a module: (B, N, H, D) heads in, (B, N, H, D) out.
 
     Goes into `dilated_core.MultiheadDilatedAttention(attention=...)`.
@@ -20,7 +20,13 @@ class BlockSparseAttention(nn.Module):
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training.
         backend: "triton", "flex", "torch" or "reference" to force one; None picks.
+
+    Raises:
+        TypeError: layout is no BlockLayout, or dropout or scale no number.
+        ValueError: dropout is not in [0, 1), scale is not finite, or backend names none.
     """
+
+    _backends: tuple[str, ...] = BACKENDS
 
     def __init__(
         self,
@@ -30,13 +36,10 @@ class BlockSparseAttention(nn.Module):
         dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scale=scale, dropout=dropout, backend=backend, backends=self._backends)
         if not isinstance(layout, BlockLayout):
             raise TypeError(f"layout must be a BlockLayout. Got {type(layout).__name__}.")
         self.layout = layout
-        self.scale = scale
-        self.dropout = _checks.number("dropout", dropout, low=0.0, high=1.0, closed=False)
-        self.backend = backend
 
     def forward(
         self,
@@ -47,33 +50,30 @@ class BlockSparseAttention(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend: query (B, N, H, D), key and value (B, M, H_kv, D), mask (B, M) True = ignore."""
-        return cast(Tensor, self._attend(query, key, value, is_causal, key_padding_mask, False))
+        """Attend, as `block_sparse_attention` does.
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_causal: bool,
-        key_padding_mask: Tensor | None,
-        return_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return block_sparse_attention(
-            query, key, value, self.layout,
-            is_causal=is_causal, scale=self.scale, key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.ndim == 4 and key.ndim == 4 and query.shape[2] != key.shape[2],
-            return_lse=return_lse, backend=self.backend,
+        Args:
+            query: (B, N, H, D).
+            key: (B, M, H_kv, D).
+            value: (B, M, H_kv, D).
+            is_causal: hide the keys after each query.
+            key_padding_mask: (B, M) bool, True = ignore.
+
+        Returns:
+            (B, N, H, D) in query's dtype.
+
+        Raises:
+            TypeError, ValueError: as `block_sparse_attention`.
+        """
+        out = attend(
+            self.layout, query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
+            backend=self.backend, **self.options(query, key),
         )  # fmt: skip
+        return cast(Tensor, out)
 
-    def extra_repr(self) -> str:
-        """The arguments that differ from their defaults."""
-        parts = [repr(self.layout)]
-        for name, default in (("scale", None), ("dropout", 0.0), ("backend", None)):
-            if (value := getattr(self, name)) != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
+    def shown(self) -> str:
+        """The layout."""
+        return repr(self.layout)
 
 
 class BlockSparseDilatedAttention(BlockSparseAttention):
@@ -88,7 +88,14 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training, drawn for each part.
         backend: "triton", "torch" or "reference" to force one in both parts; None picks.
+
+    Raises:
+        TypeError: pattern is no DilatedPattern, or as `BlockSparseAttention`.
+        ValueError: as `BlockSparseAttention`.
     """
+
+    # Flex gives no lse on the CPU, and core has no such backend.
+    _backends = tuple(name for name in BACKENDS if name != "flex")
 
     def __init__(
         self,
@@ -113,17 +120,15 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend: query (B, N, H, D), key and value (B, M, H_kv, D), mask (B, M) True = ignore."""
-        sparse = self._attend(query, key, value, is_causal, key_padding_mask, True)
-        dilated = dilated_attention(
-            query, key, value, self.pattern,
-            is_causal=is_causal, scale=self.scale, key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[2] != key.shape[2],
-            return_lse=True, backend=self.backend,
-        )  # fmt: skip
+        """Attend, as `BlockSparseAttention.forward`."""
+        asked = {
+            "is_causal": is_causal, "key_padding_mask": key_padding_mask, "return_lse": True,
+            "backend": self.backend, **self.options(query, key),
+        }  # fmt: skip
+        sparse = attend(self.layout, query, key, value, **asked)
+        dilated = dilated_attention(query, key, value, self.pattern, **asked)
         return merge(Partial(*sparse), Partial(*dilated)).out.to(sparse[0].dtype)
 
-    def extra_repr(self) -> str:
-        """The arguments that differ from their defaults."""
-        return f"{self.pattern!r}, {super().extra_repr()}"
+    def shown(self) -> str:
+        """The pattern and the layout."""
+        return f"{self.pattern!r}, {self.layout!r}"

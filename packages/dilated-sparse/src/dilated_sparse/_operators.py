@@ -7,23 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-from dilated_core.extending import OperatorForm, define_operators
+from dilated_core.extending import OperatorForm, Scores, define_operators
 from dilated_sparse import _torch_backend, _triton_backend
-from dilated_sparse._layout import BlockLayout
-from dilated_sparse._options import Options
+from dilated_sparse._blocks import Layout
+from dilated_sparse._call import BlockCall
 
 
-def _tensors(options: Options) -> tuple[Tensor | None, ...]:
-    layout = options.layout
+def _tensors(call: BlockCall) -> tuple[Tensor | None, ...]:
+    layout, scores, _ = call
     return (
-        options.key_padding_mask, options.seed, layout.run_offsets, layout.run_columns,
+        scores.key_padding_mask, scores.seed, layout.run_offsets, layout.run_columns,
         layout.run_counts, layout.run_masks, layout.table,
     )  # fmt: skip
 
 
-def _values(options: Options) -> tuple[Any, ...]:
-    layout = options.layout
-    return layout.block_size, layout.heads, options.is_causal, options.scale, options.dropout_p
+def _values(call: BlockCall) -> tuple[Any, ...]:
+    layout, scores, _ = call
+    return layout.block_size, layout.heads, scores.is_causal, scores.scale, scores.dropout_p
 
 
 def _unpack(
@@ -41,12 +41,12 @@ def _unpack(
     is_causal: bool,
     scale: float,
     dropout_p: float,
-) -> Options:
-    layout = BlockLayout(
+) -> BlockCall:
+    layout = Layout(
         query.shape[1], key.shape[1], block_size, layout_heads,
         run_offsets, run_columns, run_counts, run_masks, table,
     )  # fmt: skip
-    return Options(layout, is_causal, scale, key_padding_mask, dropout_p, seed)
+    return BlockCall(layout, Scores(is_causal, scale, key_padding_mask, dropout_p, seed))
 
 
 _FORM = OperatorForm(
@@ -58,12 +58,10 @@ _FORM = OperatorForm(
     _unpack,
 )
 TORCH = define_operators(
-    "dilated_sparse::torch", _FORM,
-    _torch_backend.forward, lambda call, up: _torch_backend.backward(call, *up),
+    "dilated_sparse::torch", _FORM, _torch_backend.forward, _torch_backend.backward,
     _torch_backend.empty_lse,
 )  # fmt: skip
 TRITON = define_operators(
-    "dilated_sparse::triton", _FORM,
-    _triton_backend.forward, lambda call, up: _triton_backend.backward(call, *up),
+    "dilated_sparse::triton", _FORM, _triton_backend.forward, _triton_backend.backward,
     _torch_backend.empty_lse,
 )  # fmt: skip

@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 from dilated_sparse import _checks
+from dilated_sparse._blocks import Layout
 from dilated_sparse._grid import FULL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dilated_sparse._layout import BlockLayout
-
 _LETTERS = ".+#"
 
 
-def text(layout: BlockLayout, head: int, size: int) -> str:
+def text(layout: Layout, head: int, size: int) -> str:
     """A picture of one head in at most size x size letters: # full, + partial, . empty."""
     shares = _shares(layout, head, _checks.integer("size", size))
     kinds = torch.where(shares >= 1, 2, torch.where(shares > 0, 1, 0))
     return "\n".join("".join(_LETTERS[kind] for kind in row) for row in kinds.tolist())
 
 
-def plot(layout: BlockLayout, size: int) -> Figure:
+def plot(layout: Layout, size: int) -> Figure:
     """A Figure with a panel for each head."""
     _checks.integer("size", size)
     try:
@@ -45,7 +44,7 @@ def plot(layout: BlockLayout, size: int) -> Figure:
     return figure
 
 
-def _shares(layout: BlockLayout, head: int, size: int) -> Tensor:
+def _shares(layout: Layout, head: int, size: int) -> Tensor:
     """How visible each cell of a coarse grid is: 1 where all its blocks are full."""
     if not 0 <= head < layout.heads:
         raise ValueError(f"head must be in [0, {layout.heads}). Got {head}.")

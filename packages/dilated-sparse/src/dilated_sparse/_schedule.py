@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dilated_sparse._blocks import Layout
 from dilated_sparse._grid import EMPTY, FULL
-from dilated_sparse._layout import BlockLayout
 
 # Rows of one tile where blocks are smaller, and scores of one head in it. More rows would fill
 # products better, but neighbouring rows rarely see the same blocks.
@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def schedule(layout: BlockLayout, is_causal: bool) -> Schedule:
+def schedule(layout: Layout, is_causal: bool) -> Schedule:
     """The tiles of each head of a layout; O(nnz)."""
     layout = layout.to("cpu")
     if is_causal:
@@ -90,7 +90,7 @@ def schedule(layout: BlockLayout, is_causal: bool) -> Schedule:
 Row = dict[int, int]
 
 
-def _rows(layout: BlockLayout) -> list[Row]:
+def _rows(layout: Layout) -> list[Row]:
     """For each block row of each head: column -> mask."""
     offsets, columns, masks = (
         x.tolist() for x in (layout.row_offsets, layout.columns, layout.masks)
@@ -117,7 +117,7 @@ def _groups(rows: Sequence[Row], block_size: int) -> Iterator[tuple[int, list[Ro
         yield start, group
 
 
-def _tiles(layout: BlockLayout, start: int, group: list[Row]) -> Iterator[Tile]:
+def _tiles(layout: Layout, start: int, group: list[Row]) -> Iterator[Tile]:
     """The tiles of a group of rows: more than one where its scores would be too many."""
     b = layout.block_size
     queries = start * b, min(layout.length, (start + len(group)) * b)

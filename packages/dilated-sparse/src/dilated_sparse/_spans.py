@@ -13,13 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Partial, accumulate_dtype, merge_
+from dilated_core.extending import Gradients, Partial, Scores, Upstream, accumulate_dtype, merge_
 from dilated_core.interfaces import KeyRows, PackedRows, SpanCall
-from dilated_sparse import _torch_backend
-from dilated_sparse._functional import block_sparse_attention
+from dilated_sparse import _attend, _torch_backend
+from dilated_sparse._blocks import Layout, compress
+from dilated_sparse._call import BlockCall
 from dilated_sparse._grid import Grid, Runs
-from dilated_sparse._layout import BlockLayout
-from dilated_sparse._options import Options
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class LayoutRows:
         start: the position of the span of keys.
     """
 
-    layout: BlockLayout
+    layout: Layout
     row: Tensor
     head: Tensor
     start: int
@@ -68,7 +67,7 @@ class LayoutRows:
 class LayoutSpans:
     """A layout's attention span by span (a `SpanAttention`)."""
 
-    layout: BlockLayout
+    layout: Layout
 
     def check(self, length: int, shard: int, heads: int) -> None:
         """The layout must be of that length and those heads, and spans of whole blocks."""
@@ -92,7 +91,7 @@ class LayoutSpans:
         self, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`block_sparse_attention`."""
-        return block_sparse_attention(query, key, value, self.layout, **options)
+        return _attend.attend(self.layout, query, key, value, **options)
 
     def visible_keys(self, queries: range, length: int, *, is_causal: bool) -> tuple[range, ...]:
         """The keys that some query of a span may see, as few spans, rising."""
@@ -118,7 +117,7 @@ class LayoutSpans:
 
     def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:
         """Attention of a span to itself; out is wide."""
-        return _attend(call, self._inside(call), query, keys, None)
+        return _attend_wide(self._inside(call, keys), query, keys)
 
     def attend_span_backward(
         self,
@@ -130,8 +129,8 @@ class LayoutSpans:
         total: Partial,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The adjoint of `attend_span`."""
-        layout = self._inside(call)
-        return _backward(call, layout, grad_out, grad_lse, query, keys, None, total)
+        asked = self._inside(call, keys)
+        return _backward_wide(asked, grad_out, grad_lse, query, keys, total)
 
     def attend_packed_(
         self,
@@ -144,7 +143,8 @@ class LayoutSpans:
         """Merge attention of a span to packed rows into `total`."""
         for rows, here in _each(packed):
             part = rows.heads(_slice(keys, here))
-            attended = _attend(call, rows.layout, query, part, rows.positions)
+            asked = _call(call, rows.layout, part, rows.positions)
+            attended = _attend_wide(asked, query, part)
             merge_(Partial(total.out.transpose(1, 2), total.lse), _by_head(attended))
 
     def attend_packed_backward(
@@ -162,9 +162,8 @@ class LayoutSpans:
         grad_query: list[Tensor] = []
         for rows, here in _each(packed):
             part = rows.heads(_slice(keys, here))
-            dq, dk, dv = _backward(
-                call, rows.layout, grad_out, grad_lse, query, part, rows.positions, total
-            )
+            asked = _call(call, rows.layout, part, rows.positions)
+            dq, dk, dv = _backward_wide(asked, grad_out, grad_lse, query, part, total)
             to = rows.heads(_slice(grad_keys, here))
             to.key.copy_(dk)
             to.value.copy_(dv)
@@ -176,24 +175,26 @@ class LayoutSpans:
 
         return add_to
 
-    def _inside(self, call: SpanCall) -> BlockLayout:
-        return _between(self.layout, call.queries, call.queries, call.is_causal)
+    def _inside(self, call: SpanCall, keys: KeyRows) -> BlockCall:
+        """Attention of a span to itself."""
+        layout = _between(self.layout, call.queries, call.queries, call.is_causal)
+        return _call(call, layout, keys, None)
 
 
 @lru_cache(maxsize=8)
-def _causal(layout: BlockLayout) -> BlockLayout:
+def _causal(layout: Layout) -> Layout:
     return layout.causal()
 
 
 @lru_cache(maxsize=256)
-def _between(layout: BlockLayout, queries: range, keys: range, is_causal: bool) -> BlockLayout:
+def _between(layout: Layout, queries: range, keys: range, is_causal: bool) -> Layout:
     """The layout between two spans of whole blocks, which then count from 0."""
     return (_causal(layout) if is_causal else layout).restrict(queries, keys)
 
 
 @lru_cache(maxsize=256)
 def _pack(
-    layout: BlockLayout, queries: range, keys: range, kv_heads: int, is_causal: bool
+    layout: Layout, queries: range, keys: range, kv_heads: int, is_causal: bool
 ) -> LayoutRows:
     """The blocks that some query sees, each key head's in turn if heads differ."""
     part = _between(layout, queries, keys, is_causal)
@@ -212,46 +213,40 @@ def _pack(
     if part.heads == 1:
         heads = torch.arange(kv_heads).repeat_interleave(len(rows))
         rows = rows.repeat(kv_heads)
-    inside_span = BlockLayout.from_runs(packed, runs, part.heads)
+    inside_span = compress(Layout, packed, runs, part.heads)
     return LayoutRows(inside_span, rows, heads, keys.start)
 
 
-def _attend(
-    call: SpanCall, layout: BlockLayout, query: Tensor, keys: KeyRows, positions: Tensor | None
-) -> Partial:
-    """Attention to keys at some positions, those of the queries when None; out is wide."""
+def _call(call: SpanCall, layout: Layout, keys: KeyRows, positions: Tensor | None) -> BlockCall:
+    """Attention to keys at some positions, those of the queries when None."""
+    scores = Scores(False, call.scale, keys.padding, call.dropout_p, call.seed)
+    if not call.dropout_p:
+        return BlockCall(layout, scores)
+    device = keys.key.device
+    queries = torch.arange(call.queries.start, call.queries.stop, device=device)
+    at_keys = queries if positions is None else positions.to(device)
+    return BlockCall(layout, scores, (queries, at_keys))
+
+
+def _attend_wide(call: BlockCall, query: Tensor, keys: KeyRows) -> Partial:
+    """Attention whose out is wide."""
     wide = query.to(accumulate_dtype(query.dtype))
-    options = _options(call, layout, keys, positions)
-    return _torch_backend.forward(options, wide, keys.key, keys.value)
+    return _torch_backend.forward(call, wide, keys.key, keys.value)
 
 
-def _backward(
-    call: SpanCall,
-    layout: BlockLayout,
+def _backward_wide(
+    call: BlockCall,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
     keys: KeyRows,
-    positions: Tensor | None,
     total: Partial,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
+    """The adjoint of `_attend_wide`: wide gradients."""
     dtype = accumulate_dtype(query.dtype)
     query, key, value = (x.to(dtype) for x in (query, keys.key, keys.value))
-    options = _options(call, layout, keys, positions)
-    return _torch_backend.backward(options, grad_out, grad_lse, query, key, value, total)
-
-
-def _options(
-    call: SpanCall, layout: BlockLayout, keys: KeyRows, positions: Tensor | None
-) -> Options:
-    if not call.dropout_p:
-        return Options(layout, False, call.scale, keys.padding)
-    device = keys.key.device
-    queries = torch.arange(call.queries.start, call.queries.stop, device=device)
-    return Options(
-        layout, False, call.scale, keys.padding, call.dropout_p, call.seed, queries,
-        queries if positions is None else positions.to(device),
-    )  # fmt: skip
+    upstream = Upstream(grad_out, grad_lse, query, key, value, total)
+    return _torch_backend.backward(call, upstream)
 
 
 def _each(packed: Sequence[PackedRows]) -> Iterator[tuple[LayoutRows, slice]]:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Partial, accumulate_dtype, keep_mask, merge_
+from dilated_core.extending import Gradients, Partial, Upstream, accumulate_dtype, keep_mask, merge_
 from dilated_sparse import _masks
+from dilated_sparse._call import BlockCall
 from dilated_sparse._grid import EMPTY
-from dilated_sparse._options import Options
 from dilated_sparse._schedule import Tile, schedule
 
 # Scores of one product over several heads, for each thread: what its cache holds.
@@ -46,7 +46,7 @@ class Heads(NamedTuple):
 class Place(NamedTuple):
     """One tile of some heads of one sequence of the batch."""
 
-    options: Options
+    call: BlockCall
     batch: int
     heads: Heads
     tile: Tile
@@ -92,30 +92,31 @@ class Place(NamedTuple):
                 part.fill_(-math.inf)
             else:
                 part += self.covers(mask)[: part.shape[1], : part.shape[2]]
-        if self.options.key_padding_mask is not None:
+        if (padding := self.call.scores.key_padding_mask) is not None:
             for columns, run in self.columns():
-                padding = self.options.key_padding_mask[self.batch, slice(*run)]
-                scores[:, :, columns].masked_fill_(padding, -math.inf)
+                hidden = padding[self.batch, slice(*run)]
+                scores[:, :, columns].masked_fill_(hidden, -math.inf)
 
     def keep_factor(self, scores: Tensor) -> Tensor | None:
         """0 where dropout drops a weight and 1 / (1 - p) where it keeps it, or None without it."""
-        options, heads = self.options, self.heads
-        if options.dropout_p == 0:
+        asked, heads = self.call.scores, self.heads
+        if asked.dropout_p == 0:
             return None
-        assert options.seed is not None
+        assert asked.seed is not None
         device = scores.device
         head = torch.arange(heads.size, device=device) * heads.step + heads.start
-        if options.query_positions is None or options.key_positions is None:
-            query = torch.arange(*self.tile.queries, device=device) + options.query_start
+        if self.call.positions is None:
+            query = torch.arange(*self.tile.queries, device=device) + self.call.query_start
             key = torch.cat([torch.arange(*run, device=device) for run in self.tile.runs])
         else:
-            query = options.query_positions[slice(*self.tile.queries)]
-            key = torch.cat([options.key_positions[slice(*run)] for run in self.tile.runs])
+            queries, keys = self.call.positions
+            query = queries[slice(*self.tile.queries)]
+            key = torch.cat([keys[slice(*run)] for run in self.tile.runs])
         batch = torch.tensor(self.batch, device=device)
         keep = keep_mask(
-            int(options.seed), options.dropout_p, batch, head[:, None, None], query[:, None], key
+            int(asked.seed), asked.dropout_p, batch, head[:, None, None], query[:, None], key
         )
-        return keep.to(scores.dtype) / (1.0 - options.dropout_p)
+        return keep.to(scores.dtype) / (1.0 - asked.dropout_p)
 
 
 class Workspace:
@@ -152,14 +153,14 @@ class Covers:
         return self._made[mask]
 
 
-def forward(options: Options, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+def forward(call: BlockCall, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     """Attention outside of any operator: out (B, N, H, D) in query's dtype and lse (B, H, N)."""
     dtype = query.dtype
     query, key, value = _prepare(query, key, value)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = empty_lse(query).fill_(-math.inf)
     spaces = [Workspace(query) for _ in range(4)]
-    for place in _places(options, query, key.shape[2]):
+    for place in _places(call, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
         part = _attend(place, heads.of(query[i], rows), key[i], value[i], spaces)
         total = Partial(heads.of(out[i], rows), heads.of(lse[i].transpose(0, 1), rows))
@@ -171,16 +172,9 @@ def forward(options: Options, query: Tensor, key: Tensor, value: Tensor) -> Part
     return Partial(out.to(dtype), lse)
 
 
-def backward(
-    options: Options,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    total: Partial,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: BlockCall, upstream: Upstream) -> Gradients:
     """Gradients to query, key and value, in their dtype."""
+    grad_out, grad_lse, query, key, value, total = upstream
     dtype = query.dtype
     query, key, value, grad_out = _prepare(query, key, value, grad_out)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
@@ -188,7 +182,7 @@ def backward(
     shifts = total.lse.masked_fill(total.lse == -math.inf, math.inf).div_(_LN_2).transpose(1, 2)
     rows_grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
     spaces = [Workspace(query) for _ in range(6)]
-    for place in _places(options, query, key.shape[2]):
+    for place in _places(call, query, key.shape[2]):
         i, heads, rows = place.batch, place.heads, place.tile.queries
         q, do, out, shift = (heads.of(x[i], rows) for x in (query, grad_out, total.out, shifts))
         do = spaces[4](*do.shape).copy_(do)
@@ -205,7 +199,7 @@ def _attend(
 ) -> Partial:
     """The partial of one tile: out (heads, n, D), lse (heads, n)."""
     square, packed, products, scaled = spaces
-    query = torch.mul(query, place.options.scale / _LN_2, out=scaled(*query.shape))
+    query = torch.mul(query, place.call.scores.scale / _LN_2, out=scaled(*query.shape))
     scores = _product(query, place.pack(key, packed).transpose(1, 2), square)
     place.hide(scores)
     shift = scores.amax(-1, keepdim=True)
@@ -234,7 +228,7 @@ def _accumulate(
     """Add one tile's gradients, taken against the merged lse."""
     dq, dk, dv = grads
     square, grad_square, packed, products, _, scaled = spaces
-    query = torch.mul(query, place.options.scale / _LN_2, out=scaled(*query.shape))
+    query = torch.mul(query, place.call.scores.scale / _LN_2, out=scaled(*query.shape))
     grad_scores = _product(grad_out, place.pack(value, packed).transpose(1, 2), grad_square)
     keys = place.pack(key, packed)
     weights = _product(query, keys.transpose(1, 2), square)
@@ -248,7 +242,7 @@ def _accumulate(
     grad_scores.sub_(delta).mul_(weights)
     # `query` has the scale, and the 1 / ln 2 of exp2.
     place.add_product(dk, grad_scores.transpose(1, 2), query, _LN_2, products)
-    dq.add_(_product(grad_scores, keys, products), alpha=place.options.scale)
+    dq.add_(_product(grad_scores, keys, products), alpha=place.call.scores.scale)
 
 
 def _product(a: Tensor, b: Tensor, space: Workspace) -> Tensor:
@@ -256,14 +250,14 @@ def _product(a: Tensor, b: Tensor, space: Workspace) -> Tensor:
     return torch.bmm(a, b, out=space(a.shape[0], a.shape[1], b.shape[2]))
 
 
-def _places(options: Options, query: Tensor, kv_heads: int) -> Iterator[Place]:
+def _places(call: BlockCall, query: Tensor, kv_heads: int) -> Iterator[Place]:
     batch, _, heads, _ = query.shape
     repeat = heads // kv_heads
-    tiled = schedule(options.layout, options.is_causal)
+    tiled = schedule(call.layout, call.scores.is_causal)
     covers = Covers(tiled.table, query)
     for head, tiles in enumerate(tiled.tiles):
         for tile in tiles:
-            if options.layout.heads > 1 or heads == 1:
+            if call.layout.heads > 1 or heads == 1:
                 groups = [Heads(head, 1, 1, head // repeat)]
             else:
                 # Query heads that read different key heads share a product.
@@ -281,7 +275,7 @@ def _places(options: Options, query: Tensor, kv_heads: int) -> Iterator[Place]:
                 ]
             for i in range(batch):
                 for group in groups:
-                    yield Place(options, i, group, tile, covers)
+                    yield Place(call, i, group, tile, covers)
 
 
 def _prepare(*tensors: Tensor) -> tuple[Tensor, ...]:

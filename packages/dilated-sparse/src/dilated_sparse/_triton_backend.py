@@ -14,11 +14,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dilated_core.extending import (
     BlockSizes,
     Config,
+    Gradients,
     Pair,
     Partial,
     Pass,
     PlanCache,
-    Scores,
     Sizes,
     TilePlan,
     Upstream,
@@ -26,22 +26,23 @@ from dilated_core.extending import (
     drive_backward,
 )
 from dilated_sparse._block_plan import build
-from dilated_sparse._layout import BlockLayout
-from dilated_sparse._options import Options
+from dilated_sparse._blocks import Layout
+from dilated_sparse._call import BlockCall
 
 # What a row of a tile of that many rows costs, against one of the tallest, about. Only for
 # choosing tiles that a block's rows fill.
 _ROW_COST = {256: 1.0, 128: 1.0, 64: 1.1, 32: 1.6, 16: 2.5}
 # Steps are no narrower for blocks that they do not divide.
 _LEAST_COLUMNS = 32
-# The plans of a layout live as long as its tensors, which custom operators hand on as they are.
+# By the tensor and not by the layout: a traced call hands on the tensors alone, and a layout of
+# them is made anew, whose digest would wait for the device. Plans live as long as the tensor.
 _plans: MutableMapping[Tensor, PlanCache] = WeakIdKeyDictionary()
 
 
-class LayoutSchedule(NamedTuple):
+class LayoutTiling(NamedTuple):
     """A layout as what drives the kernels."""
 
-    layout: BlockLayout
+    layout: Layout
 
     def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """Tiles that the rows of a block fill, and steps that divide its columns.
@@ -89,26 +90,11 @@ def fit(pair: Pair, block_size: int) -> Config:
     return best._replace(columns=min(best.columns, columns))
 
 
-def forward(options: Options, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+def forward(call: BlockCall, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     """Attention outside of any operator: out (B, N, H, D) in query's dtype and lse (B, H, N)."""
-    return drive(_scores(options), LayoutSchedule(options.layout), query, key, value)
+    return drive(call.scores, LayoutTiling(call.layout), query, key, value)
 
 
-def backward(
-    options: Options,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    total: Partial,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: BlockCall, upstream: Upstream) -> Gradients:
     """Gradients to query, key and value, in their dtype."""
-    upstream = Upstream(grad_out, grad_lse, query, key, value, total)
-    return drive_backward(_scores(options), LayoutSchedule(options.layout), upstream)
-
-
-def _scores(options: Options) -> Scores:
-    return Scores(
-        options.is_causal, options.scale, options.key_padding_mask, options.dropout_p, options.seed
-    )
+    return drive_backward(call.scores, LayoutTiling(call.layout), upstream)

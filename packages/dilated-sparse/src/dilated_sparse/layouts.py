@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_sparse import _checks, _masks
+from dilated_sparse._blocks import compress
 from dilated_sparse._grid import (
     FULL,
     Grid,
@@ -21,10 +22,11 @@ from dilated_sparse._grid import (
     from_rule,
     group,
     interleave,
+    make_grid,
     single_blocks,
     where,
 )
-from dilated_sparse._layout import BlockLayout, make_grid
+from dilated_sparse._layout import BlockLayout
 from dilated_sparse._longnet import longnet, longnet_order
 
 __all__ = [
@@ -213,7 +215,7 @@ def bigbird(
     row = grid.arange(grid.rows)
     start, stop = (row - most).clamp(min=0), (row + most + 1).clamp(max=grid.rows)
     full, no_masks = torch.full_like(row, FULL), _masks.empty(block_size, grid.device)
-    window = BlockLayout.from_runs(grid, Runs(row, start, stop - start, full, no_masks))
+    window = compress(BlockLayout, grid, Runs(row, start, stop - start, full, no_masks))
     sinks = global_tokens(
         length, min(length, global_blocks * block_size), block_size=block_size, device=device
     )
@@ -393,7 +395,7 @@ def _repeat(
     high = phase + (grid.columns + behind - every).clamp(max=pitch)
     row, index, column, count = _between(begin, end, low, high, every - phase - behind)
     looks = look[first[index]]
-    return BlockLayout.from_runs(grid, from_looks(grid, row, column, count, looks, prototypes))
+    return compress(BlockLayout, grid, from_looks(grid, row, column, count, looks, prototypes))
 
 
 def _alike_neighbours(
@@ -463,7 +465,7 @@ def _from_parts(grid: Grid, parts: Iterable[Part], rule: TokenRule) -> BlockLayo
     """The layout of parts (row, column, count, alike), from left to right in every row."""
     coded = ((*part[:3], part[3] * _MOST_PARTS + i) for i, part in enumerate(parts))
     row, column, count, alike = interleave(grid.rows, coded)
-    return BlockLayout.from_runs(grid, from_rule(grid, row, column, count, alike, rule))
+    return compress(BlockLayout, grid, from_rule(grid, row, column, count, alike, rule))
 
 
 def _draw_blocks(grid: Grid, count: int, seed: int, heads: int) -> BlockLayout:
@@ -479,4 +481,4 @@ def _draw_blocks(grid: Grid, count: int, seed: int, heads: int) -> BlockLayout:
         chosen[:, i] = torch.where(taken, top, drawn)
     column = chosen.sort(1).values.flatten().to(grid.device)
     row = grid.arange(len(chosen)).repeat_interleave(count)
-    return BlockLayout.from_runs(grid, single_blocks(grid, row, column), heads)
+    return compress(BlockLayout, grid, single_blocks(grid, row, column), heads)

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.extending import accumulate_dtype, check_tensors
+from dilated_core.extending import accumulate_dtype, check_call
 from dilated_sparse import _checks
-from dilated_sparse._grid import Grid, single_blocks
-from dilated_sparse._layout import BlockLayout, make_grid
+from dilated_sparse._blocks import compress
+from dilated_sparse._grid import Grid, make_grid, single_blocks
+from dilated_sparse._layout import BlockLayout
 
 __all__ = ["Selection", "threshold_blocks", "top_k_blocks"]
 
@@ -57,8 +58,13 @@ def top_k_blocks(
         count: blocks in a row, fewer where fewer exist.
         is_causal: the layout is for a causal call, whose queries are the last N of the M positions.
         block_size: tokens on a side of a block.
+
+    Raises:
+        TypeError: an argument has the wrong type, or query and key differ in dtype.
+        ValueError: the batch is not 1, heads or lengths do not fit each other, or a number is out
+            of range.
     """
-    pooled = _Pooled(query, key, block_size, is_causal)
+    pooled = _Pooled(query, key, block_size, is_causal, None)
     _checks.integer("count", count)
     chosen = []
     for rows in pooled.chunks():
@@ -98,17 +104,21 @@ def threshold_blocks(
         is_causal: the layout is for a causal call, whose queries are the last N of the M positions.
         scale: factor on the scores in the attention; 1 / sqrt(D) when None.
         block_size: tokens on a side of a block.
+
+    Raises:
+        TypeError: an argument has the wrong type, or query and key differ in dtype.
+        ValueError: the batch is not 1, heads or lengths do not fit each other, or a number is out
+            of range.
     """
-    pooled = _Pooled(query, key, block_size, is_causal)
-    _checks.number("tau", tau, low=0.0, high=1.0, closed=True)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    pooled = _Pooled(query, key, block_size, is_causal, scale)
+    _checks.share("tau", tau)
     chosen, bounds = [], []
     for rows in pooled.chunks():
-        scores = pooled.scores(rows) * scale + pooled.counts.log()
+        scores = pooled.scores(rows) * pooled.scale + pooled.counts.log()
         own = pooled.own(rows).expand_as(scores)
         kept = _smallest_set(scores, own, tau)
         chosen.append(_places(pooled, rows, kept))
-        bounds.append(_bound(pooled, rows, kept, scale))
+        bounds.append(_bound(pooled, rows, kept))
     empty = query.new_zeros(query.shape[2], 0, dtype=accumulate_dtype(query.dtype))
     return Selection(_layout(pooled, chosen), torch.cat(bounds, 1) if bounds else empty)
 
@@ -123,9 +133,9 @@ def _smallest_set(log_mass: Tensor, own: Tensor, tau: float) -> Tensor:
     return kept | own
 
 
-def _bound(pooled: "_Pooled", rows: range, kept: Tensor, scale: float) -> Tensor:
+def _bound(pooled: "_Pooled", rows: range, kept: Tensor) -> Tensor:
     """(H, n): the bound for each query of these block rows."""
-    b = pooled.grid.block_size
+    b, scale = pooled.grid.block_size, pooled.scale
     span = slice(rows.start * b, min(rows.stop * b, pooled.grid.length))
     q = pooled.query[:, span]
     kept = kept.repeat_interleave(b, 1)[:, : q.shape[1]]
@@ -156,16 +166,13 @@ class _Pooled:
         counts: (C,), keys in each block.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, block_size: int, is_causal: bool) -> None:
-        check_tensors(query, key, key, enable_gqa=True, dims=4)
+    def __init__(
+        self, query: Tensor, key: Tensor, block_size: int, is_causal: bool, scale: float | None
+    ) -> None:
+        asked = check_call(query, key, key, is_causal=is_causal, scale=scale, enable_gqa=True)
         if query.shape[0] != 1:
             raise ValueError(f"query must have batch size 1. Got {query.shape[0]}.")
-        self.is_causal = _checks.boolean("is_causal", is_causal)
-        if is_causal and query.shape[1] > key.shape[1]:
-            raise ValueError(
-                f"query length must not exceed key length when is_causal=True. "
-                f"Got {query.shape[1]} and {key.shape[1]}."
-            )
+        self.is_causal, self.scale = asked.is_causal, asked.scale
         dtype, device = accumulate_dtype(query.dtype), query.device
         self.grid = make_grid(query.shape[1], key.shape[1], block_size, device)
         self.query = query[0].to(dtype).transpose(0, 1)
@@ -227,4 +234,4 @@ def _layout(pooled: _Pooled, places: list[Tensor]) -> BlockLayout:
     every = torch.cat([*places, grid.arange(0)]).sort().values
     row = torch.div(every, max(1, grid.columns), rounding_mode="floor")
     runs = single_blocks(grid, row, every - row * grid.columns)
-    return BlockLayout.from_runs(grid, runs, pooled.query.shape[0])
+    return compress(BlockLayout, grid, runs, pooled.query.shape[0])

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 
 from dilated_core._triton import _blocks, _launch
-from dilated_core.extending import Config
+from dilated_core.extending import Config, Scores
 from dilated_sparse import BlockLayout, layouts
+from dilated_sparse._call import BlockCall
 from dilated_sparse._operators import TRITON
-from dilated_sparse._options import Options
 from dilated_sparse._reference import attend as reference
 from sparse_problems import Problem, problems
 
@@ -92,17 +92,16 @@ def poison():
 def largest_error(problem, dtype=torch.float32):
     """The largest relative error of out, lse and the gradients."""
     seed = torch.tensor(2**40 + 12345) if problem.dropout_p else None
-    options = Options(
-        problem.layout, problem.is_causal, problem.head_dim**-0.5, problem.mask(),
-        problem.dropout_p, seed,
-    )  # fmt: skip
+    scale = problem.head_dim**-0.5
+    scores = Scores(problem.is_causal, scale, problem.mask(), problem.dropout_p, seed)
+    call = BlockCall(problem.layout, scores)
     generator = torch.Generator().manual_seed(1)
     inputs = [x.detach().to(dtype) for x in problem.tensors()]
     upstream = None
     results = []
     for function, kind in ((TRITON.attend, dtype), (reference, torch.float64)):
         tensors = [x.to(kind).requires_grad_() for x in inputs]
-        out, lse = function(options, *tensors)
+        out, lse = function(call, *tensors)
         if upstream is None:
             upstream = [torch.randn(x.shape, generator=generator) for x in (out, lse)]
         seen = lse > -math.inf

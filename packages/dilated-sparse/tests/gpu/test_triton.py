@@ -8,15 +8,16 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dilated_core._call import DilatedCall, Scores
+from dilated_core._call import DilatedCall
+from dilated_core.extending import Scores, Upstream
 from dilated_sparse import (
     BlockLayout,
     block_sparse_attention,
     layouts,
     select_backend,
 )
+from dilated_sparse._call import BlockCall
 from dilated_sparse._operators import TRITON
-from dilated_sparse._options import Options
 from dilated_sparse._reference import attend as reference
 from mixed_precision import NAMES, rounded_attention
 
@@ -58,9 +59,9 @@ def draw(batch, length, key_length, heads, kv_heads, head_dim, dtype):
     return [torch.randn(batch, n, h, head_dim, device=DEVICE).to(dtype) for n, h in shapes]
 
 
-def run(function, options, inputs, upstream):
+def run(function, call, inputs, upstream):
     tensors = [x.detach().requires_grad_() for x in inputs]
-    out, lse = function(options, *tensors)
+    out, lse = function(call, *tensors)
     grad_lse = upstream[1].masked_fill(lse == -math.inf, 0.0)
     grads = torch.autograd.grad(
         (out, lse), tensors, (upstream[0].to(out.dtype), grad_lse.to(lse.dtype))
@@ -110,12 +111,12 @@ def test_every_result_is_as_exact_as_fused_attention(
     )
     mask = torch.rand(batch, key_length, device=DEVICE) < padding if padding else None
     drop = torch.randint(2**62, (), device=DEVICE) if dropout_p else None
-    rest = is_causal, head_dim**-0.5, mask, dropout_p, drop
-    options = Options(layout, *rest)
-    actual = run(TRITON.attend, options, inputs, upstream)
-    expected = run(reference, options, [x.double() for x in inputs], upstream)
+    scores = Scores(is_causal, head_dim**-0.5, mask, dropout_p, drop)
+    call = BlockCall(layout, scores)
+    actual = run(TRITON.attend, call, inputs, upstream)
+    expected = run(reference, call, [x.double() for x in inputs], upstream)
     upstream = upstream[0], upstream[1].masked_fill(expected["lse"] == -math.inf, 0.0)
-    rounded = rounded_attention(DilatedCall(DenseMask(layout), Scores(*rest)), inputs, upstream)
+    rounded = rounded_attention(DilatedCall(DenseMask(layout), scores), inputs, upstream)
     for name in NAMES:
         same_scores = difference(rounded[name], expected[name])
         # Where little is visible, rounding may all but vanish on one side: a few units remain.
@@ -134,9 +135,11 @@ def test_every_element_is_written(is_causal, block_size, monkeypatch):
         monkeypatch.setattr(_launch, name, lambda x, make=make: make(x).fill_(math.nan))
     for heads in (1, 6):
         inputs = draw(2, 517, 701, 6, 2, 48, torch.bfloat16)
-        options = Options(random_layout(heads, 517, 701, block_size), is_causal, 0.2)
-        total = _triton_backend.forward(options, *inputs)
-        grads = _triton_backend.backward(options, torch.randn_like(total.out), None, *inputs, total)
+        layout = random_layout(heads, 517, 701, block_size)
+        call = BlockCall(layout, Scores(is_causal, 0.2))
+        total = _triton_backend.forward(call, *inputs)
+        upstream = Upstream(torch.randn_like(total.out), None, *inputs, total)
+        grads = _triton_backend.backward(call, upstream)
         assert not any(x.isnan().any() for x in (*total, *grads))
 
 
@@ -144,29 +147,30 @@ def test_the_same_inputs_give_the_same_bits():
     inputs = draw(2, 2000, 2000, 6, 2, 64, torch.bfloat16)
     upstream = torch.randn_like(inputs[0]), torch.randn(2, 6, 2000, device=DEVICE)
     layout = random_layout(6, 2000, 2000, 64)
-    options = Options(layout, True, 0.125, None, 0.1, torch.tensor(7, device=DEVICE))
-    first, second = (run(TRITON.attend, options, inputs, upstream) for _ in "ab")
+    scores = Scores(True, 0.125, None, 0.1, torch.tensor(7, device=DEVICE))
+    call = BlockCall(layout, scores)
+    first, second = (run(TRITON.attend, call, inputs, upstream) for _ in "ab")
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
 def test_a_captured_graph_replays():
     inputs = draw(1, 1500, 1500, 4, 4, 64, torch.float16)
     layout = random_layout(1, 1500, 1500, 128)
-    options = Options(layout, False, 0.125)
-    TRITON.attend(options, *inputs)
+    call = BlockCall(layout, Scores(False, 0.125))
+    TRITON.attend(call, *inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = TRITON.attend(options, *inputs)
+        out, _ = TRITON.attend(call, *inputs)
     for x in inputs:
         x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(out, TRITON.attend(options, *inputs).out)
+    assert torch.equal(out, TRITON.attend(call, *inputs).out)
 
 
 def test_capturing_an_unseen_layout_says_to_run_once_before():
     inputs = draw(1, 500, 500, 4, 4, 64, torch.float16)
-    options = Options(layouts.sliding_window(500, 77), False, 0.125)
+    call = BlockCall(layouts.sliding_window(500, 77), Scores(False, 0.125))
     with warnings.catch_warnings():
         # torch warns that the captured graph is empty.
         warnings.simplefilter("ignore")
@@ -174,7 +178,7 @@ def test_capturing_an_unseen_layout_says_to_run_once_before():
             pytest.raises(RuntimeError, match="before a CUDA graph"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
-            TRITON.attend(options, *inputs)
+            TRITON.attend(call, *inputs)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
@@ -252,8 +256,8 @@ def test_a_million_tokens_agree_on_sampled_rows():
     layout = layouts.sliding_window(length, 700, block_size=128)
     layout |= layouts.global_tokens(length, 100, block_size=128)
     query, key, value = draw(1, length, length, 2, 2, 64, torch.bfloat16)
-    options = Options(layout, True, 0.125)
-    out, lse = TRITON.attend(options, query, key, value)
+    call = BlockCall(layout, Scores(True, 0.125))
+    out, lse = TRITON.attend(call, query, key, value)
     positions = torch.arange(length, device=DEVICE)
     for row in (0, 99, 100, 5003, 999_999, length - 1):
         seen = (positions <= row) & ((positions < 100) | ((row - positions) <= 700) | (row < 100))

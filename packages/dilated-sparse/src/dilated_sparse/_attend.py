@@ -1,0 +1,97 @@
+"""Block-sparse attention of a layout's facts: check once, pick a backend, compute."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dilated_core.extending import Partial, autocast, check_call, pick, triton_unsupported
+from dilated_sparse import _flex_backend, _operators, _reference
+from dilated_sparse._blocks import Layout
+from dilated_sparse._call import BlockCall
+
+Backend = Literal["reference", "torch", "flex", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# In the order of preference.
+REASONS = {
+    "triton": "one pass over the runs of blocks, for any layout and without recompiling",
+    "flex": "FlexAttention serves the call on CUDA, without a copy of keys",
+    "torch": "tiles of dense products serve every device and dtype, with O(N) memory",
+}
+UNASKED = {"reference": "it is the slow oracle: it runs only when asked for"}
+# Flex has no lse where `obstacles` refuses return_lse.
+_ATTEND: dict[
+    str, Callable[[BlockCall, Tensor, Tensor, Tensor], Partial | tuple[Tensor, Tensor | None]]
+] = {
+    "reference": _reference.attend,
+    "torch": _operators.TORCH.attend,
+    "flex": _flex_backend.attend,
+    "triton": _operators.TRITON.attend,
+}
+
+
+def obstacles(
+    query: Tensor,
+    key: Tensor,
+    backend: str | None,
+    layout: Layout | None,
+    *,
+    dropout_p: float,
+    has_padding: bool,
+    return_lse: bool,
+    needs_gradients: bool,
+) -> dict[str, str | None]:
+    """Why the backends that cannot serve a call cannot, as `select_backend` takes it."""
+    flex = _flex_backend.unsupported(
+        query, layout, dropout_p=dropout_p, has_padding=has_padding, return_lse=return_lse,
+        needs_gradients=needs_gradients,
+    )  # fmt: skip
+    if flex is None and backend is None and query.device.type == "cpu":
+        flex = "on the CPU it must be asked for: it compiles for each layout"
+    return {"triton": triton_unsupported(query, key), "flex": flex}
+
+
+def attend(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`block_sparse_attention`."""
+    scores = check_call(
+        query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
+    ).seeded(query.device)  # fmt: skip
+    if (layout.length, layout.key_length) != (query.shape[1], key.shape[1]):
+        raise ValueError(
+            f"layout must have the query and key lengths {(query.shape[1], key.shape[1])}. "
+            f"Got {(layout.length, layout.key_length)}."
+        )
+    if layout.heads not in (1, query.shape[2]):
+        raise ValueError(
+            f"layout must have 1 head or query's {query.shape[2]}. Got {layout.heads}."
+        )
+    query, key, value = autocast(query, key, value)
+    wanted = query.requires_grad or key.requires_grad or value.requires_grad
+    why_not = obstacles(
+        query, key, backend, layout, dropout_p=scores.dropout_p,
+        has_padding=key_padding_mask is not None, return_lse=return_lse,
+        needs_gradients=wanted and torch.is_grad_enabled(),
+    )  # fmt: skip
+    name = pick("backend", backend, BACKENDS, REASONS, why_not)
+    out, lse = _ATTEND[name](BlockCall(layout, scores), query, key, value)
+    if out.dtype != query.dtype:
+        out = out.to(query.dtype)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
