@@ -20,9 +20,9 @@ def counts(monkeypatch):
     found = Counter()
     make = Layout.__init__
 
-    def counted(layout, *arguments):
+    def counted(layout, *arguments, **named):
         found["layouts"] += 1
-        make(layout, *arguments)
+        make(layout, *arguments, **named)
 
     def blake2b(*arguments, **options):
         found["digests"] += 1

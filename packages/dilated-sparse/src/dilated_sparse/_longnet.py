@@ -21,7 +21,8 @@ def longnet_order(
     """The positions (length,) in the order of `longnet`: rows[order] gives the rows it is for.
 
     Inside each smallest segment, positions are sorted by their residue for the smallest rate, then
-    for the next, and so on, so the positions that any branch keeps are contiguous there.
+    for the next, and so on, so the positions that any branch keeps are contiguous there. length is
+    in tokens; device is that of the result.
 
     Raises:
         ValueError: the rates do not divide one another in turn, a segment length is no multiple of
@@ -49,7 +50,8 @@ def longnet(
 
     LongNet (arXiv 2307.02486, section 2.2) as blocks; a key counts once, however many branches
     show it. The layout is for rows in the order p, so is_causal (p[j] <= p[i]) belongs here and
-    not in the call of the attention.
+    not in the call of the attention. length and block_size are in tokens; heads is the number of
+    query heads, which decide their offsets; device is that of the result.
 
     Raises:
         ValueError: as `longnet_order`, or the pattern has `count_padding`.

@@ -144,8 +144,9 @@ class LayoutSpans:
         for rows, here in _each(packed):
             part = rows.heads(_slice(keys, here))
             asked = _call(call, rows.layout, part, rows.positions)
-            attended = _attend_wide(asked, query, part)
-            merge_(Partial(total.out.transpose(1, 2), total.lse), _by_head(attended))
+            out, lse = _attend_wide(asked, query, part)
+            by_head = Partial(total.out.transpose(1, 2), total.lse)
+            merge_(by_head, Partial(out.transpose(1, 2), lse))
 
     def attend_packed_backward(
         self,
@@ -261,7 +262,3 @@ def _each(packed: Sequence[PackedRows]) -> Iterator[tuple[LayoutRows, slice]]:
 def _slice(keys: KeyRows, here: slice) -> KeyRows:
     padding = None if keys.padding is None else keys.padding[:, here]
     return KeyRows(keys.key[:, here], keys.value[:, here], padding)
-
-
-def _by_head(part: Partial) -> Partial:
-    return Partial(part.out.transpose(1, 2), part.lse)

@@ -3,6 +3,10 @@
 Each docstring states which keys j a query i sees, for positions 0 <= i, j < length. A layout is
 not causal unless its definition says so; `is_causal=True` in the call, or `layout.causal()`, hides
 the keys after each query.
+
+Of all of them: length is that of queries and keys in tokens, block_size the side of a block in
+tokens, heads how many heads have blocks of their own, seed an int >= 0, and device that of the
+result. Each raises a TypeError for what is no int, and a ValueError for one that is out of range.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,7 +62,8 @@ def sliding_window(
 ) -> BlockLayout:
     """|i − j| <= window: the sliding window of Longformer (arXiv 2004.05150, section 3.1).
 
-    Its window size w is 2 * window here.
+    Its window size w is 2 * window here. length, window and block_size are in tokens; device is
+    that of the result.
     """
     return dilated_window(length, window, 1, block_size=block_size, device=device)
 
@@ -68,7 +73,9 @@ def dilated_window(
 ) -> BlockLayout:
     """|i − j| <= window * dilation and i ≡ j (mod dilation).
 
-    The dilated sliding window of Longformer (arXiv 2004.05150, section 3.1, figure 2c).
+    The dilated sliding window of Longformer (arXiv 2004.05150, section 3.1, figure 2c). length,
+    dilation and block_size are in tokens, window in steps of the dilation to each side; device is
+    that of the result.
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("window", window, low=0)
@@ -85,10 +92,11 @@ def dilated_window(
 def strided(
     length: int, stride: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
-    """J <= i, and i − j <= stride or i ≡ j (mod stride).
+    """j <= i, and i − j <= stride or i ≡ j (mod stride).
 
     Both heads of the strided pattern of the Sparse Transformer in one softmax (arXiv 1904.10509,
-    section 4.3: A1 = {max(0, i − l) .. i}, A2 = {j : (i − j) mod l = 0}).
+    section 4.3: A1 = {max(0, i − l) .. i}, A2 = {j : (i − j) mod l = 0}). length, stride and
+    block_size are in tokens; device is that of the result.
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("stride", stride)
@@ -103,10 +111,14 @@ def strided(
 def fixed(
     length: int, stride: int, summary: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
-    """J <= i, and i // stride = j // stride or j mod stride >= stride − summary.
+    """j <= i, and i // stride = j // stride or j mod stride >= stride − summary.
 
     Both heads of the fixed pattern of the Sparse Transformer in one softmax (arXiv 1904.10509,
-    section 4.3, with l = stride and c = summary).
+    section 4.3, with l = stride and c = summary). length, stride, summary and block_size are in
+    tokens; device is that of the result.
+
+    Raises:
+        ValueError: summary exceeds stride, among others.
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("stride", stride)
@@ -145,10 +157,11 @@ def fixed(
 def global_tokens(
     length: int, count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
-    """I < count or j < count.
+    """i < count or j < count.
 
     The global attention of Longformer (arXiv 2004.05150, section 3.1) on the first tokens. In a
-    causal call these are the attention sinks of StreamingLLM (arXiv 2309.17453).
+    causal call these are the attention sinks of StreamingLLM (arXiv 2309.17453). length, count and
+    block_size are in tokens; device is that of the result.
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("count", count, low=0)
@@ -182,7 +195,8 @@ def random_blocks(
     """In each block row of each head, min(count, R) of the R key blocks, drawn without return.
 
     The random attention of BigBird (arXiv 2007.14062, section 2 and appendix D), which draws
-    blocks. The same seed gives the same blocks everywhere.
+    blocks. The same seed gives the same blocks everywhere. length and block_size are in tokens,
+    count in blocks; heads draw each for itself; device is that of the result.
     """
     return _draw_blocks(make_grid(length, length, block_size, device), count, seed, heads)
 
@@ -202,7 +216,9 @@ def bigbird(
 
     A query block sees the window_blocks blocks around it, the first global_blocks blocks, and
     random_blocks blocks at random; the first global_blocks query blocks see everything.
-    The default is the paper's base configuration (its table 8).
+    The default is the paper's base configuration (its table 8). length and block_size are in
+    tokens, the other sizes in blocks; heads and seed as in `random_blocks`; device is that of the
+    result.
 
     Raises:
         ValueError: window_blocks is even, among others.
@@ -225,7 +241,10 @@ def bigbird(
 def longformer(
     length: int, window: int, global_count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
-    """|i − j| <= window, or i < global_count, or j < global_count (arXiv 2004.05150, figure 2d)."""
+    """|i − j| <= window, or i < global_count, or j < global_count (arXiv 2004.05150, figure 2d).
+
+    length, window, global_count and block_size are in tokens; device is that of the result.
+    """
     window_part = sliding_window(length, window, block_size=block_size, device=device)
     return window_part | global_tokens(length, global_count, block_size=block_size, device=device)
 
@@ -233,9 +252,10 @@ def longformer(
 def document(
     lengths: Sequence[int], *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
-    """I and j lie in the same document; the documents have these lengths, one after the other.
+    """i and j lie in the same document; the documents have these lengths, one after the other.
 
-    The packing without cross-contamination of Krell et al. (arXiv 2107.02027).
+    The packing without cross-contamination of Krell et al. (arXiv 2107.02027). lengths and
+    block_size are in tokens; device is that of the result.
     """
     if isinstance(lengths, str) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths must be a sequence of ints. Got {lengths!r}.")
@@ -272,7 +292,10 @@ def document(
 def prefix(
     length: int, count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
-    """J < count or j <= i: the prefix language model of T5 (arXiv 1910.10683, section 3.2.1)."""
+    """j < count or j <= i: the prefix language model of T5 (arXiv 1910.10683, section 3.2.1).
+
+    length, count and block_size are in tokens; device is that of the result.
+    """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("count", count, low=0)
 
@@ -303,6 +326,8 @@ def hierarchical(
 
     A window at each of several scales, coarser further away, as in H-Transformer-1D (arXiv
     2107.11906, section 4), with one sampled key for each coarse cell where that averages the cell.
+    length and block_size are in tokens, window in cells of each level, whose side in tokens grows
+    growth times from one to the next; device is that of the result.
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("window", window, low=0)
