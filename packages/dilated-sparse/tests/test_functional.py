@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dilated_sparse import block_sparse_attention, layouts, select_backend
+import dilated_core.extending
+from dilated_sparse import BackendChoice, block_sparse_attention, layouts, select_backend
 
 LAYOUT = layouts.sliding_window(11, 2, block_size=4)
 X = torch.randn(2, 11, 3, 5)
@@ -80,7 +81,8 @@ def test_scale_multiplies_the_scores():
 
 def test_the_choice_of_a_backend_says_why():
     choice = select_backend(X, X)
-    assert choice.backend == "torch"
+    assert BackendChoice is dilated_core.extending.BackendChoice
+    assert choice.backend == choice.name == "torch"
     assert choice.reason
     assert dict(choice.rejected).keys() == {"reference", "flex", "triton"}
     assert "cpu" in dict(choice.rejected)["triton"]

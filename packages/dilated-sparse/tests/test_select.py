@@ -124,6 +124,8 @@ def test_gradients_follow_the_selected_blocks():
         ({"tau": 1.5}, ValueError, r"tau must be in \(0, 1\]. Got 1.5"),
         ({"query": torch.zeros(2, 9, 1, 4)}, ValueError, "key must have query's batch size 2"),
         ({"is_causal": 1}, TypeError, "is_causal must be a bool. Got 1"),
+        ({"scale": "x"}, TypeError, "scale must be a float or None. Got 'x'"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite. Got nan"),
         ({"block_size": 0}, ValueError, "block_size must be positive. Got 0"),
     ],
 )

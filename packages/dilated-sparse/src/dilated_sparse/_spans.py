@@ -70,7 +70,7 @@ class LayoutSpans:
     layout: Layout
 
     def check(self, length: int, shard: int, heads: int) -> None:
-        """The layout must be of that length and those heads, and spans of whole blocks."""
+        """Raise a ValueError unless it has that length, those heads, and a shard whole blocks."""
         layout = self.layout
         if (layout.length, layout.key_length) != (length, length):
             raise ValueError(
