@@ -58,7 +58,7 @@ def test_a_wrapped_layer_trains_alike(ranks: GetRanks, world: World, expected, h
 
 @pytest.mark.parametrize("world", worlds(2, 3))
 def test_a_ring_cannot_be_larger_than_the_world(ranks: GetRanks, world: World) -> None:
-    expected = f"ring_size (8) cannot exceed world_size ({world.size})"
+    expected = f"ring_size must be at most world_size ({world.size}). Got 8."
     assert ranks(world).run(programs.too_large_ring) == [expected] * world.size
 
 
@@ -68,7 +68,7 @@ def test_a_ring_of_one_has_its_sequence_alone(ranks: GetRanks, world: World) -> 
 
 
 def test_without_a_group_the_world_is_one_process() -> None:
-    with pytest.raises(ValueError, match=r"^ring_size \(8\) cannot exceed world_size \(1\)$"):
+    with pytest.raises(ValueError, match=r"^ring_size must be at most world_size \(1\). Got 8.$"):
         RingDilatedAttention(PATTERN, ring_size=8)
     x = torch.randn(2, 11, 5)
     rows, mask = shard_sequence(x)

@@ -265,7 +265,7 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"length": 16, "world_size": 4, "heads": 4, "kv_heads": 2, "head_dim": 8}
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(DilatedPattern([8], [1]), **good | change)
-    with pytest.raises(TypeError, match="pattern must be a DilatedPattern"):
+    with pytest.raises(TypeError, match="pattern must be an AttentionPattern"):
         plan("longnet", **good)  # type: ignore[arg-type]  # the wrong type
 
 

@@ -15,32 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dilated_core import Partial
-from dilated_core.extending import accumulate_dtype
+from dilated_core.extending import Upstream, accumulate_dtype
 from dilated_core.interfaces import BufferSource, KeyRows, SpanAttention, SpanCall
 from dilated_ring._exchange import Flight, Rows, Wire, open_wire, unpack
 from dilated_ring._nodes import NodeRows
 from dilated_ring._topology import Ring
 
 
-class Upstream(NamedTuple):
-    """What a backward starts from.
-
-    Attributes:
-        grad_out: (B, n, H, D).
-        grad_lse: (B, H, n), or None.
-        query: (B, n, H, D).
-        keys: this rank's.
-        total: the merged partial of all keys.
-    """
-
-    grad_out: Tensor
-    grad_lse: Tensor | None
-    query: Tensor
-    keys: KeyRows
-    total: Partial
-
-
-class Kept(NamedTuple):
+class KeptRows(NamedTuple):
     """Packed rows that arrived in the forward and are kept for the backward.
 
     Attributes:
@@ -74,9 +56,9 @@ class Job:
     buffers: BufferSource | None
     kind: tuple[str, str]
 
-    def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[Kept]]:
+    def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[KeptRows]]:
         """The merged partial of all keys, and the rows to keep."""
-        kept: list[Kept] = []
+        kept: list[KeptRows] = []
         with open_wire(self, query, keys, "forward") as wire:
             flight = self._start(wire, 0, keys, keep=self.keeps)
             wire.call.step = "attention to this rank's keys"
@@ -88,14 +70,17 @@ class Job:
                 wire.call.step = "attention to keys of other ranks"
                 self.spans.attend_packed_(self.call, total, query, arrived.keys(), rows.packed)
                 if self.keeps:
-                    kept.append(Kept(arrived.rows, arrived.padding))
+                    kept.append(KeptRows(arrived.rows, arrived.padding))
                 else:
                     arrived.release()
         return total, kept
 
-    def backward(self, upstream: Upstream, kept: Sequence[Kept]) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, upstream: Upstream, padding: Tensor | None, kept: Sequence[KeptRows]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to this rank's query, key and value, wide."""
-        query, keys = upstream.query, upstream.keys
+        grad_out, grad_lse, query, key, value, total = upstream
+        keys = KeyRows(key, value, padding)
         with open_wire(self, query, keys, "backward") as wire:
             homeward = _Homeward()
             if kept:
@@ -106,7 +91,9 @@ class Job:
             else:
                 flight = self._start(wire, 0, keys, keep=False)
             wire.call.step = "gradients of this rank's keys"
-            dq, dk, dv = self.spans.attend_span_backward(self.call, *upstream)
+            dq, dk, dv = self.spans.attend_span_backward(
+                self.call, grad_out, grad_lse, query, keys, total
+            )
             for i, rows in enumerate(() if kept else self.rounds):
                 assert flight is not None
                 arrived = flight.wait(f"exchange {i + 1} of keys and values")
@@ -135,7 +122,7 @@ class Job:
         batch, count, width = arrived.key.shape
         dtype = accumulate_dtype(upstream.query.dtype)
         message = wire.leases.empty((count, batch, 2, width), dtype)
-        grad_out, grad_lse, query, _, total = upstream
+        grad_out, grad_lse, query, *_, total = upstream
         add = self.spans.attend_packed_backward(
             self.call, grad_out, grad_lse, query, arrived, rows.packed, total,
             unpack(message),
@@ -165,12 +152,14 @@ class _Homeward:
 class Pass(Protocol):
     """A forward and its backward on this rank."""
 
-    def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[Kept]]:
+    def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[KeptRows]]:
         """The merged partial of all keys, and the rows to keep for the backward."""
         ...
 
-    def backward(self, upstream: Upstream, kept: Sequence[Kept]) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients to this rank's query, key and value, wide."""
+    def backward(
+        self, upstream: Upstream, padding: Tensor | None, kept: Sequence[KeptRows]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients to this rank's query, key and value, wide; `padding` is of its keys."""
         ...
 
 
@@ -203,9 +192,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, padding, out, lse, *arrived = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(query)
-        upstream = Upstream(
-            grad_out, grad_lse, query, KeyRows(key, value, padding), Partial(out, lse)
-        )
-        kept = [Kept(*pair) for pair in zip(arrived[::2], arrived[1::2], strict=True)]
-        grads = ctx.job.backward(upstream, kept)
+        upstream = Upstream(grad_out, grad_lse, query, key, value, Partial(out, lse))
+        kept = [KeptRows(*pair) for pair in zip(arrived[::2], arrived[1::2], strict=True)]
+        grads = ctx.job.backward(upstream, padding, kept)
         return (None, *(grad.to(query.dtype) for grad in grads), None)

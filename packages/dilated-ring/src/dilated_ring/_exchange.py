@@ -29,13 +29,13 @@ class Wire:
     Attributes:
         call: waits for collectives, and turns faults into errors on all ranks.
         leases: where messages that end with the call live.
-        group: the ranks.
+        ring: the ranks.
         at_once: whether to wait for each message before anything else is done.
     """
 
     call: Call
     leases: Leases
-    group: dist.ProcessGroup
+    ring: Ring
     at_once: bool
 
     def swap(
@@ -48,10 +48,10 @@ class Wire:
     ) -> Work:
         """Start to send rows (first dimension) of `sent` to each rank, and receive likewise.
 
-        The ranks are those of a part of the group where that is given.
+        The ranks are those of `group`, a part of the ring, where that is given.
         """
         work: Work | None = dist.all_to_all_single(
-            received, sent, rows_received, rows_sent, group=group or self.group, async_op=True
+            received, sent, rows_received, rows_sent, group=group or self.ring.group, async_op=True
         )
         assert work is not None
         if self.at_once:
@@ -94,7 +94,7 @@ def open_wire(asked: Asked, query: Tensor, keys: KeyRows, name: str) -> Iterator
             *(keys.padding is None, options.is_causal, options.dropout_p > 0),
         )
         first = kernels not in call.line.launched
-        yield Wire(call, leases, ring.group, first and loads_at_launch(device))
+        yield Wire(call, leases, ring, first and loads_at_launch(device))
         call.line.launched.add(kernels)
 
 

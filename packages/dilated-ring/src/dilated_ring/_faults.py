@@ -183,16 +183,17 @@ class Call:
     ) -> None:
         if error is None or error is self.refused or isinstance(error, RankMismatchError):
             return
-        if isinstance(error, RingError):
-            self.line.broken = error
-            return
         line = self.line
+        # What the line keeps is never raised: a traceback would hold the group.
+        if isinstance(error, RingError):
+            line.broken = RingError(str(error), ranks=error.ranks, step=error.step)
+            return
         note = self._note_of(error)
         line.report(note)
         line.broken = note.error()
         self._abort()
         if isinstance(error, Exception):
-            raise line.broken from error
+            raise note.error() from error
 
     def refuse(self, error: Exception) -> NoReturn:
         """Raise an error about the arguments of this rank as it is; the group remains usable.

@@ -1,9 +1,8 @@
 """The public function: check on all ranks, pick a strategy, compute."""
 
-import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core.extending import autocast, check_padding_mask, check_tensors
+from dilated_core.extending import Scores, autocast, check_call, pick
 from dilated_core.interfaces import AttentionPattern, BufferSource, SpanCall
 from dilated_ring._agreement import Fact, Validate, agree, check_validate
 from dilated_ring._attention import Job, Pass, attend
@@ -20,21 +19,24 @@ from dilated_ring._faults import Call
 from dilated_ring._heads import HeadsJob
 from dilated_ring._nodes import NodeRows
 from dilated_ring._routes import Problem, gather_routes, ring_routes
-from dilated_ring._strategy import check_strategy, choose_strategy
+from dilated_ring._strategy import STRATEGIES, Strategy, check_strategy, choose_strategy
 from dilated_ring._topology import Ring, find_ring
-from dilated_ring._trade import Trade, obstacle
+from dilated_ring._trade import make_trade, obstacle
 
 
-class _Options(NamedTuple):
-    """The arguments of a call that are not tensors."""
+class _Given(NamedTuple):
+    """The arguments of a call, as they were given.
 
+    Attributes:
+        tensors: query, key, value.
+        options: what `check_call` checks beside them.
+        pattern, strategy, buffers: as in `ring_attention`.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    options: dict[str, Any]
     pattern: AttentionPattern
-    is_causal: bool
-    scale: float | None
-    dropout_p: float
-    enable_gqa: bool
-    return_lse: bool
-    strategy: str
+    strategy: Strategy
     buffers: BufferSource | None
 
 
@@ -54,7 +56,7 @@ def ring_attention(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     validate: Validate = "first",
     buffers: BufferSource | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -81,7 +83,9 @@ def ring_attention(
         return_lse: also return the log-sum-exp.
         strategy: how rows travel: "gather" (all in one exchange), "heads" (ranks trade rows for
             heads, and back), "ring" (an exchange for each distance between ranks, two in memory
-            at a time) or "auto"; see `choose_strategy`.
+            at a time) or "auto": in a mesh of two dimensions "gather"; else "heads" where it moves
+            at most half of what "gather" does; else "gather", or "ring" where the rows that arrive
+            would take more memory than query, key, value and output of the rank.
         validate: compare the arguments of all ranks in the "first" call of a group, "always" or
             never ("off").
         buffers: where messages live, e.g. a memory pool; torch when None.
@@ -96,169 +100,129 @@ def ring_attention(
         RingError: a rank failed, died or stalled; on every rank that is left.
     """
     check_validate(validate)
-    options = _Options(
-        pattern, is_causal, scale, dropout_p, enable_gqa, return_lse, strategy, buffers
-    )
+    options: dict[str, Any] = {
+        "is_causal": is_causal, "scale": scale, "key_padding_mask": key_padding_mask,
+        "dropout_p": dropout_p, "enable_gqa": enable_gqa, "return_lse": return_lse,
+    }  # fmt: skip
+    given = _Given((query, key, value), options, pattern, strategy, buffers)
     ring = find_ring(group)
     if ring is None:
-        _check(None, query, key, value, key_padding_mask, options)
-        return pattern.spans.attend_whole(
-            query, key, value,
-            is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
-            dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
-        )  # fmt: skip
-    seed = _agree(ring, query, key, value, key_padding_mask, options, validate)
+        _check_ways(given)
+        return pattern.spans.attend_whole(query, key, value, **options)
+    scores = _agree(ring, given, validate)
     query, key, value = autocast(query, key, value)
-    job = _job(ring, query, key, value, options, seed)
+    job = _job(ring, query, key, value, given, scores)
     out, lse = attend(job, query, key, value, key_padding_mask)
     return (out, lse) if return_lse else out
 
 
-def _check(
-    ring: Ring | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    options: _Options,
-) -> None:
+def _check_ways(given: _Given) -> None:
+    """Raise unless what ring adds to a call is valid."""
+    check_strategy(given.strategy)
+    if not isinstance(given.pattern, AttentionPattern):
+        raise TypeError(f"pattern must be an AttentionPattern. Got {type(given.pattern).__name__}.")
+    if given.buffers is not None and not isinstance(given.buffers, BufferSource):
+        raise TypeError(
+            f"buffers must be a BufferSource or None. Got {type(given.buffers).__name__}."
+        )
+
+
+def _check(ring: Ring, given: _Given) -> Scores:
     """Raise unless the arguments of this rank are valid."""
-    for name in ("is_causal", "enable_gqa", "return_lse"):
-        if not isinstance(flag := getattr(options, name), bool):
-            raise TypeError(f"{name} must be a bool. Got {flag!r}.")
-    check_strategy(options.strategy)
-    if not isinstance(options.pattern, AttentionPattern):
-        raise TypeError(
-            f"pattern must be an AttentionPattern. Got {type(options.pattern).__name__}."
-        )
-    if options.buffers is not None and not isinstance(options.buffers, BufferSource):
-        raise TypeError(
-            f"buffers must be a BufferSource or None. Got {type(options.buffers).__name__}."
-        )
-    check_tensors(query, key, value, enable_gqa=options.enable_gqa, dims=4)
-    check_padding_mask(key_padding_mask, key.shape[0], key.shape[1], query.device)
-    _number("dropout_p", options.dropout_p)
-    if not 0.0 <= options.dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1). Got {options.dropout_p}.")
-    if options.scale is not None:
-        _number("scale", options.scale)
-        if not math.isfinite(options.scale):
-            raise ValueError(f"scale must be finite. Got {options.scale}.")
-    if ring is None:
-        return
-    if query.shape[1] != key.shape[1]:
-        raise ValueError(f"key must have query's length {query.shape[1]}. Got {key.shape[1]}.")
+    _check_ways(given)
+    scores = check_call(*given.tensors, **given.options)
+    query, key, _ = given.tensors
     n = query.shape[1]
-    options.pattern.spans.check(n * ring.world_size, n, query.shape[2])
-    if options.strategy == "heads":
-        reason = obstacle(_problem(ring, query, key, options))
-        if reason is not None:
-            raise ValueError(f"strategy must be able to serve the call. Got 'heads', but {reason}.")
+    if n != key.shape[1]:
+        raise ValueError(f"key must have query's length {n}. Got {key.shape[1]}.")
+    given.pattern.spans.check(n * ring.world_size, n, query.shape[2])
+    if given.strategy == "heads":
+        problem = _problem(ring, query, key, given.pattern, scores)
+        pick("strategy", "heads", STRATEGIES, {}, {"heads": obstacle(problem)})
+    return scores
 
 
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(f"{name} must be a float. Got {value!r}.")
-
-
-def _agree(
-    ring: Ring,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    options: _Options,
-    validate: Validate,
-) -> Tensor | None:
-    """Raise the same error on all ranks unless they are called alike; return the common seed."""
-    error: Exception | None = None
+def _agree(ring: Ring, given: _Given, validate: Validate) -> Scores:
+    """Raise the same error on all ranks unless they are called alike; add the common seed."""
+    scores, error = None, None
     try:
-        _check(ring, query, key, value, key_padding_mask, options)
+        scores = _check(ring, given)
     except (TypeError, ValueError) as found:
         error = found
-    facts = _facts(ring, query, key, value, key_padding_mask, options)
+    query = given.tensors[0]
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     with Call(ring.group, device, "arguments", ring.parts) as call:
-        agree(call, facts, error, validate)
-        if not options.dropout_p:
-            return None
+        agree(call, _facts(ring, given), error, validate)
+        assert scores is not None
         # All ranks draw, so that their random states stay alike where they were.
-        seed = torch.randint(2**62, (), device=device)
-        call.step = "seed of dropout"
-        first = dist.get_global_rank(ring.group, 0)
-        work = dist.broadcast(seed, first, group=ring.group, async_op=True)
-        assert work is not None
-        call.wait(work)
-        return seed
+        scores = scores.seeded(device)
+        if scores.seed is not None:
+            call.step = "seed of dropout"
+            first = dist.get_global_rank(ring.group, 0)
+            work = dist.broadcast(scores.seed, first, group=ring.group, async_op=True)
+            assert work is not None
+            call.wait(work)
+        return scores
 
 
-def _facts(
-    ring: Ring,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    options: _Options,
-) -> Mapping[str, Fact]:
+def _facts(ring: Ring, given: _Given) -> Mapping[str, Fact]:
     """What must be the same on all ranks."""
     facts: dict[str, Fact] = {}
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in zip(("query", "key", "value"), given.tensors, strict=True):
         if isinstance(tensor, Tensor):
             facts[f"shape of {name}"] = tuple(tensor.shape)
             facts[f"dtype of {name}"] = str(tensor.dtype)
             facts[f"gradient of {name}"] = torch.is_grad_enabled() and tensor.requires_grad
-    if isinstance(options.pattern, AttentionPattern):
-        facts["pattern"] = options.pattern.code
-    facts["key_padding_mask"] = "none" if key_padding_mask is None else "given"
-    facts["ranks of a node"] = ring.nodes.size if ring.nodes else None
-    for name in ("is_causal", "scale", "dropout_p", "enable_gqa", "strategy"):
-        facts[name] = getattr(options, name)
-    return facts
+    if isinstance(given.pattern, AttentionPattern):
+        facts["pattern"] = given.pattern.code
+    masked = given.options["key_padding_mask"] is not None
+    facts["key_padding_mask"] = "given" if masked else "none"
+    facts["ranks of a node"] = ring.node_size
+    for name in ("is_causal", "scale", "dropout_p", "enable_gqa"):
+        facts[name] = given.options[name]
+    return facts | {"strategy": given.strategy}
 
 
-def _problem(ring: Ring, query: Tensor, key: Tensor, options: _Options) -> Problem:
+def _problem(
+    ring: Ring, query: Tensor, key: Tensor, pattern: AttentionPattern, scores: Scores
+) -> Problem:
     _, length, heads, _ = query.shape
-    return Problem(options.pattern, length, ring.world_size, heads, key.shape[2], options.is_causal)
+    return Problem(pattern, length, ring.world_size, heads, key.shape[2], scores.is_causal)
 
 
 def _job(
-    ring: Ring, query: Tensor, key: Tensor, value: Tensor, options: _Options, seed: Tensor | None
+    ring: Ring, query: Tensor, key: Tensor, value: Tensor, given: _Given, scores: Scores
 ) -> Pass:
-    problem = _problem(ring, query, key, options)
-    strategy = options.strategy
+    pattern, buffers = given.pattern, given.buffers
+    problem = _problem(ring, query, key, pattern, scores)
+    strategy = given.strategy
     if strategy == "auto":
-        strategy = "gather" if ring.nodes else _chosen(problem)
+        strategy = _chosen(problem, ring.node_size is not None)
     call = SpanCall(
-        problem.span(ring.rank),
-        problem.length,
-        options.is_causal,
-        query.shape[3] ** -0.5 if options.scale is None else float(options.scale),
-        float(options.dropout_p),
-        seed,
-    )
-    kind = options.pattern.code, strategy
+        problem.span(ring.rank), problem.length, scores.is_causal, scores.scale,
+        scores.dropout_p, scores.seed,
+    )  # fmt: skip
+    kind = pattern.code, strategy
     if strategy == "heads":
-        return HeadsJob(call, ring, _trade(problem, ring.rank), options.buffers, kind)
+        return HeadsJob(call, ring, make_trade(problem, ring.rank), buffers, kind)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     keeps = trains and strategy == "gather"
-    rounds = _rounds(problem, ring, strategy)
-    return Job(options.pattern.spans, call, ring, rounds, keeps, options.buffers, kind)
+    rounds = _rounds(problem, ring.rank, ring.node_size, strategy)
+    return Job(pattern.spans, call, ring, rounds, keeps, buffers, kind)
 
 
+# By numbers, not by the ring: a cache that held process groups would keep them for ever.
 @lru_cache(maxsize=64)
-def _rounds(problem: Problem, ring: Ring, strategy: str) -> tuple[Rows | NodeRows, ...]:
+def _rounds(
+    problem: Problem, rank: int, node_size: int | None, strategy: Strategy
+) -> tuple[Rows | NodeRows, ...]:
     routes = gather_routes if strategy == "gather" else ring_routes
-    found = routes(problem, ring.rank)
-    if found and strategy == "gather" and ring.nodes:
-        return (NodeRows(problem, ring.rank, ring.nodes),)
+    found = routes(problem, rank)
+    if found and strategy == "gather" and node_size is not None:
+        return (NodeRows(problem, rank, node_size),)
     return tuple(Rows(route, problem.world_size) for route in found)
 
 
 @lru_cache(maxsize=64)
-def _trade(problem: Problem, rank: int) -> Trade:
-    return Trade(problem, rank)
-
-
-@lru_cache(maxsize=64)
-def _chosen(problem: Problem) -> str:
-    return choose_strategy(problem).strategy
+def _chosen(problem: Problem, in_nodes: bool) -> Strategy:
+    return choose_strategy(problem, in_nodes=in_nodes).strategy

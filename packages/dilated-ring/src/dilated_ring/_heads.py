@@ -15,6 +15,7 @@ from torch import Tensor
 from dilated_core import Partial
 from dilated_core.extending import (
     RowAttention,
+    Upstream,
     accumulate_dtype,
     attend_rows,
     attend_rows_backward,
@@ -22,10 +23,10 @@ from dilated_core.extending import (
     merge_,
 )
 from dilated_core.interfaces import BufferSource, KeyRows, SpanCall
-from dilated_ring._attention import Kept, Upstream
+from dilated_ring._attention import KeptRows
 from dilated_ring._exchange import Wire, open_wire
 from dilated_ring._topology import Ring
-from dilated_ring._trade import Group, Indices, Trade
+from dilated_ring._trade import HeadGroup, Indices, Trade
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class HeadsJob:
     buffers: BufferSource | None
     kind: tuple[str, str]
 
-    def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[Kept]]:
+    def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[KeptRows]]:
         """The merged partial of all keys, and what arrived."""
         index = self.trade.on(query.device)
         dtype = accumulate_dtype(query.dtype)
@@ -62,14 +63,17 @@ class HeadsJob:
                 merged = Partial(total.out[at], total.lse[there])
                 merge_(merged, Partial(out[mine].transpose(0, 1), lse[mine].T))
                 total.out[at], total.lse[there] = merged
-        return total, [Kept(rows, padding)]
+        return total, [KeptRows(rows, padding)]
 
-    def backward(self, upstream: Upstream, kept: Sequence[Kept]) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, upstream: Upstream, padding: Tensor | None, kept: Sequence[KeptRows]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients to this rank's query, key and value, wide."""
-        grad_out, grad_lse, query, keys, total = upstream
+        grad_out, grad_lse, query, key, value, total = upstream
+        keys = KeyRows(key, value, padding)
         dtype = accumulate_dtype(query.dtype)
         index = self.trade.on(query.device)
-        ((rows, padding),) = kept
+        ((rows, masks),) = kept
         # What the gradient of a score subtracts; its owner knows it without sending its output.
         delta = (grad_out.to(dtype) * total.out.to(dtype)).sum(-1).transpose(1, 2)
         if grad_lse is not None:
@@ -81,11 +85,11 @@ class HeadsJob:
             numbers = torch.stack([total.lse[at], delta[at]], -1).transpose(0, 1)
             arrive_grad = swap.start_queries(grad_out[:, row, head].transpose(0, 1))
             arrive_numbers = swap.start_queries(numbers)
-            dq, dk, dv = self._local_backward(upstream, dtype)
+            dq, dk, dv = self._local_backward(upstream, keys, dtype)
             grads, numbers = arrive_grad(), arrive_numbers()
             home = wire.leases.empty(tuple(rows.shape), dtype).zero_()
             order = index.order_received
-            for group, (q, k, v), how in self._groups(index, rows, padding):
+            for group, (q, k, v), how in self._groups(index, rows, masks):
                 do, lse, shift = (
                     _by_head(x[group.queries]) for x in (grads, numbers[..., :1], numbers[..., 1:])
                 )
@@ -116,17 +120,19 @@ class HeadsJob:
         return Partial(torch.zeros_like(query, dtype=dtype), lse)
 
     def _local_backward(
-        self, upstream: Upstream, dtype: torch.dtype
+        self, upstream: Upstream, keys: KeyRows, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, grad_lse, query, key, value, total = upstream
         if self.trade.local is not None:
-            return self.trade.local.attend_span_backward(self.call, *upstream)
-        key = upstream.keys.key
-        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (upstream.query, key, key))
+            return self.trade.local.attend_span_backward(
+                self.call, grad_out, grad_lse, query, keys, total
+            )
+        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (query, key, value))
         return dq, dk, dv
 
     def _groups(
         self, index: Indices, rows: Tensor, padding: Tensor | None
-    ) -> Iterator[tuple[Group, tuple[Tensor, Tensor, Tensor], RowAttention]]:
+    ) -> Iterator[tuple[HeadGroup, tuple[Tensor, Tensor, Tensor], RowAttention]]:
         """Heads to attend at once: their query, key and value (B, h, m, D), and how."""
         for group in index.groups:
             places = group.queries, group.keys, group.keys
@@ -144,7 +150,7 @@ class HeadsJob:
                 RowAttention(self.call.scale, self.call.is_causal, mask, keep, self.call.dropout_p),
             )
 
-    def _keep(self, group: Group, batch: int) -> Callable[[range], Tensor]:
+    def _keep(self, group: HeadGroup, batch: int) -> Callable[[range], Tensor]:
         assert self.call.seed is not None
         seed, at = int(self.call.seed), group.positions
         index = torch.arange(batch, device=at.device)[:, None, None, None]

@@ -4,19 +4,20 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core import DilatedPattern, MultiheadDilatedAttention
+from dilated_core.extending import HeadAttention
 from dilated_core.interfaces import AttentionPattern, BufferSource
 from dilated_ring._agreement import Validate, check_validate
 from dilated_ring._functional import ring_attention
 from dilated_ring._sharding import local_positions
-from dilated_ring._strategy import check_strategy
+from dilated_ring._strategy import Strategy, check_strategy
 from dilated_ring._topology import ring_group
 
 
-class RingDilatedAttention(nn.Module):
+class RingDilatedAttention(HeadAttention):
     """`ring_attention` as a module: this rank's heads in, (B, n, H, D), and its heads out.
 
     Args:
@@ -31,8 +32,12 @@ class RingDilatedAttention(nn.Module):
         buffers: as in `ring_attention`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError: pattern is no AttentionPattern, or dropout or scale no number.
+        ValueError: dropout is not in [0, 1), scale is not finite, strategy or validate names none,
+            ring_size does not fit the world, or stands beside a group.
     """
+
+    _shown = (*HeadAttention._shown, ("strategy", "auto"), ("validate", "first"))
 
     def __init__(
         self,
@@ -42,23 +47,19 @@ class RingDilatedAttention(nn.Module):
         ring_size: int | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
-        strategy: str = "auto",
+        strategy: Strategy = "auto",
         validate: Validate = "first",
         buffers: BufferSource | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(scale=scale, dropout=dropout)
         if not isinstance(pattern, AttentionPattern):
             raise TypeError(f"pattern must be an AttentionPattern. Got {type(pattern).__name__}.")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1). Got {dropout}.")
         check_strategy(strategy)
         check_validate(validate)
         if group is not None and ring_size is not None:
             raise ValueError(f"ring_size must be None when group is given. Got {ring_size}.")
         self.pattern = pattern
         self.ranks = _Ranks(group) if ring_size is None else _Ranks.of_size(ring_size)
-        self.scale = scale
-        self.dropout = dropout
         self.strategy = strategy
         self.validate = validate
         self.buffer_source = buffers  # nn.Module.buffers lists the tensors of a module
@@ -73,13 +74,8 @@ class RingDilatedAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend: query (B, n, H, D), key and value (B, n, H_kv, D), mask (B, n) True = ignore."""
-        options: dict[str, Any] = {
-            "is_causal": is_causal,
-            "scale": self.scale,
-            "key_padding_mask": key_padding_mask,
-            "dropout_p": self.dropout if self.training else 0.0,
-            "enable_gqa": query.ndim == 4 and key.ndim == 4 and query.shape[2] != key.shape[2],
-        }
+        options = self.options(query, key)
+        options |= {"is_causal": is_causal, "key_padding_mask": key_padding_mask}
         if self.ranks.alone:
             return cast(Tensor, self.pattern.spans.attend_whole(query, key, value, **options))
         out = ring_attention(
@@ -88,19 +84,15 @@ class RingDilatedAttention(nn.Module):
         )  # fmt: skip
         return cast(Tensor, out)
 
-    def positions(self, length: int, like: Tensor) -> Tensor:
+    def positions(self, length: int, *, device: torch.device | str | None = None) -> Tensor:
         """The positions of this rank's rows in the whole sequence, (n,) int64."""
         if self.ranks.alone:
-            return torch.arange(length, device=like.device)
-        return local_positions(length, group=self.ranks.group, device=like.device)
+            return torch.arange(length, device=device)
+        return local_positions(length, group=self.ranks.group, device=device)
 
-    def extra_repr(self) -> str:
-        """The arguments that differ from their defaults."""
-        parts = [repr(self.pattern)]
-        for name, default in (("scale", None), ("dropout", 0.0), ("strategy", "auto")):
-            if (value := getattr(self, name)) != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
+    def shown(self) -> str:
+        """The pattern."""
+        return repr(self.pattern)
 
 
 class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
@@ -131,7 +123,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         group: dist.ProcessGroup | DeviceMesh | None = None,
         ring_size: int | None = None,
         dropout: float = 0.0,
-        strategy: str = "auto",
+        strategy: Strategy = "auto",
         validate: Validate = "first",
         buffers: BufferSource | None = None,
         **options: Any,
@@ -155,7 +147,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         """Attend, as `MultiheadDilatedAttention.forward`; `positions` default to this rank's."""
         if self.position_embedding is not None and positions is None:
             attention = cast(RingDilatedAttention, self.attention)
-            positions = attention.positions(query.shape[1], query)
+            positions = attention.positions(query.shape[1], device=query.device)
         return super().forward(query, key, value, positions=positions, **options)
 
 

@@ -105,9 +105,8 @@ class NodeRoutes:
 class NodeRows:
     """The rows of a mesh as one rank takes part in their exchange (as `Rows`)."""
 
-    def __init__(self, problem: Problem, rank: int, nodes: Nodes) -> None:
-        self.nodes = nodes
-        routes = NodeRoutes.of(problem, rank, nodes.size)
+    def __init__(self, problem: Problem, rank: int, node_size: int) -> None:
+        routes = NodeRoutes.of(problem, rank, node_size)
         self.packed = tuple(rows for source in routes.received.values() for rows in source)
         self._index = Index([*routes.leaving.values(), *routes.own.values()])
         self._leaving, self._own = routes.rows_leaving, routes.rows_own
@@ -163,7 +162,7 @@ class NodeRows:
         passed = wire.leases.empty((len(self._passed), *tail), grads.dtype)
         held = wire.leases.empty((self._held, *tail), grads.dtype)
         received, sent = self._within
-        works = [wire.swap(passed, grads, sent, received, self.nodes.inside)]
+        works = [wire.swap(passed, grads, sent, received, _nodes(wire).inside)]
 
         def leave() -> list[Work]:
             table = held[self._leaving :].zero_()
@@ -174,7 +173,7 @@ class NodeRows:
                 first += size
             arrived, left = self._across
             ours, theirs = held[: self._leaving], held[self._leaving + self._own :]
-            return [wire.swap(ours, theirs, left, arrived, self.nodes.across)]
+            return [wire.swap(ours, theirs, left, arrived, _nodes(wire).across)]
 
         return Flight(wire, works, held, (grads, passed), None, leave)
 
@@ -184,11 +183,16 @@ class NodeRows:
 
     def _start_across(self, wire: Wire, held: Tensor) -> Work:
         arrived = held[self._leaving + self._own :]
-        return wire.swap(arrived, held[: self._leaving], *self._across, self.nodes.across)
+        return wire.swap(arrived, held[: self._leaving], *self._across, _nodes(wire).across)
 
     def _start_inside(self, wire: Wire, held: Tensor, received: Tensor) -> Work:
         sent = held[self._leaving :][self._passed.to(held.device)]
-        return wire.swap(received, sent, *self._within, self.nodes.inside)
+        return wire.swap(received, sent, *self._within, _nodes(wire).inside)
+
+
+def _nodes(wire: Wire) -> Nodes:
+    assert wire.ring.nodes is not None
+    return wire.ring.nodes
 
 
 def _count(packed: Iterable[PackedRows]) -> int:

@@ -1,17 +1,17 @@
 """What ring attention costs, before there is a rank to run it on: bytes, memory, time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dilated_core import Branch, DilatedPattern
 from dilated_core.extending import accumulate_dtype
-from dilated_core.interfaces import PackedRows
+from dilated_core.interfaces import AttentionPattern, PackedRows
 from dilated_ring._nodes import NodeRoutes
 from dilated_ring._routes import Problem, Route, gather_routes, ring_routes
 from dilated_ring._strategy import Strategy, check_strategy, choose_strategy
-from dilated_ring._trade import Trade
+from dilated_ring._trade import Trade, make_trade
 
 # Two matrix products in a forward, five in a backward.
 _BACKWARD_FLOPS = 2.5
@@ -36,6 +36,9 @@ class Traffic:
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.forward + other.forward, self.backward + other.backward)
+
+
+_NOTHING = Traffic(0, 0)
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ class Plan:
         shard: rows of each rank.
         strategy: how rows travel.
         reason: why.
-        branches: the pattern's branches, and the bytes that each moves.
-        traffic: bytes that all of them move.
+        branches: the branches of a DilatedPattern, and the bytes that each moves; else none.
+        traffic: bytes that all rows move.
         across: the part of `traffic` that comes from other nodes.
         memory: bytes that the rank holds.
-        flops: floating-point operations of this rank's forward; the mean over ranks if not causal.
-        forward: predicted time of a forward.
-        backward: predicted time of a backward.
+        flops: floating-point operations of this rank's forward; the mean over ranks if not causal;
+            None, as are the times, of a pattern other than DilatedPattern.
+        forward: predicted time of a forward, or None.
+        backward: predicted time of a backward, or None.
     """
 
     rank: int
@@ -105,19 +109,21 @@ class Plan:
     traffic: Traffic
     across: Traffic
     memory: Memory
-    flops: int
-    forward: Seconds
-    backward: Seconds
+    flops: int | None
+    forward: Seconds | None
+    backward: Seconds | None
 
     @property
-    def exposed_share(self) -> float:
+    def exposed_share(self) -> float | None:
         """Share of the time of forward and backward in which the rank waits for messages."""
+        if self.forward is None or self.backward is None:
+            return None
         exposed = self.forward.exposed + self.backward.exposed
         return exposed / (self.forward.compute + self.backward.compute + exposed)
 
 
 def plan(
-    pattern: DilatedPattern,
+    pattern: AttentionPattern,
     *,
     length: int,
     world_size: int,
@@ -127,7 +133,7 @@ def plan(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     is_causal: bool = False,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     rank: int | None = None,
     ranks_per_node: int | None = None,
     bytes_per_second: float = 250e9,
@@ -154,10 +160,12 @@ def plan(
         flops_per_second: of attention on one rank.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError: pattern is no AttentionPattern.
+        ValueError: a size or speed is not positive or does not divide another, strategy names none
+            or cannot serve the call, or the pattern does not fit the length, shards or heads.
     """
-    if not isinstance(pattern, DilatedPattern):
-        raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+    if not isinstance(pattern, AttentionPattern):
+        raise TypeError(f"pattern must be an AttentionPattern. Got {type(pattern).__name__}.")
     if (ranks_per_node is None) != (bytes_per_second_across is None):
         raise ValueError(
             "bytes_per_second_across must be given with ranks_per_node. "
@@ -167,71 +175,59 @@ def plan(
     rank = world_size - 1 if rank is None else rank
     size = world_size if ranks_per_node is None else ranks_per_node
     across_speed = bytes_per_second if bytes_per_second_across is None else bytes_per_second_across
-    sizes = {
-        "length": length, "world_size": world_size, "heads": heads, "head_dim": head_dim,
-        "kv_heads": kv_heads, "batch": batch, "ranks_per_node": size,
-        "bytes_per_second": bytes_per_second, "bytes_per_second_across": across_speed,
-        "flops_per_second": flops_per_second,
-    }  # fmt: skip
-    for name, value in sizes.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive. Got {value}.")
-    if length % world_size:
-        raise ValueError(f"length must be a multiple of world_size ({world_size}). Got {length}.")
-    if world_size % size:
-        raise ValueError(f"ranks_per_node must divide world_size ({world_size}). Got {size}.")
-    if heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}). Got {heads}.")
+    _check_sizes(
+        length=length, world_size=world_size, heads=heads, head_dim=head_dim, kv_heads=kv_heads,
+        batch=batch, ranks_per_node=size, bytes_per_second=bytes_per_second,
+        bytes_per_second_across=across_speed, flops_per_second=flops_per_second,
+    )  # fmt: skip
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size={world_size}). Got {rank}.")
     check_strategy(strategy)
     shard = length // world_size
+    pattern.spans.check(length, shard, heads)
     problem = Problem(pattern, shard, world_size, heads, kv_heads, is_causal)
-    picked, reason = _picked(problem, strategy, size)
+    choice = choose_strategy(problem, strategy, in_nodes=1 < size < world_size)
+    picked = choice.strategy
     costs = _Costs(rank, size, batch, head_dim, dtype.itemsize, accumulate_dtype(dtype).itemsize)
-    nothing = Traffic(0, 0), Traffic(0, 0)
-    parts = [
-        # Segments that divide the shards need nothing from other ranks.
-        (branch, costs.traffic(alone, picked) if shard % branch[0] else nothing)
-        for branch, alone in _by_branch(problem)
-    ]
-    inside = sum((near for _, (near, _) in parts), Traffic(0, 0))
-    across = sum((far for _, (_, far) in parts), Traffic(0, 0))
-    flops = batch * _flops(problem, rank, head_dim)
-    local = min(flops, batch * pattern.flops(shard, heads, head_dim, is_causal=is_causal))
-    times = (
-        _seconds(
-            factor * flops / flops_per_second,
-            factor * local / flops_per_second,
-            *costs.steps(problem, picked, near / bytes_per_second, far / across_speed, home=home),
-        )
-        for factor, near, far, home in (
+    inside, across = costs.traffic(problem, picked)
+    flops: int | None = None
+    times: list[Seconds] = []
+    branches: list[tuple[Branch, Traffic]] = []
+    if isinstance(pattern, DilatedPattern):
+        for branch, alone in _by_branch(pattern, problem):
+            # Segments that divide the shards need nothing from other ranks.
+            parts = costs.traffic(alone, picked) if shard % branch[0] else (_NOTHING, _NOTHING)
+            branches.append((branch, parts[0] + parts[1]))
+        flops = batch * _flops(pattern, problem, rank, head_dim)
+        local = min(flops, batch * pattern.flops(shard, heads, head_dim, is_causal=is_causal))
+        passes = (
             (1.0, inside.forward, across.forward, False),
             (_BACKWARD_FLOPS, inside.backward, across.backward, True),
         )
-    )
+        for factor, near, far, home in passes:
+            rate = flops_per_second / factor
+            beside, after = costs.steps(
+                problem, picked, near / bytes_per_second, far / across_speed, home=home
+            )
+            times.append(_seconds(flops / rate, local / rate, beside, after))
     return Plan(
-        rank,
-        shard,
-        picked,
-        reason,
-        tuple((branch, near + far) for branch, (near, far) in parts),
-        inside + across,
-        across,
-        costs.memory(problem, picked),
-        flops,
-        *times,
-    )
+        rank, shard, picked, choice.reason, tuple(branches), inside + across, across,
+        costs.memory(problem, picked), flops, *(times or (None, None)),
+    )  # fmt: skip
 
 
-def _picked(problem: Problem, strategy: str, size: int) -> tuple[Strategy, str]:
-    """How rows travel in nodes of some ranks, and why."""
-    if strategy == "auto" and 1 < size < problem.world_size:
-        return "gather", "a row crosses between nodes once for each node"
-    if strategy == "auto":
-        choice = choose_strategy(problem)
-        return choice.strategy, choice.reason
-    return strategy, "it was asked for"  # type: ignore[return-value]  # checked before
+def _check_sizes(**sizes: float) -> None:
+    for name, value in sizes.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive. Got {value}.")
+    world_size, size = sizes["world_size"], sizes["ranks_per_node"]
+    if world_size % size:
+        raise ValueError(f"ranks_per_node must divide world_size ({world_size}). Got {size}.")
+    for name, part in (("length", "world_size"), ("heads", "kv_heads")):
+        if sizes[name] % sizes[part]:
+            raise ValueError(
+                f"{name} must be a multiple of {part} ({sizes[part]}). Got {sizes[name]}."
+            )
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,7 @@ class _Costs:
     def traffic(self, problem: Problem, strategy: Strategy) -> tuple[Traffic, Traffic]:
         """What the rank receives from others in its node, and from other nodes."""
         if strategy == "heads":
-            trade = Trade(problem, self.rank)
+            trade = make_trade(problem, self.rank)
             return self._trade_traffic(trade, near=True), self._trade_traffic(trade, near=False)
         if self._in_two_steps(problem, strategy):
             return self._node_traffic(NodeRoutes.of(problem, self.rank, self.node_size))
@@ -286,7 +282,7 @@ class _Costs:
         tensors = vectors * 2 * (heads + kv_heads) * self.item + self.batch * n * heads * self.wide
         gradients = vectors * (heads + 2 * kv_heads) * self.wide
         if strategy == "heads":
-            kept, forward, backward = self._trade_memory(Trade(problem, self.rank))
+            kept, forward, backward = self._trade_memory(make_trade(problem, self.rank))
         elif self._in_two_steps(problem, strategy):
             nodes = NodeRoutes.of(problem, self.rank, self.node_size)
             kept, forward, backward = self._node_memory(nodes)
@@ -383,10 +379,8 @@ def _routes(problem: Problem, rank: int, strategy: Strategy) -> tuple[Route, ...
     return (gather_routes if strategy == "gather" else ring_routes)(problem, rank)
 
 
-def _by_branch(problem: Problem) -> Iterator[tuple[Branch, Problem]]:
+def _by_branch(pattern: DilatedPattern, problem: Problem) -> Iterator[tuple[Branch, Problem]]:
     """Each branch as a problem of its own, in which all other branches see single rows."""
-    pattern = problem.pattern
-    assert isinstance(pattern, DilatedPattern)
     for number, branch in enumerate(pattern.branches):
         each = [branch if k == number else Branch(1, 1) for k in range(len(pattern.branches))]
         alone = DilatedPattern(
@@ -394,16 +388,11 @@ def _by_branch(problem: Problem) -> Iterator[tuple[Branch, Problem]]:
             head_offsets=pattern.head_offsets,
             head_groups=pattern.head_groups,
         )
-        yield branch, Problem(
-            alone, problem.shard, problem.world_size, problem.heads, problem.kv_heads,
-            problem.is_causal,
-        )  # fmt: skip
+        yield branch, replace(problem, pattern=alone)
 
 
-def _flops(problem: Problem, rank: int, head_dim: int) -> int:
+def _flops(pattern: DilatedPattern, problem: Problem, rank: int, head_dim: int) -> int:
     """Of one rank's queries: exact if causal, where they end a shorter sequence; else the mean."""
-    pattern = problem.pattern
-    assert isinstance(pattern, DilatedPattern)
     heads, n = problem.heads, problem.shard
     if not problem.is_causal:
         return pattern.flops(problem.length, heads, head_dim) // problem.world_size

@@ -38,6 +38,11 @@ class Ring:
     nodes: Nodes | None = None
 
     @property
+    def node_size(self) -> int | None:
+        """Ranks in a node, or None where they are not spread over nodes."""
+        return None if self.nodes is None else self.nodes.size
+
+    @property
     def parts(self) -> tuple[dist.ProcessGroup, ...]:
         """The groups of some of its ranks."""
         return () if self.nodes is None else (self.nodes.across, self.nodes.inside)
@@ -107,7 +112,7 @@ def ring_group(ring_size: int) -> dist.ProcessGroup | None:
         raise ValueError(f"ring_size must be positive. Got {ring_size}.")
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ring_size > world_size:
-        raise ValueError(f"ring_size ({ring_size}) cannot exceed world_size ({world_size})")
+        raise ValueError(f"ring_size must be at most world_size ({world_size}). Got {ring_size}.")
     if world_size % ring_size:
         raise ValueError(f"ring_size must divide world_size ({world_size}). Got {ring_size}.")
     if ring_size == 1:

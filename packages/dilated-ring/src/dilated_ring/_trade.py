@@ -1,7 +1,7 @@
 """Which rows the ranks of a segment trade for heads, and back: pure integers until `Indices`."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     rows: range
 
 
-class Group(NamedTuple):
+class HeadGroup(NamedTuple):
     """Heads that keep the same rows of a clique; their attention is computed at once.
 
     Attributes:
@@ -121,6 +121,12 @@ class Trade:
         return self._made[device]
 
 
+@lru_cache(maxsize=64)
+def make_trade(problem: Problem, rank: int) -> Trade:
+    """The trade of a rank, made once."""
+    return Trade(problem, rank)
+
+
 class Indices:
     """The rows of a trade as tensors on a device."""
 
@@ -163,7 +169,7 @@ class Indices:
         ]
         return self._cat(mine).to(torch.bool).nonzero().squeeze(1)
 
-    def _groups(self) -> Iterator[Group]:
+    def _groups(self) -> Iterator[HeadGroup]:
         queries, keys = (self._places(kind) for kind in (0, 1))
         ratio = self.trade.problem.heads // self.trade.problem.kv_heads
         alike: dict[tuple[int, int], list[int]] = {}
@@ -178,7 +184,7 @@ class Indices:
             positions = range(start, start + len(rows[0]) * clique.step, clique.step)
             read = [keys[number, head // ratio, first] for head in heads]
             columns = heads, list(positions), rows, read
-            yield Group(*(torch.tensor(x, device=self.device) for x in columns))
+            yield HeadGroup(*(torch.tensor(x, device=self.device) for x in columns))
 
     def _places(self, kind: int) -> dict[tuple[int, int, int], list[int]]:
         """For each head of each clique, its rows among all of a kind that arrived, in order."""
