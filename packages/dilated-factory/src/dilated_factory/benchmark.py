@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_core import DilatedPattern, dilated_attention, select_backend
+from dilated_core import dilated_attention, select_backend
 from dilated_factory.configs.attention import AttentionConfig
+from dilated_factory.planning import Workload
 from dilated_factory.registry import Registry
 
 # The reference holds all N * N scores of a head in float32 or wider.
@@ -24,38 +25,6 @@ REFERENCE_MAX_LENGTH = 4096
 
 # Query, key and value (B, N, H, D) to the output, of the same shape.
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is timed: one call, and its backward unless `forward_only`."""
-
-    pattern: DilatedPattern
-    length: int
-    heads: int
-    head_dim: int
-    batch: int = 1
-    is_causal: bool = False
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    forward_only: bool = False
-
-    def tensors(self) -> list[Tensor]:
-        """Query, key, value and the gradient of the output, (B, N, H, D) each, drawn anew."""
-        shape = (self.batch, self.length, self.heads, self.head_dim)
-        generator = torch.Generator().manual_seed(0)
-        return [
-            torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(4)
-        ]
-
-    def flops(self) -> int:
-        """Operations of one forward, by the definition of the pattern."""
-        one = self.pattern.flops(self.length, self.heads, self.head_dim, is_causal=self.is_causal)
-        return self.batch * one
-
-    def round_flops(self) -> float:
-        """Operations of what is timed; a backward counts as 2.5 forwards."""
-        return (1.0 if self.forward_only else 3.5) * self.flops()
 
 
 class Contender(NamedTuple):
@@ -158,7 +127,7 @@ def _time(contender: Contender, workload: Workload, rounds: int) -> Timing:
     attention = contender.make()
     if isinstance(attention, str):
         return Timing(contender.name, obstacle=attention)
-    query, key, value, upstream = workload.tensors()
+    query, key, value, upstream = _tensors(workload)
     inputs = [x.requires_grad_(not workload.forward_only) for x in (query, key, value)]
 
     def once() -> None:
@@ -170,8 +139,18 @@ def _time(contender: Contender, workload: Workload, rounds: int) -> Timing:
 
     once()
     gc.collect()
-    flops = workload.round_flops() if contender.by_definition else None
+    flops = workload.forwards * workload.flops() if contender.by_definition else None
     return Timing(contender.name, tuple(_seconds(once) for _ in range(rounds)), flops=flops)
+
+
+def _tensors(workload: Workload) -> list[Tensor]:
+    """Query, key, value and the gradient of the output, (B, N, H, D) each, drawn anew."""
+    shape = (workload.batch, workload.length, workload.heads, workload.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator).to(workload.device, workload.dtype)
+        for _ in range(4)
+    ]
 
 
 def _seconds(call: Callable[[], None]) -> float:

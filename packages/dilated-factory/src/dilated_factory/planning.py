@@ -4,49 +4,55 @@
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_factory.errors import missing_package
 
-# Seven products of matrices in a forward and its backward, two of them in the forward.
-_TRAINING = 3.5
-
 
 @dataclass(frozen=True)
-class Shape:
-    """The attention of one layer.
+class Workload:
+    """The attention of one layer: one call, and its backward unless `forward_only`.
 
     Attributes:
         pattern: which keys a query sees.
         length: positions N.
         heads: query heads H.
         head_dim: width D of a head.
-        kv_heads: key heads H_kv.
         batch: sequences B.
         is_causal: whether the keys after each query are hidden.
         dtype: of query, key and value.
+        device: where it is timed.
+        forward_only: whether there is no backward.
+        kv_heads: key heads H_kv; heads when None.
     """
 
     pattern: DilatedPattern
     length: int
     heads: int
     head_dim: int
-    kv_heads: int
     batch: int = 1
     is_causal: bool = False
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    forward_only: bool = False
+    kv_heads: int | None = None
 
     def flops(self) -> int:
-        """Operations of a forward."""
+        """Operations of one forward, by the definition of the pattern."""
         one = self.pattern.flops(self.length, self.heads, self.head_dim, is_causal=self.is_causal)
         return self.batch * one
 
+    @property
+    def forwards(self) -> float:
+        """How many forwards cost as much; a backward counts as 2.5."""
+        return 1.0 if self.forward_only else 3.5
+
 
 @dataclass(frozen=True)
-class Plan:
+class Needs:
     """What the device that has most to do needs.
 
     Attributes:
@@ -80,39 +86,36 @@ class Plan:
 
 
 def make_plan(
-    shape: Shape,
+    work: Workload,
     devices: int,
     *,
-    training: bool,
     flops_per_second: float,
     bytes_per_second: float | None = None,
-) -> Plan:
+) -> Needs:
     """Plan attention on P devices that share each sequence, padded to a multiple of P.
 
     Args:
-        shape: the attention.
+        work: the attention.
         devices: P; more than one need dilated-ring, whose plan this is.
-        training: count the backward too.
         flops_per_second: what a device reaches in this attention.
         bytes_per_second: what a device receives from others.
 
     Raises:
         MissingPackageError: several devices, and dilated-ring is not installed.
-        ValueError: the shape cannot be spread over so many devices.
+        ValueError: the work cannot be spread over so many devices.
     """
     if devices > 1:
-        return _spread(shape, devices, training, flops_per_second, bytes_per_second)
-    item, rows = shape.dtype.itemsize, shape.batch * shape.length
-    inputs = rows * shape.head_dim * (shape.heads + 2 * shape.kv_heads)
-    flops = round(shape.flops() * (_TRAINING if training else 1))
-    wide = max(4, item)
-    return Plan(
-        rows=shape.length,
+        return _spread(work, devices, flops_per_second, bytes_per_second)
+    item, rows = work.dtype.itemsize, work.batch * work.length
+    inputs = rows * work.head_dim * (work.heads + 2 * (work.kv_heads or work.heads))
+    flops = round(work.flops() * work.forwards)
+    return Needs(
+        rows=work.length,
         flops=flops,
         received_bytes=0,
-        tensor_bytes=item * (inputs + rows * shape.head_dim * shape.heads)
-        + wide * rows * shape.heads,
-        gradient_bytes=item * inputs if training else 0,
+        tensor_bytes=item * (inputs + rows * work.head_dim * work.heads)
+        + max(4, item) * rows * work.heads,
+        gradient_bytes=0 if work.forward_only else item * inputs,
         message_bytes=0,
         compute_seconds=flops / flops_per_second,
         exchange_seconds=0.0,
@@ -122,57 +125,55 @@ def make_plan(
 
 
 def _spread(
-    shape: Shape,
-    devices: int,
-    training: bool,
-    flops_per_second: float,
-    bytes_per_second: float | None,
-) -> Plan:
+    work: Workload, devices: int, flops_per_second: float, bytes_per_second: float | None
+) -> Needs:
     if importlib.util.find_spec("dilated_ring") is None:
         raise missing_package("a plan for several devices", "dilated-ring")
     import dilated_ring
 
     made = dilated_ring.plan(
-        shape.pattern,
-        length=-(-shape.length // devices) * devices,
+        work.pattern,
+        length=-(-work.length // devices) * devices,
         world_size=devices,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        kv_heads=shape.kv_heads,
-        batch=shape.batch,
-        dtype=shape.dtype,
-        is_causal=shape.is_causal,
+        heads=work.heads,
+        head_dim=work.head_dim,
+        kv_heads=work.kv_heads,
+        batch=work.batch,
+        dtype=work.dtype,
+        is_causal=work.is_causal,
         flops_per_second=flops_per_second,
         # An unknown speed stays unknown below; bytes do not depend on it.
         bytes_per_second=bytes_per_second or 1.0,
     )
-    memory, passes = made.memory, [made.forward] + ([made.backward] if training else [])
-    messages = memory.forward_messages
-    if training:
+    assert made.flops is not None
+    memory, messages = made.memory, made.memory.forward_messages
+    times = [x for x in (made.forward, made.backward) if x is not None]
+    if work.forward_only:
+        times = times[:1]
+    else:
         messages = memory.kept + max(messages, memory.backward_messages)
     known = bytes_per_second is not None
-    return Plan(
+    return Needs(
         rows=made.shard,
-        flops=round(made.flops * (_TRAINING if training else 1)),
-        received_bytes=made.traffic.total if training else made.traffic.forward,
+        flops=round(made.flops * work.forwards),
+        received_bytes=made.traffic.forward if work.forward_only else made.traffic.total,
         tensor_bytes=memory.tensors,
-        gradient_bytes=memory.gradients if training else 0,
+        gradient_bytes=0 if work.forward_only else memory.gradients,
         message_bytes=messages,
-        compute_seconds=sum(each.compute for each in passes),
-        exchange_seconds=sum(each.communication for each in passes) if known else None,
-        exposed_seconds=sum(each.exposed for each in passes) if known else None,
+        compute_seconds=sum(each.compute for each in times),
+        exchange_seconds=sum(each.communication for each in times) if known else None,
+        exposed_seconds=sum(each.exposed for each in times) if known else None,
         strategy=f"{made.strategy}: {made.reason}",
     )
 
 
-def measure_flops_per_second(shape: Shape, *, positions: int = 4096) -> float:
+def measure_flops_per_second(work: Workload, *, positions: int = 4096) -> float:
     """What this machine's CPU reaches in a forward of one sequence, cut to some positions."""
-    length = min(shape.length, positions)
-    query = torch.randn(1, length, shape.heads, shape.head_dim, dtype=shape.dtype)
-    flops = shape.pattern.flops(length, shape.heads, shape.head_dim, is_causal=shape.is_causal)
+    one = replace(work, length=min(work.length, positions), batch=1)
+    query = torch.randn(1, one.length, one.heads, one.head_dim, dtype=one.dtype)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        dilated_attention(query, query, query, shape.pattern, is_causal=shape.is_causal)
+        dilated_attention(query, query, query, one.pattern, is_causal=one.is_causal)
         seconds.append(time.perf_counter() - start)
-    return flops / min(seconds)
+    return one.flops() / min(seconds)

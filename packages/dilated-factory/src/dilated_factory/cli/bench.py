@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dilated_core import DilatedPattern
 from dilated_factory.attention import default_registry
-from dilated_factory.benchmark import Timing, Workload, contenders, run
+from dilated_factory.benchmark import Timing, contenders, run
 from dilated_factory.cli import EXIT_INTERRUPTED
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device
@@ -28,6 +28,7 @@ from dilated_factory.cli.patterns import (
 )
 from dilated_factory.configs.files import read_values
 from dilated_factory.figures import save_timings
+from dilated_factory.planning import Workload
 from dilated_factory.training.loop import select_device
 
 

@@ -20,7 +20,7 @@ from dilated_factory.cli.patterns import (
     read_pattern,
 )
 from dilated_factory.errors import InputError
-from dilated_factory.planning import Plan, Shape, make_plan, measure_flops_per_second
+from dilated_factory.planning import Needs, Workload, make_plan, measure_flops_per_second
 
 
 def plan(
@@ -73,21 +73,21 @@ def plan(
         heads=heads,
     )
     try:
-        shape = Shape(
+        work = Workload(
             pattern,
             length,
             heads,
             head_dim,
-            kv_heads or heads,
             batch,
             causal,
             getattr(torch, dtype),
+            forward_only=not training,
+            kv_heads=kv_heads,
         )
-        rate = 1e12 * tflops if tflops else measure_flops_per_second(shape)
+        rate = 1e12 * tflops if tflops else measure_flops_per_second(work)
         made = make_plan(
-            shape,
+            work,
             devices,
-            training=training,
             flops_per_second=rate,
             bytes_per_second=1e9 * gigabytes_per_second if gigabytes_per_second else None,
         )
@@ -111,7 +111,7 @@ def plan(
     return 0
 
 
-def table(made: Plan, rate: float, *, measured: bool) -> Table:
+def table(made: Needs, rate: float, *, measured: bool) -> Table:
     """The plan as rows of name and value."""
     result = Table(show_header=False)
     result.add_column()

@@ -71,7 +71,7 @@ class _Scores(FrozenConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
-class _Layout(FrozenConfig):
+class _LayoutField(FrozenConfig):
     layout: LayoutConfig
 
 
@@ -117,27 +117,27 @@ class RingConfig(AttentionConfig, PatternFields, _Scores, _Ring):
     kind: Literal["ring"] = "ring"
 
 
-class BlockSparseConfig(AttentionConfig, _Layout, _Scores):
+class BlockSparseConfig(AttentionConfig, _LayoutField, _Scores):
     """`dilated_sparse.BlockSparseAttention`, its layout built for the length of each call."""
 
     kind: Literal["block_sparse"] = "block_sparse"
     backend: SparseBackend | None = None
 
 
-class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _Layout, _Scores):
+class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _LayoutField, _Scores):
     """`dilated_sparse.BlockSparseDilatedAttention`, its layout built for the length of a call."""
 
     kind: Literal["block_sparse_dilated"] = "block_sparse_dilated"
     backend: SparseBackend | None = None
 
 
-class BlockSparseRingConfig(AttentionConfig, _Layout, _Scores, _Ring):
+class BlockSparseRingConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
     """`dilated_ring.ring_attention` over a block layout."""
 
     kind: Literal["block_sparse_ring"] = "block_sparse_ring"
 
 
-class BlockSparseRingDistributedConfig(AttentionConfig, _Layout, _Scores, _Ring):
+class BlockSparseRingDistributedConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
     """`block_sparse_ring` on a mesh of two dimensions: dense in a node, sparse across nodes."""
 
     kind: Literal["block_sparse_ring_distributed"] = "block_sparse_ring_distributed"
