@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,13 +20,18 @@ from torch.utils.checkpoint import checkpoint
 from dilated_core import DilatedAttention, DilatedPattern, MultiheadDilatedAttention
 from dilated_ring import (
     RingDilatedAttention,
+    RingError,
     RingMultiheadDilatedAttention,
+    _faults,
+    _functional,
     local_positions,
     ring_attention,
     shard_sequence,
     unshard_sequence,
 )
+from dilated_ring._topology import Nodes, Ring
 from process_ranks import device
+from ring_fault_programs import FaultyPattern
 
 EMBED, HEADS, KV_HEADS = 48, 6, 3
 PATTERN = DilatedPattern([5, 17, 1000], [1, 2, 3])
@@ -121,6 +129,42 @@ def ring_of_one() -> bool:
     alone = RingDilatedAttention(PATTERN, ring_size=1)
     counted = alone.positions(11, device=x.device).tolist() == list(range(11))
     return counted and torch.equal(alone(x, x, x), DilatedAttention(PATTERN)(x, x, x))
+
+
+def destroy_groups(mesh: bool, how: str) -> tuple[list[str], int]:
+    """Which groups outlive their use and their end, and how many more groups ring knows."""
+    known = len(_faults._LINES)
+    size = dist.get_world_size()
+    x = torch.randn(2, 12, 4, 3, device=device(), requires_grad=True)
+    group: Any = dist.new_group(list(range(size)))
+    groups = {"flat": group}
+    if mesh:
+        # Without a mesh of torch's, which keeps groups itself.
+        pairs = [dist.new_group([start, start + 1]) for start in range(0, size, 2)]
+        places = [dist.new_group(list(range(place, size, 2))) for place in range(2)]
+        groups["inside"] = pairs[dist.get_rank() // 2]
+        groups["across"] = places[dist.get_rank() % 2]
+    nodes = Nodes(groups["across"], groups["inside"], 2) if mesh else None
+    ring = Ring(group, dist.get_rank(), size, nodes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_functional, "find_ring", {None: ring}.get)
+        if how == "refused":
+            with pytest.raises(ValueError, match="query must have shape"):
+                ring_attention(x[0], x, x, PATTERN)
+        elif how == "broken":
+            with pytest.raises(RingError, match="seven is not prime"):
+                ring_attention(x, x, x, FaultyPattern(PATTERN, "attend_span", "exception"))
+        else:
+            ring_attention(x, x, x, PATTERN, strategy=how).sum().backward()
+    seen = {name: weakref.ref(each) for name, each in groups.items()}
+    for each in groups.values():
+        dist.destroy_process_group(each)
+    del group, groups, nodes, ring, each, x
+    if mesh:
+        del pairs, places
+    gc.collect()
+    left = [name for name, each in seen.items() if each() is not None]
+    return left, len(_faults._LINES) - known
 
 
 class Recorder:

@@ -109,6 +109,17 @@ def test_positions_count_through_the_ranks(ranks: GetRanks, world: World) -> Non
     assert [position for rank in found for position in rank] == list(range(15))
 
 
+@pytest.mark.parametrize(("world", "mesh"), [
+    *((pytest.param(*world.values, False, marks=world.marks)) for world in worlds(2)),
+    *((pytest.param(*world.values, True, marks=world.marks)) for world in worlds(4)),
+])  # fmt: skip
+@pytest.mark.parametrize("how", ["gather", "ring", "refused", "broken"])
+def test_a_group_that_is_destroyed_is_kept_by_nothing(
+    ranks: GetRanks, world: World, mesh: bool, how: str
+) -> None:
+    assert ranks(world).run(programs.destroy_groups, mesh, how) == [([], 0)] * world.size
+
+
 @pytest.mark.parametrize("world", worlds(2, 4))
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 def test_buffers_are_given_back_and_not_used_after(
@@ -125,6 +136,9 @@ def test_buffers_are_given_back_and_not_used_after(
     [
         (lambda: RingDilatedAttention([4]), "pattern must be an AttentionPattern"),
         (lambda: RingDilatedAttention(PATTERN, dropout=1.0), r"dropout must be in \[0, 1\)"),
+        (lambda: RingDilatedAttention(PATTERN, dropout="a"), "dropout must be a float. Got 'a'"),
+        (lambda: RingDilatedAttention(PATTERN, dropout=True), "dropout must be a float. Got True"),
+        (lambda: RingDilatedAttention(PATTERN, scale="x"), "scale must be a float or None"),
         (lambda: RingDilatedAttention(PATTERN, strategy="fast"), "strategy must be one of"),
         (lambda: RingDilatedAttention(PATTERN, validate="maybe"), "validate must be one of"),
         (lambda: RingDilatedAttention(PATTERN, ring_size=0), "ring_size must be positive"),
@@ -161,4 +175,5 @@ def test_the_layers_print_their_arguments() -> None:
     layer = RingMultiheadDilatedAttention(48, 6, PATTERN, dropout=0.1, strategy="ring")
     assert "dropout=0.1" in repr(layer)
     assert "strategy='ring'" in repr(layer)
+    assert "validate='off'" in repr(RingDilatedAttention(PATTERN, validate="off"))
     assert list(layer.buffers()) == []

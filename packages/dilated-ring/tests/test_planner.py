@@ -269,6 +269,40 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         plan("longnet", **good)  # type: ignore[arg-type]  # the wrong type
 
 
+def test_a_strategy_that_cannot_serve_the_call_is_refused() -> None:
+    """Planned before, it ended in an assertion, or in bytes of a trade that no run makes."""
+    job: dict[str, Any] = {"length": 64, "world_size": 4, "head_dim": 8, "strategy": "heads"}
+    for pattern, heads, why in (
+        (DilatedPattern([64], [1]), 6, "6 key heads cannot be shared by 4 ranks"),
+        (DilatedPattern([5, 64], [1, 2]), 8, "are not rows that see each other"),
+    ):
+        with pytest.raises(ValueError, match=f"strategy must be able .* Got 'heads', but .*{why}"):
+            plan(pattern, **job, heads=heads)
+
+
+class Disguised:
+    """A dilated pattern of which no more is known than what ranks ask of any pattern."""
+
+    def __init__(self, pattern: DilatedPattern) -> None:
+        self.code, self.spans = pattern.code, pattern.spans
+
+
+@pytest.mark.parametrize("strategy", ["auto", "gather", "heads", "ring"])
+def test_any_pattern_has_a_plan_of_bytes(strategy: str) -> None:
+    pattern = DilatedPattern([4, 32, 1000], [1, 2, 4])
+    job: dict[str, Any] = {
+        "length": 64, "world_size": 4, "heads": 8, "kv_heads": 4, "head_dim": 8,
+        "strategy": strategy,
+    }  # fmt: skip
+    known, planned = (plan(given, **job) for given in (pattern, Disguised(pattern)))
+    for name in ("shard", "strategy", "reason", "traffic", "across", "memory"):
+        assert getattr(planned, name) == getattr(known, name)
+    assert sum(traffic.total for _, traffic in known.branches) == known.traffic.total
+    assert planned.branches == ()
+    # Other patterns do not tell their operations.
+    assert planned.flops is planned.forward is planned.backward is planned.exposed_share is None
+
+
 def test_more_bandwidth_exposes_less() -> None:
     job: dict[str, Any] = {"length": 2**22, "world_size": 4, "heads": 8, "head_dim": 64}
     pattern = DilatedPattern([2**20, 2**22], [1, 1])

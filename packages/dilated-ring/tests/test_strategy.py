@@ -42,3 +42,17 @@ def test_trading_heads_moves_two_gths_of_what_gather_does() -> None:
         problem = Problem(WIDE, 16, ranks, 8, 8, False)
         gathered = 2 * received_rows(problem, 0)
         assert Trade(problem, 0).vectors * ranks == 2 * gathered
+
+
+def test_in_a_mesh_of_nodes_rows_cross_once_for_each_node() -> None:
+    choice = choose_strategy(Problem(DENSE, 16, 8, 8, 8, False), in_nodes=True)
+    assert choice.strategy == "gather"
+    assert choice.reason == "a row crosses between nodes once for each node"
+    assert {*dict(choice.rejected)} == {"heads", "ring"}
+
+
+def test_a_strategy_that_is_given_is_taken_or_refused() -> None:
+    problem = Problem(WIDE, 16, 4, 6, 6, False)
+    assert choose_strategy(problem, "ring").reason == "it was given"
+    with pytest.raises(ValueError, match="Got 'heads', but 6 key heads cannot be shared"):
+        choose_strategy(problem, "heads")
