@@ -36,7 +36,6 @@ _ACROSS_NODES = 2e10
 # Seconds to start anything, and to agree with other ranks.
 _START = 1e-5
 _AGREE = 1e-4
-_ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -112,33 +111,38 @@ def _fitting_layout(config: LayoutConfig, length: int, heads: int) -> BlockLayou
 
 def _exchange(request: AutoConfig, mesh: bool) -> tuple[int, int]:
     """Bytes that the busiest rank receives from its node and from others."""
-    row = 2 * (request.kv_heads or request.heads) * request.head_dim * _ITEM_SIZE[request.dtype]
-    if request.layout is not None:
-        tokens = _layout_exchange(
-            request.layout, request.length, request.heads, request.world, request.nodes, mesh
-        )
-    else:
+    kv_heads, dtype = request.kv_heads or request.heads, getattr(torch, request.dtype)
+    world, nodes = request.world, request.nodes
+    if request.layout is None:
         assert request.pattern is not None
-        tokens = _dilated_exchange(request.pattern, request.length, request.world, request.nodes)
+        return _dilated_exchange(
+            request.pattern, request.length, request.heads, kv_heads, request.head_dim, dtype,
+            world, nodes, request.is_causal,
+        )  # fmt: skip
+    tokens = _layout_exchange(request.layout, request.length, request.heads, world, nodes, mesh)
+    row = 2 * kv_heads * request.head_dim * dtype.itemsize
     return tokens[0] * row, tokens[1] * row
 
 
+@lru_cache(maxsize=64)
 def _dilated_exchange(
-    pattern: DilatedPattern, length: int, world: int, nodes: int
-) -> tuple[int, int]:
-    """Rows of K and V from the node and from others: (g - 1) * n / r for each remote branch.
+    pattern: DilatedPattern, length: int, heads: int, kv_heads: int, head_dim: int,
+    dtype: torch.dtype, world: int, nodes: int, is_causal: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes of keys and values from the node and from others, as dilated-ring plans them.
 
-    A branch is remote if its segment is wider than a shard; g ranks share a segment.
+    For the last rank where it is causal, which has most to do; else for the first.
     """
-    shard, on_node = -(-length // world), world // nodes
-    within = across = 0
-    for w, r in pattern.branches:
-        ranks = min(-(-min(w, length) // shard), world)
-        near = min(ranks, on_node)
-        rows = -(-shard // r)
-        within += (near - 1) * rows
-        across += (ranks - near) * rows
-    return within, across
+    from dilated_ring import plan
+
+    planned = plan(
+        pattern, length=-(-length // world) * world, world_size=world, heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, is_causal=is_causal, strategy="ring",
+        rank=world - 1 if is_causal else 0, ranks_per_node=world // nodes,
+        bytes_per_second_across=_ACROSS_NODES,
+    )  # fmt: skip
+    across = planned.across.forward
+    return planned.traffic.forward - across, across
 
 
 @lru_cache(maxsize=64)
