@@ -72,6 +72,7 @@ nox.options.sessions = [
     "lint",
     "types",
     "imports",
+    "structure",
     "tests",
     "integration",
     "isolated",
@@ -108,6 +109,12 @@ def imports(session: nox.Session) -> None:
     install(session, IMPORT_LINTER)
     sources = (str(ROOT / "packages" / package / "src") for package in PACKAGES)
     session.run("lint-imports", env={"PYTHONPATH": os.pathsep.join(sources)})
+
+
+@nox.session(venv_backend="none")
+def structure(session: nox.Session) -> None:
+    """Print long functions and files; fail on circles of imports and homonymous classes."""
+    session.run(sys.executable, "tools/structure.py", external=True)
 
 
 @nox.session
@@ -229,12 +236,6 @@ def gpu(session: nox.Session) -> None:
     python = os.environ.get("NOXW_PYTHON", "python")
     arguments = ["-m", "gpu or multi_gpu", "packages", *session.posargs]
     session.run(python, "-m", "pytest", *arguments, external=True)
-
-
-@nox.session(default=False, venv_backend="none")
-def structure(session: nox.Session) -> None:
-    """Print long functions and files; fail on circles of imports and homonymous classes."""
-    session.run(sys.executable, "tools/structure.py", external=True)
 
 
 @nox.session(default=False)

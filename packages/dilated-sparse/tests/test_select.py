@@ -54,6 +54,16 @@ def test_the_bound_on_the_dropped_mass_holds_for_every_row(case, tau):
     assert (layout.to_dense() >= own_blocks(layout, is_causal)).all()
 
 
+@given(inputs(), st.floats(0.01, 1.0), st.sampled_from([0.0, -0.4, -3.0]))
+def test_a_factor_of_0_or_below_is_one_on_the_query(case, tau, scale):
+    query, key, is_causal, b = case
+    options = {"is_causal": is_causal, "block_size": b}
+    found = select.threshold_blocks(query, key, tau, scale=scale, **options)
+    same = select.threshold_blocks(query * scale, key, tau, scale=1.0, **options)
+    assert torch.equal(found.layout.to_dense(), same.layout.to_dense())
+    torch.testing.assert_close(found.dropped_mass, same.dropped_mass)
+
+
 @given(inputs(), st.integers(1, 9))
 def test_top_k_keeps_own_blocks_and_so_many_blocks(case, count):
     query, key, is_causal, b = case

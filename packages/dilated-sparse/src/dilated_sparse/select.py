@@ -25,12 +25,12 @@ from dilated_sparse._blocks import compress
 from dilated_sparse._grid import Grid, make_grid, single_blocks
 from dilated_sparse._layout import BlockLayout
 
-__all__ = ["Selection", "threshold_blocks", "top_k_blocks"]
+__all__ = ["BlockSelection", "threshold_blocks", "top_k_blocks"]
 
 _CHUNK_SCORES = 1 << 22
 
 
-class Selection(NamedTuple):
+class BlockSelection(NamedTuple):
     """What `threshold_blocks` chose.
 
     Attributes:
@@ -87,7 +87,7 @@ def threshold_blocks(
     is_causal: bool = False,
     scale: float | None = None,
     block_size: int = 128,
-) -> Selection:
+) -> BlockSelection:
     """For each query block, the fewest blocks whose estimated mass reaches the share tau.
 
     The estimated mass of a block is its number of keys times exp(pooled score), with the pooled
@@ -114,13 +114,13 @@ def threshold_blocks(
     _checks.share("tau", tau)
     chosen, bounds = [], []
     for rows in pooled.chunks():
-        scores = pooled.scores(rows) * pooled.scale + pooled.counts.log()
+        scores = pooled.scores(rows, pooled.scale) + pooled.counts.log()
         own = pooled.own(rows).expand_as(scores)
         kept = _smallest_set(scores, own, tau)
         chosen.append(_places(pooled, rows, kept))
         bounds.append(_bound(pooled, rows, kept))
     empty = query.new_zeros(query.shape[2], 0, dtype=accumulate_dtype(query.dtype))
-    return Selection(_layout(pooled, chosen), torch.cat(bounds, 1) if bounds else empty)
+    return BlockSelection(_layout(pooled, chosen), torch.cat(bounds, 1) if bounds else empty)
 
 
 def _smallest_set(log_mass: Tensor, own: Tensor, tau: float) -> Tensor:
@@ -198,12 +198,12 @@ class _Pooled:
         for start in range(0, self.grid.rows, size):
             yield range(start, min(start + size, self.grid.rows))
 
-    def scores(self, rows: range) -> Tensor:
-        """(H, rows, C): pooled scores; -inf for blocks that a causal choice must not look at."""
+    def scores(self, rows: range, scale: float = 1.0) -> Tensor:
+        """(H, rows, C): pooled scores times scale; -inf where a causal choice must not look."""
         b = self.grid.block_size
         first = torch.arange(rows.start, rows.stop, device=self.query.device) * b
         if self.is_causal:
-            scores = self.query[:, first] @ self.means.transpose(1, 2)
+            scores = self.query[:, first] @ self.means.transpose(1, 2) * scale
             later = self.first_key + self.counts > self.positions[first, None]
             return scores.masked_fill(later, -math.inf)
         span = self.query[:, rows.start * b : rows.stop * b]
@@ -211,7 +211,7 @@ class _Pooled:
         block = torch.repeat_interleave(torch.arange(len(rows), device=first.device), sizes)
         pooled = span.new_zeros(span.shape[0], len(rows), span.shape[2])
         pooled = pooled.index_add_(1, block, span) / sizes[:, None]
-        return pooled @ self.means.transpose(1, 2)
+        return pooled @ self.means.transpose(1, 2) * scale
 
     def own(self, rows: range) -> Tensor:
         """(rows, C): the key blocks at the positions of the queries."""

@@ -20,6 +20,7 @@ from dilated_sparse import BlockLayout, layouts
 from dilated_sparse._call import BlockCall
 from dilated_sparse._operators import TRITON
 from dilated_sparse._reference import attend as reference
+from dilated_testing import stretch
 from sparse_problems import Problem, problems
 
 WIDE = Config(16, 16, 4, 1)
@@ -92,7 +93,7 @@ def poison():
 def largest_error(problem, dtype=torch.float32):
     """The largest relative error of out, lse and the gradients."""
     seed = torch.tensor(2**40 + 12345) if problem.dropout_p else None
-    scale = problem.head_dim**-0.5
+    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
     scores = Scores(problem.is_causal, scale, problem.mask(), problem.dropout_p, seed)
     call = BlockCall(problem.layout, scores)
     generator = torch.Generator().manual_seed(1)
@@ -106,8 +107,9 @@ def largest_error(problem, dtype=torch.float32):
             upstream = [torch.randn(x.shape, generator=generator) for x in (out, lse)]
         seen = lse > -math.inf
         total = (out * upstream[0]).sum() + (lse.masked_fill(~seen, 0.0) * upstream[1]).sum()
-        grads = torch.autograd.grad(total, tensors)
-        results.append([out, lse.masked_fill(~seen, 999.0), *grads])
+        dq, *grads = torch.autograd.grad(total, tensors)
+        dq = dq * stretch(problem.scale, problem.head_dim)
+        results.append([out, lse.masked_fill(~seen, 999.0), dq, *grads])
     return worse(*(error(a, b) for a, b in zip(*results, strict=True)))
 
 

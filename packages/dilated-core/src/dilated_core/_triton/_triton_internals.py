@@ -6,7 +6,7 @@ binary depends on is either fixed or checked, so that the binary of the first la
 """
 
 # triton has no types.
-# mypy: disable-error-code="import-untyped"
+# mypy: disable-error-code="import-untyped,import-not-found"
 
 import inspect
 from collections.abc import Sequence
