@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilated_core import DilatedPattern, dilated_attention, dilated_attention_varlen
-from dilated_testing import Problem, problems, relative_error
+from dilated_testing import Problem, problems, relative_error, stretch
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -132,7 +132,8 @@ def test_packed_sequences_are_attended_one_by_one(problem, lengths):
             q[0], k[0], v[0], ends, problem.pattern, **options, backend=backend,
             key_padding_mask=None if mask is None else mask[0], dropout_p=problem.dropout_p,
         )  # fmt: skip
-        return out, lse, *torch.autograd.grad(out, (q, k, v), upstream)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), upstream)
+        return out, lse, dq * stretch(problem.scale, problem.head_dim), dk, dv
 
     actual, oracle = packed("torch"), packed("reference")
     for a, b in zip(actual, oracle, strict=True):

@@ -14,7 +14,7 @@ from dilated_sparse import (
     block_sparse_attention,
     layouts,
 )
-from dilated_testing import relative_error
+from dilated_testing import relative_error, stretch
 from sparse_problems import problems
 
 PATTERN = DilatedPattern([7, 14], [1, 2])
@@ -39,7 +39,7 @@ def test_the_union_with_a_pattern_counts_multiplicities(problem):
     """Against dense attention in which each key has the weight of its count."""
     layout, n, m = problem.layout, problem.layout.length, problem.layout.key_length
     tensors = problem.tensors()
-    layer = BlockSparseDilatedAttention(PATTERN, layout)
+    layer = BlockSparseDilatedAttention(PATTERN, layout, scale=problem.scale)
     mask = problem.mask()
     out = layer(*tensors, is_causal=problem.is_causal, key_padding_mask=mask)
 
@@ -54,16 +54,18 @@ def test_the_union_with_a_pattern_counts_multiplicities(problem):
         count = count * ~mask[:, None, None]
     q, k, v = tensors
     k, v = (x.repeat_interleave(problem.heads // problem.kv_heads, 2) for x in (k, v))
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * problem.head_dim**-0.5
+    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     weights = count * scores.exp()
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
     expected = torch.einsum("bhnm,bmhd->bnhd", weights, v)
     assert relative_error(out, expected) < 1e-10
     upstream = torch.randn(out.shape, dtype=torch.float64)
-    for a, b in zip(
-        *(torch.autograd.grad(o, tensors, upstream) for o in (out, expected)), strict=True
+    factors = stretch(problem.scale, problem.head_dim), 1.0, 1.0
+    for factor, a, b in zip(
+        factors, *(torch.autograd.grad(o, tensors, upstream) for o in (out, expected)), strict=True
     ):
-        assert relative_error(a, b) < 1e-10
+        assert relative_error(a * factor, b * factor) < 1e-10
 
 
 @pytest.mark.parametrize(
