@@ -14,8 +14,9 @@ core_interfaces = pytest.importorskip(
     "dilated_core.interfaces", reason="dilated-core is not installed"
 )
 sparse = pytest.importorskip("dilated_sparse", reason="dilated-sparse is not installed")
-pytest.importorskip("dilated_ring", reason="dilated-ring is not installed")
+ring = pytest.importorskip("dilated_ring", reason="dilated-ring is not installed")
 programs = pytest.importorskip("ring_layout_programs")
+planner = pytest.importorskip("ring_planner_programs")
 layouts = sparse.layouts
 
 DRAWN = settings(
@@ -112,3 +113,26 @@ def test_what_does_not_fit_is_named(length: int, shard: int, heads: int, message
     layout = layouts.sliding_window(24, 3, block_size=4).per_head(3)
     with pytest.raises(ValueError, match=message):
         layout.spans.check(length, shard, heads)
+
+
+@pytest.mark.parametrize("world", worlds(2, 4))
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_plan_of_a_layout_counts_the_bytes_of_a_run(
+    ranks: GetRanks, world: World, strategy: str, is_causal: bool
+) -> None:
+    n = 12
+    layout = layouts.sliding_window(n * world.size, window=9, block_size=4)
+    options = {"strategy": strategy, "is_causal": is_causal}
+    found = ranks(world).run(planner.count, layout, (2, n, 4, 8), 2, torch.float32, options)
+    for rank, counts in enumerate(found):
+        planned = ring.plan(
+            layout, length=n * world.size, world_size=world.size, heads=4, kv_heads=2, head_dim=8,
+            batch=2, dtype=torch.float32, rank=rank, **options,
+        )  # fmt: skip
+        assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+        memory = planned.memory
+        assert counts.leased == [memory.forward_messages, memory.backward_messages]
+        assert sum(counts.received) > 0
+    with pytest.raises(ValueError, match="must be a multiple of the layout's block size 4"):
+        ring.plan(layout, length=n * world.size, world_size=6 * world.size, heads=4, head_dim=8)
