@@ -183,8 +183,23 @@ def test_rows_that_are_gone_stay_gone_after_a_first_truncation():
         cache.attend(x, x, x)
     for length in (4, 4):
         cache.truncate(length)
-        with pytest.raises(ValueError, match=r"no longer held\. Got 3"):
+        with pytest.raises(
+            ValueError, match=r"length must be a multiple of .* no longer held\. Got 3"
+        ):
             cache.truncate(3)
+
+
+def test_inference_mode_and_no_grad_can_take_turns():
+    pattern = DilatedPattern([4, 8], [1, 2])
+    tensors = [torch.randn(1, 9, 2, 5, dtype=torch.float64) for _ in "qkv"]
+    full = dilated_attention(*tensors, pattern, is_causal=True)
+    cache = DilatedKVCache(pattern)
+    for i, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode) * 3):
+        with mode():
+            if i in (3, 4):
+                cache.reorder(torch.tensor([0]))
+            out = cache.attend(*[x[:, i : i + 1] for x in tensors])
+        assert relative_error(out, full[:, i : i + 1]) < 1e-10
 
 
 def test_a_cache_keeps_to_its_number_of_query_heads():

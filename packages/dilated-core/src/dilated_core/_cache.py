@@ -110,7 +110,10 @@ class DilatedKVCache:
 
     def reorder(self, index: Tensor) -> None:
         """Take batch rows `index` (B',) int64, as beam search does; B' may differ from B."""
-        chosen = [[x.index_select(0, index) for x in branch.tensors] for branch in self._branches]
+        with torch.inference_mode(False):
+            chosen = [
+                [x.index_select(0, index) for x in branch.tensors] for branch in self._branches
+            ]
         for branch, tensors in zip(self._branches, chosen, strict=True):
             branch.key, branch.value, branch.padding = tensors
 
@@ -131,10 +134,10 @@ class DilatedKVCache:
         for branch in self._branches:
             if not branch.can_continue(length):
                 w, held = branch.segment_length, branch.held
+                within = f"between {held.start} and {held.stop}, or " if held else ""
                 raise ValueError(
-                    f"length must be between {held.start} and {held.stop}, or a multiple of "
-                    f"segment length {w}: the rows of other segments are no longer held. "
-                    f"Got {length}."
+                    f"length must be {within}a multiple of segment length {w}: the rows of other "
+                    f"segments are no longer held. Got {length}."
                 )
         self._forget(length)
 
@@ -172,8 +175,10 @@ class _BranchCache:
         count = streams[-1].rows.stop if streams else 0
         shape = (key.shape[0], count, -(-w // r), key.shape[3])
         self.kv_heads = key.shape[2]
-        self.key, self.value = key.new_zeros(shape), key.new_zeros(shape)
-        self.padding = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
+        # Tensors made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            self.key, self.value = key.new_zeros(shape), key.new_zeros(shape)
+            self.padding = torch.zeros(shape[:3], dtype=torch.bool, device=key.device)
         self.has_padding = False
         self.held = range(0)
 

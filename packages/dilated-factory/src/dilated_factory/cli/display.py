@@ -141,6 +141,10 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
     It is on standard error, so that standard output holds results alone, and gone afterwards.
     Where standard error is no terminal, nothing is shown.
     """
+    if not sys.stderr.isatty():
+        # A disabled Progress of rich 13 still ends with an empty line.
+        yield lambda what, share: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -155,7 +159,6 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
         console=Console(stderr=True, markup=False, highlight=False),
         transient=True,
         redirect_stdout=False,
-        disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task("", total=1.0)
         shown = ""

@@ -175,9 +175,12 @@ def group_checks() -> list[Check]:
     if not dist.is_available():
         return [Check("torch.distributed", False, "this torch is built without it")]
     gloo, nccl = dist.is_gloo_available(), dist.is_nccl_available()
+    gpus = torch.cuda.is_available()
+    no_device = "" if gpus else "not on this machine: no CUDA device"
+    without = no_device if nccl else "this torch has no nccl"
     return [
         Check("process groups on CPU, gloo", gloo, "" if gloo else "this torch has no gloo"),
-        Check("process groups on GPUs, nccl", nccl, "" if nccl else "this torch has no nccl"),
+        Check("process groups on GPUs, nccl", nccl and gpus, without),
     ]
 
 
