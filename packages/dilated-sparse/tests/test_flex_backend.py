@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch.nn.attention.flex_attention import flex_attention
 
 from dilated_core.extending import Scores
@@ -29,7 +29,7 @@ def filled(case):
 
 @eager
 @pytest.mark.usefixtures("uncompiled")
-@settings(max_examples=40, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problems(dropout=False).filter(filled))
 def test_flex_equals_reference(case):
     q, k, v = (x.detach() for x in case.tensors(torch.float32))
