@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dilated_factory.config import TrainConfig
+from dilated_factory.configs.models import TrainConfig
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.parallel import DataParallel, join

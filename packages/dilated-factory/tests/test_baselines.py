@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_factory.baselines import MarkovModel
+from dilated_factory.training.baselines import MarkovModel
 
 
 def witten_bell(rows: list[bytes], history: bytes, byte: int) -> float:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from dilated_core import dilated_attention
 from dilated_factory import LongNetConfig, LongNetLM, TransformerEncoderLayer
-from dilated_factory.attention import default_registry
 from dilated_factory.configs.attention import AutoConfig, DilatedConfig
-from dilated_factory.registry import create_attention
+from dilated_factory.kinds.default import default_registry
+from dilated_factory.kinds.registry import create_attention
 
 DILATED = DilatedConfig(segment_lengths=(8, 24), dilation_rates=(1, 3))
 repeats = pytest.mark.parametrize("repeat", range(20))

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from dilated_factory.cli import main
 from dilated_factory.cli.evaluate import evaluation_table
-from dilated_factory.config import LongNetConfig, TrainConfig
-from dilated_factory.evaluation import ContextScore
-from dilated_factory.trained import Evaluation
+from dilated_factory.configs.models import LongNetConfig, TrainConfig
 from dilated_factory.training import corpus as corpus_module
 from dilated_factory.training.corpus import load_corpus, standard_library
+from dilated_factory.training.evaluation import ContextScore
 from dilated_factory.training.loop import Trainer
+from dilated_factory.training.trained import Evaluation
 
 from .conftest import TINY_OPTIONS
 

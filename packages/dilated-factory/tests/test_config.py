@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from dilated_factory import InputError, LongNetConfig, TrainConfig
-from dilated_factory.config import parse_config
+from dilated_factory.configs.models import parse_config
 
 
 @pytest.mark.parametrize(

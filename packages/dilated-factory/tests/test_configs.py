@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from dilated_factory import InputError
-from dilated_factory.attention import register_dilated
 from dilated_factory.configs.attention import (
     AttentionConfig,
     AutoConfig,
@@ -25,7 +24,8 @@ from dilated_factory.configs.files import read_values, to_toml
 from dilated_factory.configs.kinds import CONFIG_TYPES, config_type, parse_any, read_config
 from dilated_factory.configs.layouts import DocumentConfig, build_layout
 from dilated_factory.configs.pool import PoolConfig, create_pool
-from dilated_factory.registry import Registry
+from dilated_factory.kinds.default import register_dilated
+from dilated_factory.kinds.registry import Registry
 
 from .random_configs import LAYOUTS, any_config
 

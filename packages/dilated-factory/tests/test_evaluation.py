@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_factory import CorpusError, InputError, LongNetConfig, LongNetLM
-from dilated_factory.evaluation import evaluate_contexts, fitting_contexts, scored_sections
+from dilated_factory.training.evaluation import evaluate_contexts, fitting_contexts, scored_sections
 
 
 @given(st.integers(1, 64), st.integers(0, 5000), st.integers(1, 5000))

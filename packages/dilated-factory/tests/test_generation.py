@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_core import DilatedAttention, DilatedKVCache
-from dilated_factory import LongNetConfig, LongNetLM, generation
-from dilated_factory.generation import generate, generate_tokens
+from dilated_factory import LongNetConfig, LongNetLM
+from dilated_factory.models import generation
+from dilated_factory.models.generation import generate, generate_tokens
 
 
 @pytest.fixture

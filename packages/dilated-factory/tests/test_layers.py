@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dilated_core import DilatedAttention, DilatedKVCache, DilatedPattern
 from dilated_core.interfaces import AttentionModule
 from dilated_factory import TransformerDecoderLayer, TransformerEncoderLayer
-from dilated_factory.positions import RotaryEmbedding
+from dilated_factory.models.positions import RotaryEmbedding
 from dilated_testing import relative_error
 
 PATTERN = DilatedPattern([5, 12, 40], [1, 2, 3])

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_factory import LongNetConfig, LongNetLM, longnet
-from dilated_factory.layers import TransformerDecoderLayer, magneto_gain
+from dilated_factory import LongNetConfig, LongNetLM
+from dilated_factory.models import longnet
+from dilated_factory.models.layers import TransformerDecoderLayer, magneto_gain
 
 
 def build(config: LongNetConfig, **options: object) -> LongNetLM:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dilated_core import DilatedPattern
-from dilated_factory.pattern_page import pattern_page
+from dilated_factory.tools.pattern_page import pattern_page
 
 from .browser import CHROMIUM, Page, open_browser
 

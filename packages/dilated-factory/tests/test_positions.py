@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilated_factory.positions import RotaryEmbedding, XPosEmbedding
+from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
 
 def products(embedding: RotaryEmbedding, n: int, m: int, dtype: torch.dtype) -> torch.Tensor:

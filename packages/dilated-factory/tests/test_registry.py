@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dilated_core import DilatedAttention
 from dilated_factory import InputError
-from dilated_factory.attention import default_registry, register_dilated
 from dilated_factory.configs.attention import AttentionConfig, DilatedConfig
 from dilated_factory.errors import MissingPackageError
-from dilated_factory.registry import Registry, Runtime, create_attention
+from dilated_factory.kinds.default import default_registry, register_dilated
+from dilated_factory.kinds.registry import Registry, Runtime, create_attention
 
 DILATED = DilatedConfig(segment_lengths=(8, 24), dilation_rates=(1, 3))
 NAMES = (
@@ -191,11 +191,11 @@ def test_only_the_missing_one_of_two_packages_is_named(monkeypatch: pytest.Monke
 
 
 def test_an_import_registers_nothing() -> None:
-    import dilated_factory.attention
-    import dilated_factory.registry
+    import dilated_factory.kinds.default
+    import dilated_factory.kinds.registry
 
     assert list(Registry()) == []
-    for module in (dilated_factory.attention, dilated_factory.registry):
+    for module in (dilated_factory.kinds.default, dilated_factory.kinds.registry):
         assert not [name for name, value in vars(module).items() if isinstance(value, Registry)]
 
 

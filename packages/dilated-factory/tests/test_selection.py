@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern, dilated_attention, select_backend
 from dilated_factory import InputError
-from dilated_factory.attention import default_registry
 from dilated_factory.configs.attention import AutoConfig
-from dilated_factory.cost import estimate
 from dilated_factory.errors import MissingPackageError
-from dilated_factory.registry import create_attention
-from dilated_factory.selection import Environment, Selection
+from dilated_factory.kinds.cost import estimate
+from dilated_factory.kinds.default import default_registry
+from dilated_factory.kinds.registry import create_attention
+from dilated_factory.kinds.selection import Environment, Selection
 
 HEADS, HEAD_DIM = 6, 8
 RING = {"ring": ("dilated-ring",), "ring_multihead": ("dilated-ring",)}

@@ -15,8 +15,6 @@ from dilated_factory.errors import (
 )
 
 if TYPE_CHECKING:
-    from dilated_factory.attention import default_registry
-    from dilated_factory.config import LongNetConfig, LongNetEncoderConfig, TrainConfig
     from dilated_factory.configs.attention import (
         AttentionConfig,
         AutoConfig,
@@ -31,16 +29,18 @@ if TYPE_CHECKING:
     )
     from dilated_factory.configs.files import to_toml
     from dilated_factory.configs.kinds import parse_any, read_config
+    from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
     from dilated_factory.configs.pool import PoolConfig, create_pool
-    from dilated_factory.encoder import LongNetEncoder
-    from dilated_factory.generation import generate, generate_tokens
     from dilated_factory.interop import register_with_transformers
     from dilated_factory.interop.gigapath import SlideEncoder, SlideEncoderConfig
     from dilated_factory.interop.torchscale import load_torchscale
-    from dilated_factory.layers import TransformerDecoderLayer, TransformerEncoderLayer
-    from dilated_factory.longnet import LongNetLM
-    from dilated_factory.registry import Registry, Runtime, create_attention
-    from dilated_factory.selection import Environment, Selection
+    from dilated_factory.kinds.default import default_registry
+    from dilated_factory.kinds.registry import Registry, Runtime, create_attention
+    from dilated_factory.kinds.selection import Environment, Selection
+    from dilated_factory.models.encoder import LongNetEncoder
+    from dilated_factory.models.generation import generate, generate_tokens
+    from dilated_factory.models.layers import TransformerDecoderLayer, TransformerEncoderLayer
+    from dilated_factory.models.longnet import LongNetLM
 
 __all__ = [
     "AttentionConfig",
@@ -86,10 +86,10 @@ __all__ = [
 
 # The module of each name that is not here yet.
 _HOMES = {
-    "default_registry": "attention",
-    "LongNetConfig": "config",
-    "LongNetEncoderConfig": "config",
-    "TrainConfig": "config",
+    "default_registry": "kinds.default",
+    "LongNetConfig": "configs.models",
+    "LongNetEncoderConfig": "configs.models",
+    "TrainConfig": "configs.models",
     "AttentionConfig": "configs.attention",
     "AutoConfig": "configs.attention",
     "BlockSparseConfig": "configs.attention",
@@ -105,21 +105,21 @@ _HOMES = {
     "read_config": "configs.kinds",
     "PoolConfig": "configs.pool",
     "create_pool": "configs.pool",
-    "LongNetEncoder": "encoder",
-    "generate": "generation",
-    "generate_tokens": "generation",
+    "LongNetEncoder": "models.encoder",
+    "generate": "models.generation",
+    "generate_tokens": "models.generation",
     "register_with_transformers": "interop",
     "SlideEncoder": "interop.gigapath",
     "SlideEncoderConfig": "interop.gigapath",
     "load_torchscale": "interop.torchscale",
-    "TransformerDecoderLayer": "layers",
-    "TransformerEncoderLayer": "layers",
-    "LongNetLM": "longnet",
-    "Registry": "registry",
-    "Runtime": "registry",
-    "create_attention": "registry",
-    "Environment": "selection",
-    "Selection": "selection",
+    "TransformerDecoderLayer": "models.layers",
+    "TransformerEncoderLayer": "models.layers",
+    "LongNetLM": "models.longnet",
+    "Registry": "kinds.registry",
+    "Runtime": "kinds.registry",
+    "create_attention": "kinds.registry",
+    "Environment": "kinds.selection",
+    "Selection": "kinds.selection",
 }
 
 

@@ -11,8 +11,6 @@ import typer
 from rich.table import Table
 
 from dilated_core import DilatedPattern
-from dilated_factory.attention import default_registry
-from dilated_factory.benchmark import Timing, contenders, run
 from dilated_factory.cli import EXIT_INTERRUPTED
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device
@@ -27,8 +25,10 @@ from dilated_factory.cli.patterns import (
     read_pattern,
 )
 from dilated_factory.configs.files import read_values
-from dilated_factory.figures import save_timings
-from dilated_factory.planning import Workload
+from dilated_factory.kinds.default import default_registry
+from dilated_factory.tools.benchmark import Timing, contenders, run
+from dilated_factory.tools.planning import Workload
+from dilated_factory.training.figures import save_timings
 from dilated_factory.training.loop import select_device
 
 

@@ -12,10 +12,10 @@ from dilated_factory.cli.evaluate import evaluation_table
 from dilated_factory.cli.generate import printable
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.train import run_training, start_run
-from dilated_factory.config import LongNetConfig, TrainConfig
-from dilated_factory.figures import save_context_curve
-from dilated_factory.generation import generate
-from dilated_factory.trained import evaluate_run, load_trained
+from dilated_factory.configs.models import LongNetConfig, TrainConfig
+from dilated_factory.models.generation import generate
+from dilated_factory.training.figures import save_context_curve
+from dilated_factory.training.trained import evaluate_run, load_trained
 
 # Small enough for two CPU cores, with a context that only cheap attention affords there.
 DEMO_MODEL = LongNetConfig(num_layers=2)

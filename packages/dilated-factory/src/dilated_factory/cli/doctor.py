@@ -20,10 +20,10 @@ from rich.text import Text
 from torch import Tensor
 
 from dilated_core import DilatedPattern, dilated_attention
-from dilated_factory.attention import default_registry
 from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.attention import DilatedBackend, SparseBackend
 from dilated_factory.installing import how_to_install
+from dilated_factory.kinds.default import default_registry
 
 EXIT_BROKEN = 1
 _PACKAGES = (

@@ -10,9 +10,9 @@ from rich.table import Table
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device, parse_lengths
 from dilated_factory.cli.output import plain_console
-from dilated_factory.figures import save_context_curve
-from dilated_factory.trained import Evaluation, TrainedModel, evaluate_run, load_trained
+from dilated_factory.training.figures import save_context_curve
 from dilated_factory.training.loop import select_device
+from dilated_factory.training.trained import Evaluation, TrainedModel, evaluate_run, load_trained
 
 
 def evaluate(

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from dilated_factory.cli.options import Device
-from dilated_factory.generation import generate as generate_bytes
-from dilated_factory.trained import load_trained
+from dilated_factory.models.generation import generate as generate_bytes
 from dilated_factory.training.loop import select_device
+from dilated_factory.training.trained import load_trained
 
 
 def generate(

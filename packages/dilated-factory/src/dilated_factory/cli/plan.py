@@ -20,7 +20,7 @@ from dilated_factory.cli.patterns import (
     read_pattern,
 )
 from dilated_factory.errors import InputError
-from dilated_factory.planning import Needs, Workload, make_plan, measure_flops_per_second
+from dilated_factory.tools.planning import Needs, Workload, make_plan, measure_flops_per_second
 
 
 def plan(

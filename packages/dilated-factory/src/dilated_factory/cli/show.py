@@ -18,7 +18,7 @@ from dilated_factory.cli.patterns import (
     read_pattern,
 )
 from dilated_factory.errors import InputError
-from dilated_factory.pattern_page import pattern_page
+from dilated_factory.tools.pattern_page import pattern_page
 from dilated_factory.training.atomic import replacing, write_text
 
 DEFAULT = DilatedPattern((8, 16, 32), (1, 2, 4))

@@ -11,10 +11,10 @@ from dilated_factory.cli.display import file_size, training_display
 from dilated_factory.cli.options import Device, DtypeName, parse_lengths
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
-from dilated_factory.config import FrozenConfig, TrainConfig, parse_config
+from dilated_factory.configs.models import FrozenConfig, TrainConfig, parse_config
 from dilated_factory.errors import RunError
-from dilated_factory.figures import save_loss_curve
 from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.figures import save_loss_curve
 from dilated_factory.training.loop import ALONE, Trainer, select_device
 from dilated_factory.training.parallel import DataParallel, Parallel, join, leave, was_restarted
 from dilated_factory.training.run_folder import RunFolder

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dilated_factory.config import LongNetConfig, LongNetEncoderConfig, TrainConfig
 from dilated_factory.configs.attention import (
     AutoConfig,
     BlockSparseConfig,
@@ -21,6 +20,7 @@ from dilated_factory.configs.attention import (
 )
 from dilated_factory.configs.base import FrozenConfig, did_you_mean, parse_config
 from dilated_factory.configs.files import read_values
+from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
 from dilated_factory.configs.pool import PoolConfig
 from dilated_factory.errors import InputError
 

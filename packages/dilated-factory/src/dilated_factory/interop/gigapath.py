@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, DilatedPattern
-from dilated_factory.config import FrozenConfig, LongNetEncoderConfig
-from dilated_factory.encoder import LongNetEncoder
+from dilated_factory.configs.models import FrozenConfig, LongNetEncoderConfig
+from dilated_factory.models.encoder import LongNetEncoder
 
 
 class SlideEncoderConfig(FrozenConfig):

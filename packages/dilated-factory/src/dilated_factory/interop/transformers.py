@@ -22,14 +22,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from dilated_core import DilatedPattern, dilated_attention
-from dilated_factory.config import LongNetConfig
+from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.interop.unserved import (
     described,
     features,
     refuse_options,
     refuse_packed_positions,
 )
-from dilated_factory.longnet import IGNORED, LongNetLM
+from dilated_factory.models.longnet import IGNORED, LongNetLM
 
 # What the installed version calls a model's cache: `cache`, in older ones `past_key_values`.
 CACHE = (
@@ -191,7 +191,7 @@ class LongNetForCausalLM(PreTrainedModel):
     """`LongNetLM` as one of transformers' models, with save_pretrained and from_pretrained.
 
     ``LongNetForCausalLM(LongNetPreTrainedConfig(config.model_dump()))``; the model itself is in
-    ``.longnet``, and `dilated_factory.generation.generate_tokens` generates with it.
+    ``.longnet``, and `dilated_factory.models.generation.generate_tokens` generates with it.
     """
 
     config_class = LongNetPreTrainedConfig

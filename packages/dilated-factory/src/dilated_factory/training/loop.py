@@ -10,10 +10,10 @@ from typing import Self
 import torch
 from torch.optim import Optimizer
 
-from dilated_factory.config import TrainConfig
+from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError
-from dilated_factory.layers import AttentionFactory
-from dilated_factory.longnet import LongNetLM
+from dilated_factory.models.layers import AttentionFactory
+from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
 from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.lock import FolderLock

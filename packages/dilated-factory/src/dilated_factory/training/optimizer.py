@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from dilated_factory.config import TrainConfig
-from dilated_factory.longnet import LongNetLM
+from dilated_factory.configs.models import TrainConfig
+from dilated_factory.models.longnet import LongNetLM
 
 
 class Form(NamedTuple):

@@ -24,10 +24,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from dilated_factory.config import TrainConfig
+from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
-from dilated_factory.layers import AttentionFactory
-from dilated_factory.longnet import LongNetLM
+from dilated_factory.models.layers import AttentionFactory
+from dilated_factory.models.longnet import LongNetLM
 
 DataParallel = Literal["ddp", "fsdp"]
 

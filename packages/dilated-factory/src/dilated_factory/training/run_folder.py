@@ -32,7 +32,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dilated_factory.config import FrozenConfig, TrainConfig, describe_invalid
+from dilated_factory.configs.models import FrozenConfig, TrainConfig, describe_invalid
 from dilated_factory.errors import RunError
 from dilated_factory.training.atomic import sync, write_text
 from dilated_factory.training.lock import FolderLock, holder

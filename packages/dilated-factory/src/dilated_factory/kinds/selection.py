@@ -24,9 +24,9 @@ from dilated_factory.configs.attention import (
     DilatedConfig,
     RingConfig,
 )
-from dilated_factory.cost import Cost, estimate
 from dilated_factory.errors import InputError, missing_package
-from dilated_factory.registry import Registry
+from dilated_factory.kinds.cost import Cost, estimate
+from dilated_factory.kinds.registry import Registry
 
 # What dilated-core's kernels serve; `select_backend` there decides again for each call.
 _TRITON_DTYPES = ("float16", "bfloat16", "float32")

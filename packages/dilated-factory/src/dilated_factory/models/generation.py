@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dilated_core import DilatedKVCache
-from dilated_factory.config import XPOS_MAX_SPAN, LongNetConfig
+from dilated_factory.configs.models import XPOS_MAX_SPAN, LongNetConfig
 from dilated_factory.errors import InputError
-from dilated_factory.longnet import LongNetLM
+from dilated_factory.models.longnet import LongNetLM
 
 # Tokens of a prompt that go through the model at once.
 PREFILL_CHUNK = 65536

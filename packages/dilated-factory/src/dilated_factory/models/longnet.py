@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedAttention, DilatedKVCache
-from dilated_factory.config import LongNetConfig
-from dilated_factory.layers import (
+from dilated_factory.configs.models import LongNetConfig
+from dilated_factory.models.layers import (
     AttentionFactory,
     TransformerDecoderLayer,
     dilated_attention_factory,

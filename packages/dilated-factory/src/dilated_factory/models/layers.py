@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedAttention, DilatedKVCache, MultiheadDilatedAttention
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
-from dilated_factory.config import StackConfig
-from dilated_factory.positions import RotaryEmbedding, XPosEmbedding
+from dilated_factory.configs.models import StackConfig
+from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
 # Called once for each layer of a model, so that an attention with weights has its own in each.
 AttentionFactory: TypeAlias = Callable[[], AttentionModule]

@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from dilated_factory.config import LongNetEncoderConfig
-from dilated_factory.layers import (
+from dilated_factory.configs.models import LongNetEncoderConfig
+from dilated_factory.models.layers import (
     AttentionFactory,
     TransformerEncoderLayer,
     dilated_attention_factory,

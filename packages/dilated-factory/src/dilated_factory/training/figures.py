@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dilated_factory.evaluation import ContextScore
 from dilated_factory.training.atomic import replacing
+from dilated_factory.training.evaluation import ContextScore
 
 _TITLE_CHARACTERS = 80  # in a line as wide as a figure
 

@@ -27,8 +27,8 @@ from dilated_factory.configs.attention import (
     RingMultiheadConfig,
 )
 from dilated_factory.configs.layouts import LayoutConfig, build_layout
-from dilated_factory.registry import Registry, Runtime
-from dilated_factory.selection import Environment, Selection
+from dilated_factory.kinds.registry import Registry, Runtime
+from dilated_factory.kinds.selection import Environment, Selection
 
 if TYPE_CHECKING:
     from dilated_sparse import BlockLayout

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dilated_factory.baselines import MarkovModel
 from dilated_factory.errors import InputError, RunError
-from dilated_factory.evaluation import (
+from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.training.baselines import MarkovModel
+from dilated_factory.training.batches import bytes_seen
+from dilated_factory.training.corpus import Corpus, load_bytes, load_corpus
+from dilated_factory.training.evaluation import (
     ContextScore,
     evaluate_contexts,
     fitting_contexts,
     scored_sections,
 )
-from dilated_factory.longnet import LongNetLM
-from dilated_factory.training.batches import bytes_seen
-from dilated_factory.training.corpus import Corpus, load_bytes, load_corpus
 from dilated_factory.training.loop import autocast, initial_model, load_model
 from dilated_factory.training.run_folder import RunFolder, RunState
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_factory.errors import CorpusError, InputError
-from dilated_factory.longnet import LongNetLM
+from dilated_factory.models.longnet import LongNetLM
 
 # Bytes of input per forward call: short windows are batched up to it.
 _CALL_BYTES = 16384

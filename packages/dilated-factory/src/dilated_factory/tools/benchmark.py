@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dilated_core import dilated_attention, select_backend
 from dilated_factory.configs.attention import AttentionConfig
-from dilated_factory.planning import Workload
-from dilated_factory.registry import Registry
+from dilated_factory.kinds.registry import Registry
+from dilated_factory.tools.planning import Workload
 
 # The reference holds all N * N scores of a head in float32 or wider.
 REFERENCE_MAX_LENGTH = 4096

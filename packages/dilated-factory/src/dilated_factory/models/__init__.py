@@ -1,0 +1,1 @@
+"""LongNet models: layers, positions, language model, encoder, generation."""
