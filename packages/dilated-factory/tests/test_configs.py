@@ -225,3 +225,17 @@ def test_no_limit_on_overhead_is_the_pools_none_and_a_word_in_files() -> None:
     assert parse_any(tomllib.loads(to_toml(config))) == config
     pytest.importorskip("dilated_pool", reason="dilated-pool is not installed")
     assert "overhead=None" in repr(create_pool(config).__reduce__())
+
+
+def test_a_union_of_pattern_and_layout_offers_no_backend_that_cannot_serve_it() -> None:
+    values = {
+        "kind": "block_sparse_dilated",
+        "segment_lengths": [8],
+        "dilation_rates": [1],
+        "layout": {"kind": "sliding_window", "window": 16, "block_size": 8},
+    }
+    assert parse_any({**values, "backend": "torch"})
+    with pytest.raises(
+        InputError, match="backend: Input should be 'reference', 'torch' or 'triton'"
+    ):
+        parse_any({**values, "backend": "flex"})

@@ -128,7 +128,7 @@ class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _LayoutField, _Sc
     """`dilated_sparse.BlockSparseDilatedAttention`, its layout built for the length of a call."""
 
     kind: Literal["block_sparse_dilated"] = "block_sparse_dilated"
-    backend: SparseBackend | None = None
+    backend: DilatedBackend | None = None  # flex gives no lse, which the union needs
 
 
 class BlockSparseRingConfig(AttentionConfig, _LayoutField, _Scores, _Ring):

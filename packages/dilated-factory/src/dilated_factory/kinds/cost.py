@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dilated_core import DilatedPattern
+from dilated_core.interfaces import AttentionPattern
 from dilated_factory.configs.attention import AutoConfig
 from dilated_factory.configs.layouts import LayoutConfig, build_layout
 
@@ -111,67 +111,44 @@ def _fitting_layout(config: LayoutConfig, length: int, heads: int) -> BlockLayou
 
 def _exchange(request: AutoConfig, mesh: bool) -> tuple[int, int]:
     """Bytes that the busiest rank receives from its node and from others."""
-    kv_heads, dtype = request.kv_heads or request.heads, getattr(torch, request.dtype)
-    world, nodes = request.world, request.nodes
-    if request.layout is None:
-        assert request.pattern is not None
-        return _dilated_exchange(
-            request.pattern, request.length, request.heads, kv_heads, request.head_dim, dtype,
-            world, nodes, request.is_causal,
-        )  # fmt: skip
-    tokens = _layout_exchange(request.layout, request.length, request.heads, world, nodes, mesh)
-    row = 2 * kv_heads * request.head_dim * dtype.itemsize
-    return tokens[0] * row, tokens[1] * row
+    return _planned_exchange(
+        request.pattern if request.layout is None else request.layout, request.length,
+        request.heads, request.kv_heads or request.heads, request.head_dim,
+        getattr(torch, request.dtype), request.world, request.nodes, request.is_causal, mesh,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _dilated_exchange(
-    pattern: DilatedPattern, length: int, heads: int, kv_heads: int, head_dim: int,
-    dtype: torch.dtype, world: int, nodes: int, is_causal: bool,
+def _planned_exchange(
+    sees: DilatedPattern | LayoutConfig | None, length: int, heads: int, kv_heads: int,
+    head_dim: int, dtype: torch.dtype, world: int, nodes: int, is_causal: bool, mesh: bool,
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes of keys and values from the node and from others, as dilated-ring plans them.
 
-    For the last rank where it is causal, which has most to do; else for the first.
+    Of a pattern for the last rank where it is causal, which has most to do; else for the first.
+    Of a layout, where any rank may have most, the most of eight ranks from the first to the last.
     """
     from dilated_ring import plan
 
-    planned = plan(
-        pattern, length=-(-length // world) * world, world_size=world, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, is_causal=is_causal, strategy="ring",
-        rank=world - 1 if is_causal else 0, ranks_per_node=world // nodes,
-        bytes_per_second_across=_ACROSS_NODES,
-    )  # fmt: skip
-    across = planned.across.forward
-    return planned.traffic.forward - across, across
-
-
-@lru_cache(maxsize=64)
-def _layout_exchange(
-    config: LayoutConfig, length: int, heads: int, world: int, nodes: int, mesh: bool
-) -> tuple[int, int]:
-    """Rows of K and V from the node and from others, of the blocks that a rank's queries see.
-
-    On a mesh a node fetches each block once, for all its ranks, which share all rows they have.
-    """
-    layout = _fitting_layout(config, length, heads)
-    grid, on_node = layout.grid, world // nodes
-    row, column, _ = layout.blocks
-    reader = (row % max(1, grid.rows)) * world // max(1, grid.rows)
-    owner = column * world // max(1, grid.columns)
-    same_node = reader // on_node == owner // on_node
-    if not mesh:
-        near = _busiest(reader, column, same_node & (reader != owner), world)
-        return near * layout.block_size, _busiest(reader, column, ~same_node, world) * (
-            layout.block_size
+    assert sees is not None
+    step = world * (1 if isinstance(sees, DilatedPattern) else sees.block_size)
+    whole = -(-length // step) * step
+    if isinstance(sees, DilatedPattern):
+        pattern: AttentionPattern = sees
+        ranks = {world - 1 if is_causal else 0}
+    else:
+        pattern, ranks = (
+            _fitting_layout(sees, whole, heads),
+            {k * (world - 1) // 7 for k in range(8)},
         )
-    fetched = _busiest(reader // on_node, column, ~same_node, nodes) * layout.block_size
-    share = -(-fetched // on_node)
-    return (on_node - 1) * (-(-length // world) + share), share
-
-
-def _busiest(reader: Tensor, column: Tensor, wanted: Tensor, readers: int) -> int:
-    """The most different columns that one reader wants."""
-    if not wanted.any():
-        return 0
-    pairs = torch.unique(torch.stack([reader[wanted], column[wanted]]), dim=1)
-    return int(torch.bincount(pairs[0], minlength=readers).max())
+    received = []
+    for rank in ranks:
+        planned = plan(
+            pattern, length=whole, world_size=world, heads=heads, kv_heads=kv_heads,
+            head_dim=head_dim, dtype=dtype, is_causal=is_causal, rank=rank,
+            strategy="gather" if mesh else "ring", ranks_per_node=world // nodes,
+            bytes_per_second_across=_ACROSS_NODES,
+        )  # fmt: skip
+        across = planned.across.forward
+        received.append((planned.traffic.forward - across, across))
+    return max(received, key=lambda got: got[0] / _WITHIN_NODE + got[1] / _ACROSS_NODES)

@@ -16,7 +16,9 @@ def pattern_page(pattern: DilatedPattern, length: int, heads: int, *, is_causal:
         heads: heads H.
         is_causal: whether keys after each query are hidden at first.
     """
-    template = files("dilated_factory").joinpath("pattern_page.html").read_text(encoding="utf-8")
+    template = (
+        files("dilated_factory.tools").joinpath("pattern_page.html").read_text(encoding="utf-8")
+    )
     data = pattern.to_dict() | {"length": length, "heads": heads, "is_causal": is_causal}
     # "</" would end the script element.
     script = json.dumps(data).replace("</", "<\\/")
