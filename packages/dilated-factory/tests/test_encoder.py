@@ -43,12 +43,13 @@ def test_it_sees_both_directions(positions: str) -> None:
 
 def test_states_run_from_the_input_to_the_last_layer() -> None:
     model, x = build(), embeddings()
-    states = model.hidden_states(x)
+    states = model.layer_states(x)
     assert len(states) == 4
     assert torch.equal(states[0], x)
     for block, before, after in zip(model.blocks, states, states[1:], strict=False):
         assert torch.equal(block(before), after)
-    assert torch.equal(model.norm(states[-1]), model(x))
+    assert torch.equal(model.norm(states[-1]), model.hidden_states(x))
+    assert torch.equal(model(x), model.hidden_states(x))
 
 
 def test_padding_is_as_if_it_were_not_there() -> None:

@@ -133,7 +133,7 @@ class SlideEncoder(nn.Module):
         """
         inputs, mask = self._inputs(tiles, coords, key_padding_mask)
         if all_layer_embed:
-            states = self.encoder.hidden_states(inputs, key_padding_mask=mask)
+            states = self.encoder.layer_states(inputs, key_padding_mask=mask)
         else:
             states = [self.encoder(inputs, key_padding_mask=mask)]
         return [self._summary(state, key_padding_mask) for state in states]

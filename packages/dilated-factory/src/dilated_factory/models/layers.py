@@ -9,12 +9,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dilated_core import DilatedAttention, DilatedKVCache, MultiheadDilatedAttention
+from dilated_core import DilatedKVCache, MultiheadDilatedAttention
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
-from dilated_factory.configs.models import StackConfig
-from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
 # Called once for each layer of a model, so that an attention with weights has its own in each.
 AttentionFactory: TypeAlias = Callable[[], AttentionModule]
@@ -28,61 +25,6 @@ def magneto_gain(num_layers: int) -> float:
     gain 1.
     """
     return math.sqrt(math.log(2 * num_layers))
-
-
-def position_embedding(config: StackConfig) -> RotaryEmbedding | None:
-    """The position embedding that ``config.positions`` names."""
-    if config.positions == "none":
-        return None
-    if config.positions == "rotary":
-        return RotaryEmbedding(config.head_dim, base=config.rotary_base)
-    return XPosEmbedding(
-        config.head_dim,
-        base=config.rotary_base,
-        scale_base=config.xpos_scale_base,
-        centre=config.context // 2,
-    )
-
-
-def dilated_attention_factory(config: StackConfig) -> AttentionFactory:
-    """The attention of a model where none is injected: dilated, by the pattern of its config."""
-    return lambda: DilatedAttention(config.pattern, dropout=config.dropout)
-
-
-def layer_options(config: StackConfig) -> dict[str, Any]:
-    """The keyword arguments of a layer in a stack of ``config.num_layers``."""
-    return {
-        "ffn_dim": config.hidden_dim,
-        "dropout": config.dropout,
-        "layer_norm_eps": config.layer_norm_eps,
-        "gain": magneto_gain(config.num_layers),
-        "position_embedding": position_embedding(config),
-        "float32_gelu": config.float32_gelu,
-    }
-
-
-def run_layer(layer: nn.Module, hidden: Tensor, *, recompute: bool, **options: Any) -> Tensor:
-    """Call a layer; with ``recompute``, backward computes it again instead of keeping its parts."""
-    if recompute and torch.is_grad_enabled():
-        output: Tensor = checkpoint(layer, hidden, use_reentrant=False, **options)
-    else:
-        output = layer(hidden, **options)
-    return output
-
-
-def embed_tokens(embedding: nn.Embedding, tokens: Tensor, *, scaled: bool) -> Tensor:
-    """Embed int64 tokens (B, N) to (B, N, E), times sqrt(E) if ``scaled``.
-
-    Raises:
-        ValueError: ``tokens`` is not (B, N).
-        TypeError: ``tokens`` is not int64.
-    """
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must have shape (B, N). Got {tuple(tokens.shape)}.")
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"tokens must be int64. Got {tokens.dtype}.")
-    hidden: Tensor = embedding(tokens)
-    return hidden * math.sqrt(embedding.embedding_dim) if scaled else hidden
 
 
 class FeedForward(nn.Module):
@@ -144,7 +86,7 @@ def check_attention(name: str, attention: object) -> None:
         )
 
 
-class _TransformerLayer(nn.Module):
+class TransformerLayer(nn.Module):
     """Self-attention and feed-forward, each pre-norm with a residual connection."""
 
     def __init__(
@@ -205,7 +147,7 @@ class _TransformerLayer(nn.Module):
         return output
 
 
-class TransformerEncoderLayer(_TransformerLayer):
+class TransformerEncoderLayer(TransformerLayer):
     """Pre-norm layer that sees both directions: x + attention(norm(x)), then x + ffn(norm(x)).
 
     With MAGNETO's sub-layer norms (Wang et al., arXiv 2210.06423).
@@ -246,7 +188,7 @@ class TransformerEncoderLayer(_TransformerLayer):
         )
 
 
-class TransformerDecoderLayer(_TransformerLayer):
+class TransformerDecoderLayer(TransformerLayer):
     """Causal pre-norm layer; cross attention to a memory stands between its parts if one is given.
 
     Args:
@@ -268,42 +210,23 @@ class TransformerDecoderLayer(_TransformerLayer):
         attention: AttentionModule,
         *,
         cross_attention: AttentionModule | None = None,
-        num_kv_heads: int | None = None,
-        ffn_dim: int | None = None,
-        dropout: float = 0.0,
-        layer_norm_eps: float = 1e-5,
-        gain: float = 1.0,
-        float32_gelu: bool = False,
-        position_embedding: PositionEmbedding | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            embed_dim,
-            num_heads,
-            attention,
-            num_kv_heads=num_kv_heads,
-            ffn_dim=ffn_dim,
-            dropout=dropout,
-            layer_norm_eps=layer_norm_eps,
-            gain=gain,
-            float32_gelu=float32_gelu,
-            position_embedding=position_embedding,
-            **factory,
-        )
+        super().__init__(embed_dim, num_heads, attention, **options)
         self.cross_attention_norm: nn.LayerNorm | None = None
         self.cross_attention: MultiheadDilatedAttention | None = None
         if cross_attention is not None:
             check_attention("cross_attention", cross_attention)
-            self.cross_attention_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+            factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
+            eps = self.attention_norm.eps
+            self.cross_attention_norm = nn.LayerNorm(embed_dim, eps=eps, **factory)
             self.cross_attention = MultiheadDilatedAttention(
                 embed_dim,
                 num_heads,
                 None,
-                num_kv_heads=num_kv_heads,
-                layer_norm_eps=layer_norm_eps,
-                gamma_init=gain,
+                num_kv_heads=self.attention.num_kv_heads,
+                layer_norm_eps=eps,
+                gamma_init=self.attention.gamma_init,
                 attention=cross_attention,
                 **factory,
             )

@@ -2,9 +2,7 @@
 
 # Shapes: B batch, N length, E embed_dim, V vocab_size.
 
-import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedAttention, DilatedKVCache
 from dilated_factory.configs.models import LongNetConfig
-from dilated_factory.models.layers import (
-    AttentionFactory,
-    TransformerDecoderLayer,
-    dilated_attention_factory,
-    embed_tokens,
-    layer_options,
-    run_layer,
-)
+from dilated_factory.models.layers import TransformerDecoderLayer
+from dilated_factory.models.stack import LongNetStack
 
 # Logits of so many positions exist at once in `loss`; 64 MB in float32 for a vocabulary of 256.
 LOSS_CHUNK = 65536
@@ -29,7 +21,7 @@ LOSS_CHUNK = 65536
 IGNORED = -100
 
 
-class LongNetLM(nn.Module):
+class LongNetLM(LongNetStack[LongNetConfig]):
     """Decoder of LongNet (Ding et al., arXiv 2307.02486) with MAGNETO's norms and initialisation.
 
     Token embedding scaled by sqrt(E), pre-norm blocks of causal attention and GELU feed-forward
@@ -45,51 +37,9 @@ class LongNetLM(nn.Module):
             ``model.to_empty(device=...)`` followed by ``reset_parameters()`` makes it real.
     """
 
-    def __init__(
-        self,
-        config: LongNetConfig,
-        *,
-        attention: AttentionFactory | None = None,
-        activation_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.activation_checkpointing = activation_checkpointing
-        attention = dilated_attention_factory(config) if attention is None else attention
-        with nullcontext() if device is None else torch.device(device):
-            self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-            self.dropout = nn.Dropout(config.dropout)
-            self.blocks = nn.ModuleList(
-                TransformerDecoderLayer(
-                    config.embed_dim, config.num_heads, attention(), **layer_options(config)
-                )
-                for _ in range(config.num_layers)
-            )
-            self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-            self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
-        if dtype is not None:
-            self.to(dtype)
-        self._reset_ends()
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew, from torch's global random state."""
-        for block in self.blocks:
-            assert isinstance(block, TransformerDecoderLayer)
-            block.reset_parameters()
-        self.norm.reset_parameters()
-        self._reset_ends()
-
-    def _reset_ends(self) -> None:
-        # Standard deviation 1 / sqrt(E): unit variance after the scaling at the input, and logits
-        # of unit variance from normalised states at the output.
-        std = 1 / math.sqrt(self.config.embed_dim)
-        nn.init.normal_(self.embedding.weight, std=std)
-        if self.config.tie_embeddings:
-            self.head.weight = self.embedding.weight  # again, because to_empty() parts them
-        else:
-            nn.init.normal_(self.head.weight, std=std)
+    layer_type = TransformerDecoderLayer
+    embedding: nn.Embedding
+    head: nn.Linear
 
     def new_caches(self) -> list[DilatedKVCache]:
         """Empty decoding state, one cache a layer, for `forward` under torch.no_grad().
@@ -117,7 +67,20 @@ class LongNetLM(nn.Module):
         positions: Tensor | None = None,
         caches: Sequence[DilatedKVCache] | None = None,
     ) -> Tensor:
-        """States after the last norm (B, N, E) for int64 tokens (B, N).
+        """States after the last norm (B, N, E); arguments as in `forward`."""
+        return self._normed(
+            tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: Sequence[DilatedKVCache] | None = None,
+    ) -> Tensor:
+        """Logits (B, N, V) of the next token.
 
         Args:
             tokens: (B, N) int64.
@@ -130,31 +93,6 @@ class LongNetLM(nn.Module):
             ValueError: ``tokens`` is not (B, N), or the caches are not one a layer.
             TypeError: ``tokens`` is not int64.
         """
-        if caches is not None and len(caches) != len(self.blocks):
-            raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
-        hidden = embed_tokens(self.embedding, tokens, scaled=self.config.scale_embedding)
-        hidden = self.dropout(hidden)
-        for index, block in enumerate(self.blocks):
-            hidden = run_layer(
-                block,
-                hidden,
-                recompute=self.activation_checkpointing,
-                key_padding_mask=key_padding_mask,
-                positions=positions,
-                cache=None if caches is None else caches[index],
-            )
-        normed: Tensor = self.norm(hidden)
-        return normed
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        key_padding_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        caches: Sequence[DilatedKVCache] | None = None,
-    ) -> Tensor:
-        """Logits (B, N, V) of the next token; arguments as in `hidden_states`."""
         hidden = self.hidden_states(
             tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches
         )
@@ -178,8 +116,8 @@ class LongNetLM(nn.Module):
             tokens: (B, N + 1) int64, or (B, N) with targets.
             targets: (B, N) int64, what to predict at each token, e.g. in a rank's share of a
                 sequence, whose last target is the next rank's; -100 leaves a token out.
-            key_padding_mask: (B, N) bool, as in `hidden_states`.
-            positions: (N,) int64, as in `hidden_states`.
+            key_padding_mask: (B, N) bool, as in `forward`.
+            positions: (N,) int64, as in `forward`.
 
         Raises:
             ValueError: ``tokens`` holds fewer than two positions, or targets of another shape.

@@ -1,0 +1,166 @@
+"""What the LongNet models share: embedding, blocks, last norm and head, made from a config."""
+
+# Shapes: B batch, N length, E embed_dim, V vocab_size.
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dilated_core import DilatedAttention, DilatedKVCache
+from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, StackConfig
+from dilated_factory.models.layers import AttentionFactory, TransformerLayer, magneto_gain
+from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
+
+ConfigT = TypeVar("ConfigT", bound=LongNetConfig | LongNetEncoderConfig)
+
+
+class LongNetStack(nn.Module, Generic[ConfigT]):
+    """The base of `LongNetLM` and `LongNetEncoder`, which say what the arguments are."""
+
+    layer_type: ClassVar[type[TransformerLayer]]
+    embedding: nn.Embedding | None
+    head: nn.Linear | None
+
+    def __init__(
+        self,
+        config: ConfigT,
+        *,
+        attention: AttentionFactory | None = None,
+        activation_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        if attention is None:
+            pattern, dropout = config.pattern, config.dropout
+            attention = lambda: DilatedAttention(pattern, dropout=dropout)  # noqa: E731 - the default
+        width, vocab_size = config.embed_dim, config.vocab_size
+        positions = position_embedding(config)
+        with nullcontext() if device is None else torch.device(device):
+            self.embedding = None if vocab_size is None else nn.Embedding(vocab_size, width)
+            self.dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(
+                self.layer_type(
+                    width,
+                    config.num_heads,
+                    attention(),
+                    ffn_dim=config.hidden_dim,
+                    dropout=config.dropout,
+                    layer_norm_eps=config.layer_norm_eps,
+                    gain=magneto_gain(config.num_layers),
+                    position_embedding=positions,
+                    float32_gelu=config.float32_gelu,
+                )
+                for _ in range(config.num_layers)
+            )
+            self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.head = (
+                None
+                if vocab_size is None or not getattr(config, "head", True)
+                else nn.Linear(width, vocab_size, bias=False)
+            )
+        if dtype is not None:
+            self.to(dtype)
+        self._reset_ends()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, from torch's global random state."""
+        for block in self.blocks:
+            assert isinstance(block, TransformerLayer)
+            block.reset_parameters()
+        self.norm.reset_parameters()
+        self._reset_ends()
+
+    def _reset_ends(self) -> None:
+        # Standard deviation 1 / sqrt(E): unit variance after the scaling at the input, and logits
+        # of unit variance from normalised states at the output.
+        ends = [end for end in (self.embedding, self.head) if end is not None]
+        if getattr(self.config, "tie_embeddings", False):
+            first, last = ends
+            last.weight = first.weight  # again, because to_empty() parts them
+            del ends[1]
+        for end in ends:
+            nn.init.normal_(end.weight, std=1 / math.sqrt(self.config.embed_dim))
+
+    def hidden_states(
+        self,
+        inputs: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """States after the last norm (B, N, E); arguments as in `forward`."""
+        return self._normed(inputs, key_padding_mask=key_padding_mask, positions=positions)
+
+    def layer_states(
+        self,
+        inputs: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> list[Tensor]:
+        """What enters the first layer and what leaves each: num_layers + 1 tensors (B, N, E).
+
+        None of them has gone through the last norm; arguments as in `forward`.
+        """
+        states = self._states(inputs, key_padding_mask=key_padding_mask, positions=positions)
+        return list(states)
+
+    def _normed(self, inputs: Tensor, **options: Any) -> Tensor:
+        # A queue of one: a list of all states would keep them alive.
+        normed: Tensor = self.norm(deque(self._states(inputs, **options), maxlen=1).pop())
+        return normed
+
+    def _states(
+        self, inputs: Tensor, caches: Sequence[DilatedKVCache] | None = None, **options: Any
+    ) -> Iterator[Tensor]:
+        if caches is not None and len(caches) != len(self.blocks):
+            raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
+        hidden: Tensor = self.dropout(self._embed(inputs))
+        yield hidden
+        for index, block in enumerate(self.blocks):
+            if caches is not None:
+                options["cache"] = caches[index]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=False, **options)
+            else:
+                hidden = block(hidden, **options)
+            yield hidden
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        width = self.config.embed_dim
+        if self.embedding is None:
+            if inputs.ndim != 3 or inputs.shape[-1] != width:
+                raise ValueError(
+                    f"inputs must have shape (B, N, embed_dim={width}) without a vocabulary. "
+                    f"Got {tuple(inputs.shape)}."
+                )
+            return inputs
+        if inputs.ndim != 2:
+            raise ValueError(f"tokens must have shape (B, N). Got {tuple(inputs.shape)}.")
+        if inputs.dtype != torch.int64:
+            raise TypeError(f"tokens must be int64. Got {inputs.dtype}.")
+        embedded: Tensor = self.embedding(inputs)
+        return embedded * math.sqrt(width) if self.config.scale_embedding else embedded
+
+
+def position_embedding(config: StackConfig) -> RotaryEmbedding | None:
+    """The position embedding that ``config.positions`` names."""
+    if config.positions == "none":
+        return None
+    if config.positions == "rotary":
+        return RotaryEmbedding(config.head_dim, base=config.rotary_base)
+    return XPosEmbedding(
+        config.head_dim,
+        base=config.rotary_base,
+        scale_base=config.xpos_scale_base,
+        centre=config.context // 2,
+    )
