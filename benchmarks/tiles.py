@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 from _machine import describe
@@ -24,9 +24,11 @@ from gpu import DOUBLING, GIGAPATH, LONGNET, PAPER, milliseconds, random_inputs
 from sparse_gpu import layout_of
 from torch import Tensor
 
-from dilated_core._call import DilatedCall, Scores
-from dilated_core._triton import _blocks, _launch
-from dilated_core._triton._driving import Config, Pass
+from dilated_core._call import Scores
+from dilated_core._triton import _launch
+from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
+from dilated_core._triton._pattern_plans import PatternTiling
+from dilated_core._triton._plan import BlockSizes, TilePlan
 from dilated_sparse._triton_backend import LayoutTiling
 
 PATTERNS = {"doubling": DOUBLING, "paper": PAPER, "gigapath": GIGAPATH, "longnet": LONGNET}
@@ -52,7 +54,7 @@ def main() -> None:
     configs = {TABLE: None} | {text: sizes(text) for text in arguments.sizes}
     run = runner(
         cast(Pass, arguments.which),
-        call_of(arguments.on, arguments.heads, arguments.head_dim, arguments.causal),
+        caller_of(arguments.on, arguments.heads, arguments.head_dim, arguments.causal),
     )
     expected = [x.clone() for x in run(None)]
     times: dict[str, list[float]] = {}
@@ -78,22 +80,45 @@ def sizes(text: str) -> Config:
     return Config(*(int(part) for part in text.split(",")))
 
 
-def call_of(what: str, heads: int, head_dim: int, is_causal: bool) -> _launch.KernelCall:
-    """A call on fresh inputs."""
+class Forced(NamedTuple):
+    """A tiling with the block sizes that are given, or else with its own."""
+
+    tiling: Tiling
+    config: Config | None
+
+    def cache(self) -> None:
+        """Launches are not kept: those with other block sizes would be taken for them."""
+
+    def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
+        """The block sizes of a pass."""
+        return self.config or self.tiling.choose(which, sizes, pair)
+
+    def plan(self, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
+        """The tiling's plan for them."""
+        return self.tiling.plan(sizes, by_key, blocks)
+
+
+def caller_of(
+    what: str, heads: int, head_dim: int, is_causal: bool
+) -> Callable[[Config | None], _launch.KernelCall]:
+    """What makes a call with block sizes, always on the same inputs."""
     kind, _, density = what.partition(":")
     inputs = [
         x.detach()
         for x in random_inputs(LAYOUT_LENGTH if density else PATTERN_LENGTH, heads, head_dim)
     ]
     scores = Scores(is_causal, head_dim**-0.5)
+    tiling: Tiling = PatternTiling(PATTERNS[kind], None)
     if density:
-        layout = layout_of(kind, float(density))
-        return _launch.KernelCall(scores, LayoutTiling(layout), *inputs)
-    return _launch.pattern_call(DilatedCall(PATTERNS[kind], scores), *inputs)
+        tiling = LayoutTiling(layout_of(kind, float(density)))
+    return lambda config: _launch.KernelCall(scores, Forced(tiling, config), *inputs)
 
 
-def runner(which: Pass, call: _launch.KernelCall) -> Callable[[Config | None], list[Tensor]]:
+def runner(
+    which: Pass, caller: Callable[[Config | None], _launch.KernelCall]
+) -> Callable[[Config | None], list[Tensor]]:
     """What runs one pass with block sizes, or with those of the table, and returns its results."""
+    call = caller(None)
     total = _launch.forward(call)
     grad_out = torch.randn_like(total.out)
     terms = torch.empty_like(total.lse, dtype=torch.int64)
@@ -101,18 +126,14 @@ def runner(which: Pass, call: _launch.KernelCall) -> Callable[[Config | None], l
     _launch.query_gradient(call, grad_out, None, total, terms, grads[0])
 
     def run(config: Config | None) -> list[Tensor]:
-        if config is not None:
-            _blocks.overrides[which] = config
-        try:
-            if which == "forward":
-                return [_launch.forward(call).out]
-            if which == "query":
-                _launch.query_gradient(call, grad_out, None, total, terms, grads[0])
-                return grads[:1]
-            _launch.key_gradients(call, grad_out, terms, grads[1], grads[2])
-            return grads[1:]
-        finally:
-            _blocks.overrides.clear()
+        call = caller(config)
+        if which == "forward":
+            return [_launch.forward(call).out]
+        if which == "query":
+            _launch.query_gradient(call, grad_out, None, total, terms, grads[0])
+            return grads[:1]
+        _launch.key_gradients(call, grad_out, terms, grads[1], grads[2])
+        return grads[1:]
 
     return run
 

@@ -34,6 +34,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 SCALES = [None, None, None, None, 0.0, -0.4, 1e-30, -1e-30, 1e4, -1e4]
 
 
+def poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same maker of tensors, but what it leaves to be written is NaN or -1."""
+
+    def made(*arguments: Any) -> Any:
+        found = make(*arguments)
+        for x in found if isinstance(found, tuple) else (found,):
+            x.fill_(torch.nan if x.is_floating_point() else -1)
+        return found
+
+    return made
+
+
 def stretch(scale: float | None, head_dim: int) -> float:
     """What queries are to be multiplied by so that their scores have the size of default ones.
 

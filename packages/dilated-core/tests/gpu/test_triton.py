@@ -19,6 +19,7 @@ from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._reference import attend as reference
 from dilated_core._triton import attend, unsupported
 from dilated_core.interfaces import KeyRows, SpanCall
+from dilated_testing import poisoned
 from mixed_precision import NAMES, rounded_attention
 
 pytestmark = pytest.mark.gpu
@@ -236,9 +237,8 @@ def test_spans_of_a_sequence_make_the_whole(is_causal: bool, seed: int) -> None:
 def test_every_element_is_written(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from dilated_core._triton import _launch
 
-    for name in ("empty_like", "empty_lse"):
-        make = getattr(_launch, name)
-        monkeypatch.setattr(_launch, name, lambda x, make=make: make(x).fill_(math.nan))
+    for name in ("empty_like", "empty_lse", "empty_grads"):
+        monkeypatch.setattr(_launch, name, poisoned(getattr(_launch, name)))
     for pattern in PATTERNS:
         inputs = draw(2, 517, 701, 6, 2, 48, torch.bfloat16)
         options = asked(pattern, is_causal, 0.2)

@@ -44,6 +44,13 @@ class LayoutTiling(NamedTuple):
 
     layout: Layout
 
+    def cache(self) -> tuple[PlanCache, object]:
+        """The layout's own."""
+        plans = _plans.get(self.layout.run_offsets)
+        if plans is None:
+            plans = _plans[self.layout.run_offsets] = PlanCache()
+        return plans, None
+
     def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """Tiles that the rows of a block fill, and steps that divide its columns.
 
@@ -58,9 +65,7 @@ class LayoutTiling(NamedTuple):
         """The plan over query tiles, or over key tiles; made once."""
         grouped = (sizes.heads, sizes.kv_heads) if by_key else sizes.heads
         key = (by_key, grouped, sizes.is_causal, sizes.first_key, blocks)
-        plans = _plans.get(self.layout.run_offsets)
-        if plans is None:
-            plans = _plans[self.layout.run_offsets] = PlanCache()
+        plans, _ = self.cache()
         return plans.plan(key, sizes.device, partial(build, self.layout, sizes, by_key, blocks))
 
 

@@ -14,15 +14,17 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from hypothesis import given, settings
 
-from dilated_core._triton import _blocks, _launch
+from dilated_core._triton import _launch
 from dilated_core.extending import Config, Scores
 from dilated_sparse import BlockLayout, layouts
 from dilated_sparse._call import BlockCall
 from dilated_sparse._operators import TRITON
 from dilated_sparse._reference import attend as reference
-from dilated_testing import stretch
+from dilated_sparse._triton_backend import LayoutTiling
+from dilated_testing import poisoned, stretch
 from sparse_problems import Problem, problems
 
+CHOOSE = LayoutTiling.choose
 WIDE = Config(16, 16, 4, 1)
 # Steps of more columns than full ones have, of a word, and of two words of bits.
 STEPS = {"forward": WIDE, "query": Config(16, 32, 4, 1), "key": Config(16, 64, 4, 1, 64)}
@@ -83,11 +85,17 @@ CASES = {
 }  # fmt: skip
 
 
+def force(blocks):
+    """Block sizes by pass, instead of those that the tiling chooses."""
+    LayoutTiling.choose = lambda tiling, which, *rest: (
+        blocks.get(which) or CHOOSE(tiling, which, *rest)
+    )
+
+
 def poison():
     """Outputs start as NaN."""
-    for name in ("empty_like", "empty_lse"):
-        make = getattr(_launch, name)
-        setattr(_launch, name, lambda x, make=make: make(x).fill_(math.nan))
+    for name in ("empty_like", "empty_lse", "empty_grads"):
+        setattr(_launch, name, poisoned(getattr(_launch, name)))
 
 
 def largest_error(problem, dtype=torch.float32):
@@ -143,14 +151,13 @@ def random_problems():
 def measure(name):
     """The error of a case."""
     layout, rest, blocks = CASES[name]
-    _blocks.overrides.clear()
-    _blocks.overrides.update(blocks)
+    force(blocks)
     dtype = rest.pop("dtype", torch.float32)
     return largest_error(Problem(layout, **rest), dtype)
 
 
 if __name__ == "__main__":
     poison()
-    _blocks.overrides.update(SMALL)
+    force(SMALL)
     random = sys.argv[1:] == ["random"]
     json.dump(random_problems() if random else {name: measure(name) for name in CASES}, sys.stdout)

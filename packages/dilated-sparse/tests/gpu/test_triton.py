@@ -19,6 +19,7 @@ from dilated_sparse import (
 from dilated_sparse._call import BlockCall
 from dilated_sparse._operators import TRITON
 from dilated_sparse._reference import attend as reference
+from dilated_testing import poisoned
 from mixed_precision import NAMES, rounded_attention
 
 pytestmark = pytest.mark.gpu
@@ -130,9 +131,8 @@ def test_every_element_is_written(is_causal, block_size, monkeypatch):
     from dilated_core._triton import _launch
     from dilated_sparse import _triton_backend
 
-    for name in ("empty_like", "empty_lse"):
-        make = getattr(_launch, name)
-        monkeypatch.setattr(_launch, name, lambda x, make=make: make(x).fill_(math.nan))
+    for name in ("empty_like", "empty_lse", "empty_grads"):
+        monkeypatch.setattr(_launch, name, poisoned(getattr(_launch, name)))
     for heads in (1, 6):
         inputs = draw(2, 517, 701, 6, 2, 48, torch.bfloat16)
         layout = random_layout(heads, 517, 701, block_size)

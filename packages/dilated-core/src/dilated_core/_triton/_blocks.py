@@ -3,9 +3,8 @@
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
+from dilated_core._triton._driving import Config, Pair, Pass
 
 
 def _same(config: Config) -> Pair:
@@ -52,8 +51,6 @@ _SINGLE: dict[int, Pair] = {
     128: _same(Config(32, 16, 8, 1)),
     256: _same(Config(16, 16, 8, 1)),
 }
-# Block sizes to use instead, for tests and measurements.
-overrides: dict[Pass, Config] = {}
 
 
 @lru_cache(maxsize=1024)
@@ -80,15 +77,9 @@ def _power_of_two(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def config(which: Pass, tiling: Tiling, sizes: Sizes, query: Tensor) -> Config:
-    """The block sizes for these inputs; they do not depend on the length."""
-    if which in overrides:
-        return overrides[which]
-    return tiling.choose(which, sizes, _pair(which, query.shape[-1], query.dtype))
-
-
 @lru_cache(maxsize=1024)
-def _pair(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
+def pair_of(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
+    """The block sizes that are fast for such inputs; they do not depend on the length."""
     table = _SINGLE if dtype == torch.float32 else _HALF[which]
     width = sum(head_dim_blocks(which, head_dim))
     return table[min(size for size in table if size >= width)]

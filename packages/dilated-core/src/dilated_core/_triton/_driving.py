@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from dilated_core._triton._plan import BlockSizes, TilePlan
+from dilated_core._triton._plan import BlockSizes, PlanCache, TilePlan
 
 Pass = Literal["forward", "query", "key"]
 
@@ -60,6 +60,9 @@ class Sizes(NamedTuple):
 
 class Tiling(Protocol):
     """Which keys each query sees, as plans for the kernels."""
+
+    def cache(self) -> tuple[PlanCache, object] | None:
+        """Where its plans are kept, and a name that only its own have there; None if nowhere."""
 
     def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """The block sizes of a pass, from those that are fast for its head_dim and dtype."""

@@ -6,7 +6,7 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,17 @@ from dilated_core._branches import Branches
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
 from dilated_core._triton import _kernels
-from dilated_core._triton._blocks import config, head_dim_blocks, value_blocks
+from dilated_core._triton._blocks import head_dim_blocks, pair_of, value_blocks
 from dilated_core._triton._driving import Config, Pass, Sizes, Tiling
 from dilated_core._triton._pattern_plans import PatternTiling
-from dilated_core._triton._plan import TilePlan
+from dilated_core._triton._plan import TilePlan, raw_stream
 from dilated_core._triton._triton_internals import Launch
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 _HERE = nullcontext()
-_LAUNCHES_OF_A_PLAN = 64
+_MOST_LAUNCHES = 1024
+# Bytes of gradients: above them the GPU takes longer than the host to allocate each alone.
+_ONE_ALLOCATION = 32 * 2**20
 
 
 class KernelCall:
@@ -36,95 +38,130 @@ class KernelCall:
     ) -> None:  # fmt: skip
         self.scores, self.tiling, self.cu_seqlens = scores, tiling, cu_seqlens
         mask = scores.key_padding_mask
-        self.padding = None if mask is None else _flat(mask).view(torch.uint8)
+        self.padding = mask if mask is None else _flat(mask).view(torch.uint8)
         self.query, self.key, self.value = _flat(query), _flat(key), _flat(value)
-        self.batch, length, self.heads, self.head_dim = query.shape
-        _, key_length, self.kv_heads, _ = key.shape
-        last_rows = cu_seqlens is None and scores.is_causal
-        self.sizes = Sizes(
-            length, key_length, self.heads, self.kv_heads,
-            first_key + (key_length - length if last_rows else 0), first_key, scores.is_causal,
-            query.device,
+        self.first_key = first_key
+        self._device = query.get_device()
+        absent = cu_seqlens is None and mask is None and scores.seed is None
+        self._others: tuple[Tensor | None, ...]
+        self._others = () if absent else (cu_seqlens, self.padding, scores.seed)
+        cache = tiling.cache()
+        self._launches, name = ({}, None) if cache is None else (cache[0].launches, cache[1])
+        # With what a pass has alone, all that a launch depends on but addresses.
+        self._facts = (
+            name, self._device, query.dtype, query.shape, key.shape, self.query.stride(),
+            self.key.stride(), self.value.stride(), self.mask_stride, first_key, scores.is_causal,
+            scores.scale, scores.dropout_p,
         )  # fmt: skip
-        self.strides = self.query.stride()[:3], self.key.stride()[:3], self.value.stride()[:3]
+
+    @property
+    def mask_stride(self) -> int:
+        """The stride of the padding mask's batch; -1 if there is none."""
+        return -1 if self.padding is None else self.padding.stride(0)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What plans may depend on."""
+        _, length, heads, _ = self.query.shape
+        _, key_length, kv_heads, _ = self.key.shape
+        last_rows = self.cu_seqlens is None and self.scores.is_causal
+        first_query = self.first_key + (key_length - length if last_rows else 0)
+        return Sizes(
+            length, key_length, heads, kv_heads, first_query, self.first_key,
+            self.scores.is_causal, self.query.device,
+        )  # fmt: skip
 
     def launch(
-        self, which: Pass, pointers: list[Tensor], strides: tuple[tuple[int, ...], ...], **more: Any
+        self, which: Pass, tensors: list[Tensor], facts: tuple[object, ...], grad_lse: bool = False
     ) -> None:
         """Launch the kernel of a pass.
 
         Args:
             which: the pass.
-            pointers: its tensors, before those of the tables.
-            strides: theirs, in the order of its arguments.
-            more: compile-time arguments that the pass has alone.
+            tensors: its tensors, before those of the tables.
+            facts: what its launch depends on, beside what the passes share.
+            grad_lse: whether there is a gradient to lse; `facts` tell it, too.
         """
-        scores, chosen = self.scores, config(which, self.tiling, self.sizes, self.query)
-        tables = self.tiling.plan(self.sizes, which == "key", chosen.blocks)
-        known = (
-            which, chosen, self.batch, self.kv_heads, self.head_dim, strides, scores.scale,
-            scores.dropout_p, self.padding is None, tuple([x.dtype for x in pointers]),
-            *more.values(),
-        )  # fmt: skip
-        made = tables.launches.get(known)
-        if made is None:
-            if len(tables.launches) >= _LAUNCHES_OF_A_PLAN:
-                tables.launches.clear()
-            made = tables.launches[known] = self._launch(which, chosen, tables, strides, more)
-        made(
-            pointers,
-            # Absent ones are any pointer.
-            tables.tiles if self.cu_seqlens is None else self.cu_seqlens,
-            tables.tiles if self.padding is None else self.padding,
-            tables.tiles if scores.seed is None else scores.seed,
-        )
+        known = which, self._facts, facts
+        made = self._launches.get(known)
+        stream, captured = 0, False
+        if self._device >= 0:
+            stream = raw_stream(self._device)
+            captured = torch.cuda.is_current_stream_capturing()
+        if made is None or captured or made.stream != stream:
+            sizes, query = self.sizes, self.query
+            pair = pair_of(which, query.shape[-1], query.dtype)
+            chosen = self.tiling.choose(which, sizes, pair)
+            plan = self.tiling.plan(sizes, which == "key", chosen.blocks)
+            made = self._launches.get(known)  # cleared if the plan was built
+            if made is None:
+                if len(self._launches) >= _MOST_LAUNCHES:
+                    self._launches.clear()
+                made = self._launches[known] = self._launch(which, chosen, plan, tensors, grad_lse)
+        made(stream, tensors, self._others)
 
     def _launch(
-        self, which: Pass, chosen: Config, tables: TilePlan,
-        strides: tuple[tuple[int, ...], ...], more: dict[str, Any],
+        self, which: Pass, chosen: Config, plan: TilePlan, tensors: list[Tensor], grad_lse: bool
     ) -> Launch:  # fmt: skip
-        scores, slots = self.scores, tables.tiles.shape[1]
-        heads = self.kv_heads if which == "key" else self.heads
+        scores, slots, sizes = self.scores, plan.tiles.shape[1], self.sizes
+        batch, _, _, head_dim = self.query.shape
+        heads = sizes.kv_heads if which == "key" else sizes.heads
         drop = min(_dropout.threshold(scores.dropout_p), 2**32 - 1)
         scale = [abs(scores.scale) * math.log2(math.e)]
+        strides = [tensors[at].stride()[:-1] for at in _STRIDED[which]]
         # Those that hold the columns.
         first, second = strides[1][1], strides[2][1]
         if which == "key":
             first, second = strides[0][1], strides[4][1]
         if which != "forward":
             scale.append(scores.scale)
+        if which == "query":
+            strides.append(tensors[6].transpose(1, 2).stride())  # of the gradient to lse
         numbers = [
-            *(x for each in strides for x in each), *scale, drop, 1.0 / (1.0 - scores.dropout_p),
-            slots, tables.early, self.sizes.first_query, self.sizes.first_key,
+            *(x for each in strides for x in each), max(self.mask_stride, 0), *scale, drop,
+            1.0 / (1.0 - scores.dropout_p), slots, plan.early, sizes.first_query, sizes.first_key,
         ]  # fmt: skip
-        width, tail = head_dim_blocks(which, self.head_dim)
+        width, tail = head_dim_blocks(which, head_dim)
         constants = {
-            "HEADS": heads, "GROUP": self.heads // self.kv_heads, "D": self.head_dim,
-            "BLOCK_D": width, "TAIL": tail, **more,
-            "MASK": tables.mask, "EARLY": tables.early > 0, "BLOCK_ROWS": chosen.rows,
+            "HEADS": heads, "GROUP": sizes.heads // sizes.kv_heads, "D": head_dim,
+            "BLOCK_D": width, "TAIL": tail, **self._own_constants(which, grad_lse),
+            "MASK": plan.mask, "EARLY": plan.early > 0, "BLOCK_ROWS": chosen.rows,
             "FULL_COLUMNS": chosen.columns, "MASKED_COLUMNS": chosen.blocks.masked,
             "CAUSAL": scores.is_causal, "PADDED": self.padding is not None,
             "DROPOUT": scores.dropout_p > 0, "PACKED": self.cu_seqlens is not None,
             "NEGATIVE": scores.scale < 0,
-            "WIDE": tables.largest_step * chosen.columns * max(first, second) >= 2**31,
+            "WIDE": plan.largest_step * chosen.columns * max(first, second) >= 2**31,
             "ALIKE": first == second, "IEEE": self.query.dtype == torch.float32,
         }  # fmt: skip
         options = {
             "num_warps": chosen.warps, "num_stages": chosen.stages, "maxnreg": chosen.registers,
         }  # fmt: skip
-        grid = slots * heads * self.batch
-        return Launch(_KERNELS[which], grid, tables.tensors(), numbers, constants, options)
+        grid = slots * heads * batch
+        return Launch(_KERNELS[which], grid, plan, numbers, constants, options)
 
-    @property
-    def mask_strides(self) -> tuple[int, ...]:
-        """The stride of the padding mask's batch."""
-        return (0 if self.padding is None else self.padding.stride(0),)
+    def _own_constants(self, which: Pass, grad_lse: bool) -> dict[str, Any]:
+        """The compile-time arguments that a pass has alone."""
+        if which == "key":
+            return {}
+        if which == "query":
+            return {"GRAD_LSE": grad_lse}
+        width, tail = value_blocks(self.query.shape[-1])
+        # A padding mask may hide the keys that shifts are taken from, and weights that are relative
+        # to any other score than the greatest do not fit in float16.
+        optimistic = self.padding is None and self.query.dtype != torch.float16
+        return {"VALUE_D": width, "VALUE_TAIL": tail, "OPTIMISTIC": optimistic}
 
 
 _KERNELS: dict[Pass, Any] = {
     "forward": _kernels.forward_kernel,
     "query": _kernels.query_gradient_kernel,
     "key": _kernels.key_gradient_kernel,
+}
+# By pass, the places of the tensors whose strides a kernel takes, in the order in which it does.
+_STRIDED: dict[Pass, tuple[int, ...]] = {
+    "forward": (0, 1, 2, 3, 4),
+    "query": (0, 1, 2, 3, 5, 4),
+    "key": (0, 1, 2, 4, 3, 6),
 }
 
 
@@ -155,33 +192,21 @@ def forward(call: KernelCall, *, wide: bool = False) -> Partial:
     with _on_device(query):
         out, lse = (empty_wide if wide else empty_like)(query), empty_lse(query)
         if query.numel():
-            value_width, value_tail = value_blocks(call.head_dim)
-            # A padding mask may hide the keys that shifts are taken from, and weights that are
-            # relative to any other score than the greatest do not fit in float16.
-            optimistic = call.padding is None and query.dtype != torch.float16
-            call.launch(
-                "forward", [query, call.key, call.value, out, lse],
-                (*call.strides, out.stride()[:3], lse.stride()[:2], call.mask_strides),
-                VALUE_D=value_width, VALUE_TAIL=value_tail, OPTIMISTIC=optimistic,
-            )  # fmt: skip
+            call.launch("forward", [query, call.key, call.value, out, lse], (wide,))
     return Partial(out, lse)
 
 
 def backward(call: KernelCall, upstream: Upstream, *, wide: bool = False) -> Gradients:
     """Gradients to query, key and value, in their dtype or, if `wide`, in float32."""
-    make = empty_wide if wide else empty_like
-    query, key, value = call.query, call.key, call.value
+    query, key = call.query, call.key
     with _on_device(query):
-        dq, dk, dv = grads = make(query), make(key), make(value)
+        dq, dk, dv, terms = empty_grads(query, key, upstream.total.lse, wide)
         if not query.numel() or not key.numel():
-            for grad in grads:
-                grad.zero_()
-            return grads
-        do = _flat(upstream.grad_out)
-        terms = torch.empty_like(upstream.total.lse, dtype=torch.int64)
-        query_gradient(call, do, upstream.grad_lse, upstream.total, terms, dq)
-        key_gradients(call, do, terms, dk, dv)
-    return grads
+            return dq.zero_(), dk.zero_(), dv.zero_()
+        grad_out = _flat(upstream.grad_out)
+        query_gradient(call, grad_out, upstream.grad_lse, upstream.total, terms, dq)
+        key_gradients(call, grad_out, terms, dk, dv)
+    return dq, dk, dv
 
 
 def query_gradient(
@@ -194,29 +219,22 @@ def query_gradient(
 ) -> None:
     """Fill grad_query, and terms (B, H, N) int64, which the gradients to keys need."""
     out, lse = total
-    seen = lse if grad_lse is None else grad_lse
-    batch, head, row = seen.stride()
-    call.launch(
-        "query", [call.query, call.key, call.value, out, lse, grad_out, seen, grad_query, terms],
-        (
-            *call.strides, out.stride()[:3], grad_out.stride()[:3], lse.stride()[:2],
-            (batch, row, head), call.mask_strides,
-        ),
-        GRAD_LSE=grad_lse is not None,
+    facts = (
+        grad_query.dtype, out.dtype, out.stride(), lse.dtype, lse.stride(), grad_out.dtype,
+        grad_out.stride(), None if grad_lse is None else (grad_lse.dtype, grad_lse.stride()),
     )  # fmt: skip
+    given = lse if grad_lse is None else grad_lse
+    tensors = [call.query, call.key, call.value, out, lse, grad_out, given, grad_query, terms]
+    call.launch("query", tensors, facts, grad_lse is not None)
 
 
 def key_gradients(
     call: KernelCall, grad_out: Tensor, terms: Tensor, grad_key: Tensor, grad_value: Tensor
 ) -> None:
     """Fill grad_key and grad_value."""
-    call.launch(
-        "key", [call.query, call.key, call.value, grad_out, grad_key, grad_value, terms],
-        (
-            *call.strides, grad_key.stride()[:3], grad_out.stride()[:3], terms.stride()[:2],
-            call.mask_strides,
-        ),
-    )  # fmt: skip
+    facts = grad_key.dtype, grad_key.stride(), grad_out.dtype, grad_out.stride(), terms.stride()
+    tensors = [call.query, call.key, call.value, grad_out, grad_key, grad_value, terms]
+    call.launch("key", tensors, facts)
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -227,18 +245,81 @@ def _on_device(x: Tensor) -> AbstractContextManager[object]:
 
 def empty_like(x: Tensor) -> Tensor:
     """Uninitialized and contiguous."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape)
 
 
 def empty_wide(x: Tensor) -> Tensor:
     """Uninitialized, contiguous and in float32."""
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 def empty_lse(query: Tensor) -> Tensor:
     """An uninitialized lse (B, H, N)."""
     batch, length, heads, _ = query.shape
-    return torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+    return query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def empty_grads(
+    query: Tensor, key: Tensor, lse: Tensor, wide: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialized gradients to query, key and value, contiguous, and terms, laid out as lse.
+
+    Small ones are of one allocation, because in torch's thread for backwards each takes the host
+    longer than a launch. So one of them that is kept keeps all.
+    """
+    dtype = torch.float32 if wide else query.dtype
+    rooms = _rooms(query.shape, key.shape, dtype)
+    if rooms is None or not lse.is_contiguous():
+        make = empty_wide if wide else empty_like
+        return make(query), make(key), make(key), torch.empty_like(lse, dtype=torch.int64)
+    words, strides, key_strides, starts = rooms
+    whole = query.new_empty(words, dtype=torch.int64)
+    grads = whole.view(dtype)
+    return (
+        grads.as_strided(query.shape, strides, starts[0]),
+        grads.as_strided(key.shape, key_strides, starts[1]),
+        grads.as_strided(key.shape, key_strides, starts[2]),
+        whole.as_strided(lse.shape, lse.stride(), 0),
+    )
+
+
+class _Rooms(NamedTuple):
+    """Where gradients lie in one allocation, behind the terms.
+
+    Attributes:
+        words: of 8 bytes, of all.
+        strides: of the gradient to query.
+        key_strides: of those to key and value.
+        starts: of the three, in their elements.
+    """
+
+    words: int
+    strides: tuple[int, ...]
+    key_strides: tuple[int, ...]
+    starts: tuple[int, int, int]
+
+
+@lru_cache(maxsize=1024)
+def _rooms(shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: torch.dtype) -> _Rooms | None:
+    """None where they take more than `_ONE_ALLOCATION`."""
+    batch, length, heads, _ = shape
+    grad, key_grad = (_padded(math.prod(x) * dtype.itemsize) for x in (shape, key_shape))
+    terms = _padded(batch * heads * length * 8)
+    if grad + 2 * key_grad > _ONE_ALLOCATION:
+        return None
+    first, second, third = (
+        x // dtype.itemsize for x in (terms, terms + grad, terms + grad + key_grad)
+    )
+    strides, key_strides = (
+        (rows * heads * dim, heads * dim, dim, 1) for _, rows, heads, dim in (shape, key_shape)
+    )
+    words = (terms + grad + 2 * key_grad) // 8
+    return _Rooms(words, strides, key_strides, (first, second, third))
+
+
+def _padded(size: int) -> int:
+    """At least so many bytes, so that what follows starts with a line of the GPU's cache."""
+    return -(-size // 128) * 128
 
 
 def _flat(x: Tensor) -> Tensor:

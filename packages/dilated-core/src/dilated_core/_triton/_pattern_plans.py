@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dilated_core._branches import Branches
 from dilated_core._triton._driving import Config, Pair, Pass, Sizes
-from dilated_core._triton._plan import BlockSizes, PlanCache, TilePlan, stream_id
+from dilated_core._triton._plan import BlockSizes, PlanCache, TilePlan, current_stream
 from dilated_core._triton._strips import StepShape, work
 from dilated_core._triton._tables import (
     Request,
@@ -29,6 +29,10 @@ class PatternTiling(NamedTuple):
 
     pattern: Branches
     cu_seqlens: Tensor | None
+
+    def cache(self) -> tuple[PlanCache, object] | None:
+        """One for all patterns; the plans of packed sequences are made at each call."""
+        return (_cache, self.pattern.code) if self.cu_seqlens is None else None
 
     def choose(self, which: Pass, sizes: Sizes, pair: Pair) -> Config:
         """Short tiles where they are the quicker ones."""
@@ -108,7 +112,7 @@ def _cached_template(request: Request, device: torch.device) -> Template:
         # Shorter sequences cut runs shorter and need no other masks, but for their zero keys.
         whole = exact_tables(request, found)
         mask = 2 if request.zero_keys else max(1, whole.mask)
-        return replace(found, mask=mask, stream=stream_id(device))
+        return replace(found, mask=mask, stream=current_stream(device))
 
     found = _cache.value(("packed", request, device), device, build)
     assert isinstance(found, Template)

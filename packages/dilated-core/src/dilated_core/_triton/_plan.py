@@ -56,8 +56,7 @@ class TilePlan:
         mask: 0 if there are no masked runs, 1 if only their length and causal order hide columns,
             2 if segments or row steps may, 3 if bits may.
         early: how many tiles of each class have so much work that those of all heads start first.
-        stream: the id of the stream that built it.
-        launches: kernels that were launched with it, for whoever launches them again.
+        stream: the stream that built it.
     """
 
     tiles: Tensor
@@ -69,7 +68,6 @@ class TilePlan:
     mask: int
     early: int = 0
     stream: int = 0
-    launches: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tables."""
@@ -81,7 +79,7 @@ class Kept(Protocol):
 
     @property
     def stream(self) -> int:
-        """The id of the stream."""
+        """The stream, as `current_stream` gives it."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tables."""
@@ -91,12 +89,15 @@ class Kept(Protocol):
 class PlanCache:
     """The most recently used plans, and those that a captured graph reads for ever.
 
-    Once a graph has captured one of its plans, a cache is never freed.
+    Once a graph has captured one of its plans, a cache is never freed. `launches` are kernels with
+    plans of the cache, for whoever launches them again; a plan that is built clears them, so that
+    they keep none alive and each stays in use.
     """
 
     size: int = _CACHED_PLANS
     recent: OrderedDict[object, Kept] = field(default_factory=OrderedDict)
     captured: dict[object, Kept] = field(default_factory=dict)
+    launches: dict[object, Any] = field(default_factory=dict)
 
     def plan(self, key: object, device: torch.device, build: Callable[[], TilePlan]) -> TilePlan:
         """The plan of this key and device, built where it is missing; for any stream and in graphs.
@@ -106,7 +107,7 @@ class PlanCache:
         """
 
         def complete() -> TilePlan:
-            return replace(build(), stream=stream_id(device))
+            return replace(build(), stream=current_stream(device))
 
         found = self.value((key, device), device, complete)
         assert isinstance(found, TilePlan)
@@ -120,6 +121,7 @@ class PlanCache:
             found = build()
             _finish(device)
             self.recent[key] = found
+            self.launches.clear()
             while len(self.recent) > self.size:
                 self.recent.popitem(last=False)
         elif key in self.recent:
@@ -134,7 +136,8 @@ class PlanCache:
         if torch.cuda.is_current_stream_capturing():
             self.captured[key] = found
             _pinned[id(self)] = self
-        elif (stream := torch.cuda.current_stream(device)).stream_id != found.stream:
+        elif current_stream(device) != found.stream:
+            stream = torch.cuda.current_stream(device)
             for table in found.tensors():
                 table.record_stream(stream)
 
@@ -150,8 +153,14 @@ def _forbid_capture(device: torch.device) -> None:
         )
 
 
-def stream_id(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+def current_stream(device: torch.device) -> int:
+    """The address of the current stream; 0 on the CPU."""
+    return raw_stream(device.index) if device.type == "cuda" else 0
+
+
+def raw_stream(device: int) -> int:
+    """The same, which costs the host less than a stream of torch."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def _finish(device: torch.device) -> None:

@@ -10,12 +10,17 @@ binary depends on is either fixed or checked, so that the binary of the first la
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import JITFunction, knobs
+
+from dilated_core._triton._plan import TilePlan
+
+OTHERS = 3
 
 # How triton itself calls a binary, without spaces.
 _CONVENTION = (
@@ -49,51 +54,59 @@ class Launch:
     Args:
         kernel: the kernel.
         grid: how many programs.
-        tables: the tensors between those of a launch and its last three.
+        plan: the tables, between the tensors of a launch and its last ones.
         numbers: the arguments after the tensors.
         constants: the compile-time arguments by name.
         options: how to compile.
     """
 
     def __init__(
-        self, kernel: Any, grid: int, tables: Sequence[Tensor], numbers: Sequence[float],
+        self, kernel: Any, grid: int, plan: TilePlan, numbers: Sequence[float],
         constants: dict[str, Any], options: dict[str, Any],
     ) -> None:  # fmt: skip
-        self._kernel, self._grid, self._tables = kernel, grid, tables
-        self._addresses = [x.data_ptr() for x in tables]
+        self.stream = plan.stream
+        self._kernel, self._grid, self._tables = kernel, grid, plan.tensors()
         self._numbers, self._named = numbers, constants | options
+        self._addresses = [x.data_ptr() for x in self._tables]
         self._rest: list[Any] = []
-        self._binary: Any = None
-        if isinstance(kernel, JITFunction) and can_relaunch():
+        known = isinstance(kernel, JITFunction) and can_relaunch()
+        self._known = known and not reduce(or_, self._addresses) % 16
+        if known:
             last = kernel.arg_names[-len(constants) :]
             self._rest = [*numbers, *(constants[name] for name in last)]
+        self._absent = [*self._addresses, *self._addresses[:1] * OTHERS, *self._rest]
+        self._binary: tuple[Any, ...] | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], *others: Tensor) -> None:
-        """Launch on the current stream: with `tensors`, the tables, `others` and the numbers."""
-        if not self._rest:
-            self._through_the_door(tensors, others)
-            return
-        # Binaries differ by which addresses are multiples of 16.
+    def __call__(
+        self, stream: int, tensors: Sequence[Tensor], others: Sequence[Tensor | None]
+    ) -> None:
+        """Launch on the current stream, which is `stream`.
+
+        Args:
+            stream: as `current_stream` gives it.
+            tensors: those before the tables.
+            others: the `OTHERS` after them, of which some may be None, or none if all are.
+        """
         addresses = [x.data_ptr() for x in tensors]
-        addresses += self._addresses
-        addresses += [x.data_ptr() for x in others]
-        low = 0
-        for address in addresses:
-            low |= address
-        if low % 16 or _has_hooks(self._kernel):
-            self._through_the_door(tensors, others)
+        tail = self._absent
+        if others:
+            given = [self._addresses[0] if x is None else x.data_ptr() for x in others]
+            tail = [*self._addresses, *given, *self._rest]
+            addresses += given
+        # Binaries differ by which addresses are multiples of 16.
+        direct = self._known and not reduce(or_, addresses) % 16 and not _has_hooks(self._kernel)
+        if not direct or self._binary is None:
+            binary = self._through_the_door(tensors, others)
+            if direct:
+                self._binary = binary.run, binary.function, binary.packed_metadata
             return
-        if self._binary is None:
-            self._binary = self._through_the_door(tensors, others)
-            return
-        binary = self._binary
-        stream = torch._C._cuda_getCurrentRawStream(tensors[0].get_device())
-        binary.run(
-            self._grid, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None,
-            *addresses, *self._rest,
-        )  # fmt: skip
+        run, function, metadata = self._binary
+        del addresses[len(tensors) :]
+        run(self._grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *tail)
 
-    def _through_the_door(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+    def _through_the_door(self, tensors: Sequence[Tensor], others: Sequence[Tensor | None]) -> Any:
+        # Absent ones are any pointer.
+        given = [self._tables[0] if x is None else x for x in others or [None] * OTHERS]
         return self._kernel[(self._grid,)](
-            *tensors, *self._tables, *others, *self._numbers, **self._named
+            *tensors, *self._tables, *given, *self._numbers, **self._named
         )
