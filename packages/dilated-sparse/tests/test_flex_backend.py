@@ -71,7 +71,6 @@ def test_beyond_the_limit_of_recompilations_it_raises(monkeypatch):
 
 
 REFUSED = {
-    "it depends on the layout": {"layout": None},
     "FlexAttention has no dropout": {"dropout_p": 0.1},
     "on the CPU it does not serve gradients": {"needs_gradients": True},
     "on the CPU it does not serve return_lse": {"return_lse": True},

@@ -80,12 +80,14 @@ def test_scale_multiplies_the_scores():
 
 
 def test_the_choice_of_a_backend_says_why():
-    choice = select_backend(X, X)
+    choice = select_backend(X, X, layout=LAYOUT)
     assert BackendChoice is dilated_core.extending.BackendChoice
     assert choice.backend == choice.name == "torch"
     assert choice.reason
     assert dict(choice.rejected).keys() == {"reference", "flex", "triton"}
     assert "cpu" in dict(choice.rejected)["triton"]
-    assert select_backend(X, X, "reference").backend == "reference"
+    assert select_backend(X, X, "reference", layout=LAYOUT).backend == "reference"
     with pytest.raises(ValueError, match=r"backend must be able to serve the call\. Got 'triton'"):
-        select_backend(X, X, "triton")
+        select_backend(X, X, "triton", layout=LAYOUT)
+    with pytest.raises(TypeError, match=r"layout must be a BlockLayout\. Got NoneType"):
+        select_backend(X, X, layout=None)

@@ -74,7 +74,7 @@ def test_the_union_with_a_pattern_counts_multiplicities(problem):
     ids=lambda layer: type(layer).__name__,
 )
 def test_inside_multihead_attention(attention):
-    layer = MultiheadDilatedAttention(48, 6, PATTERN, num_kv_heads=2, attention=attention)
+    layer = MultiheadDilatedAttention(48, 6, None, num_kv_heads=2, attention=attention)
     x = torch.randn(2, 23, 48, requires_grad=True)
     mask = torch.zeros(2, 23, dtype=torch.bool)
     mask[1, 17:] = True

@@ -1,7 +1,7 @@
 """Dilated attention for PyTorch: exact, linear in length, with exact gradients."""
 
 from dilated_core.__about__ import __version__
-from dilated_core._attend import select_backend
+from dilated_core._attend import Backend, select_backend
 from dilated_core._branches import Branch, validate_segment_dilation_match
 from dilated_core._cache import DilatedKVCache
 from dilated_core._choice import BackendChoice
@@ -15,6 +15,7 @@ from dilated_core._partial import Partial, merge
 from dilated_core._pattern import DilatedPattern
 
 __all__ = [
+    "Backend",
     "BackendChoice",
     "Branch",
     "DilatedAttention",

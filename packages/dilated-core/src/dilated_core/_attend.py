@@ -27,7 +27,7 @@ _ATTEND: dict[str, Callable[[DilatedCall, Tensor, Tensor, Tensor], Partial]] = {
 }
 
 
-def select_backend(query: Tensor, key: Tensor, backend: str | None = None) -> BackendChoice:
+def select_backend(query: Tensor, key: Tensor, backend: Backend | None = None) -> BackendChoice:
     """Pick the backend of a call by device, dtype and sizes of its tensors; values do not matter.
 
     Args:
@@ -56,7 +56,7 @@ def attend(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`dilated_attention` or, with `cu_seqlens`, `dilated_attention_varlen`."""

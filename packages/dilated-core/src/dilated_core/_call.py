@@ -101,7 +101,9 @@ def check_call(
     which is returned as (1, total), is (total,).
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError: an argument has the wrong type, or a tensor the wrong dtype.
+        ValueError: shapes, heads, lengths or devices do not fit each other, or a number is out of
+            range.
     """
     _checks.boolean("is_causal", is_causal)
     _checks.boolean("enable_gqa", enable_gqa)

@@ -13,7 +13,10 @@ _HIGH = 0x9E3779B9
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijective 32-bit avalanche hash, on int64 tensors that hold values below 2**32."""
+    """A bijective 32-bit avalanche hash, on int64 tensors that hold values below 2**32.
+
+    The multipliers and shifts of "lowbias32" (Christopher Wellons, Hash Function Prospector, 2018).
+    """
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
     x = x ^ (x >> 15)

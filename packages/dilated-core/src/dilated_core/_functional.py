@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dilated_core._attend import attend
+from dilated_core._attend import Backend, attend
 from dilated_core._pattern import DilatedPattern
 
 
@@ -18,7 +18,7 @@ def dilated_attention(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dilated attention of LongNet (arXiv 2307.02486), exact for any length, with exact gradients.
 
@@ -45,7 +45,11 @@ def dilated_attention(
         float32 or wider. A query that sees no key has out 0, lse -inf and zero gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError: pattern is no DilatedPattern, or another argument has the wrong type or dtype.
+        ValueError: lengths, heads, devices or sizes do not fit each other, is_causal with more
+            queries than keys, dropout_p is not in [0, 1), scale is not finite, the pattern splits
+            more groups than there are heads, or `backend` names none, or one that cannot serve the
+            call.
     """
     _check_pattern(pattern)
     return attend(
@@ -68,7 +72,7 @@ def dilated_attention_varlen(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`dilated_attention` of packed sequences of different lengths; segments start anew in each.
 
@@ -90,7 +94,8 @@ def dilated_attention_varlen(
         out (total, H, D); with return_lse also lse (H, total).
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError, ValueError: as `dilated_attention`; also unless cu_seqlens rises from 0 to
+            total, which is checked on the CPU alone.
     """
     _check_pattern(pattern)
     if not isinstance(cu_seqlens, Tensor):

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dilated_core import _checks, _reference
-from dilated_core._attend import BACKENDS, attend
+from dilated_core._attend import BACKENDS, Backend, attend
 from dilated_core._cache import DilatedKVCache
-from dilated_core._call import DilatedCall, Scores
+from dilated_core._call import DilatedCall, check_call
 from dilated_core._head_attention import HeadAttention
 from dilated_core._pattern import DilatedPattern
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
 
 # need_weights materialises (B, H, N, M); beyond this many entries that is surely a mistake.
-MAX_WEIGHTS = 1 << 26
+_MAX_WEIGHTS = 1 << 26
 
 
 class DilatedAttention(HeadAttention):
@@ -38,9 +38,10 @@ class DilatedAttention(HeadAttention):
         *,
         scale: float | None = None,
         dropout: float = 0.0,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__(scale=scale, dropout=dropout, backend=backend, backends=BACKENDS)
+        self.backend: Backend | None
         if not isinstance(pattern, DilatedPattern):
             raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
         self.pattern = pattern
@@ -54,7 +55,21 @@ class DilatedAttention(HeadAttention):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend: query (B, N, H, D), key and value (B, M, H_kv, D), mask (B, M) True = ignore."""
+        """Attend, as `dilated_attention` does; H may be a multiple of H_kv.
+
+        Args:
+            query: (B, N, H, D).
+            key: (B, M, H_kv, D).
+            value: (B, M, H_kv, D).
+            is_causal: hide the keys after each query.
+            key_padding_mask: (B, M) bool, True = ignore.
+
+        Returns:
+            (B, N, H, D) in query's dtype.
+
+        Raises:
+            TypeError, ValueError: as `dilated_attention`.
+        """
         out = attend(
             self.pattern, query, key, value, is_causal=is_causal,
             key_padding_mask=key_padding_mask, backend=self.backend, **self.options(query, key),
@@ -72,17 +87,19 @@ class DilatedAttention(HeadAttention):
         """The attention weights (B, H, N, M) before dropout, multiplicities included.
 
         Raises:
-            ValueError: more than 2**26 weights.
+            TypeError, ValueError: as `dilated_attention`; also for more than 2**26 weights.
         """
-        batch, length, heads, head_dim = query.shape
-        size = batch * heads * length * key.shape[1]
-        if size > MAX_WEIGHTS:
+        scores = check_call(
+            query, key, key, is_causal=is_causal, scale=self.scale,
+            key_padding_mask=key_padding_mask, enable_gqa=True,
+        )  # fmt: skip
+        size = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
+        if size > _MAX_WEIGHTS:
             raise ValueError(
-                f"need_weights must be False for more than {MAX_WEIGHTS} weights "
+                f"query and key must have at most {_MAX_WEIGHTS} weights "
                 f"(batch * heads * length * key length). Got {size}."
             )
-        scale = head_dim**-0.5 if self.scale is None else self.scale
-        call = DilatedCall(self.pattern, Scores(is_causal, scale, key_padding_mask))
+        call = DilatedCall(self.pattern, scores)
         return _reference.weights_and_lse(call, query, key)[0].to(query.dtype)
 
     def shown(self) -> str:
@@ -111,7 +128,10 @@ class MultiheadDilatedAttention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        TypeError: a number is none, or pattern no DilatedPattern where attention is None.
+        ValueError: a number is out of range, embed_dim no multiple of num_heads or num_heads none
+            of num_kv_heads, pattern or dropout is given beside attention, or the pattern splits
+            more groups than there are heads.
     """
 
     def __init__(
@@ -151,13 +171,13 @@ class MultiheadDilatedAttention(nn.Module):
                 f"dropout must be 0 when attention is given: set it there. Got {dropout}."
             )
         if attention is None:
-            attention = DilatedAttention(cast(DilatedPattern, pattern), dropout=dropout)
-        elif pattern is not None and not isinstance(pattern, DilatedPattern):
-            raise TypeError(
-                f"pattern must be a DilatedPattern or None. Got {type(pattern).__name__}."
+            own = DilatedAttention(cast(DilatedPattern, pattern), dropout=dropout)
+            own.pattern.branch_heads(num_heads)
+            attention = own
+        elif pattern is not None:
+            raise ValueError(
+                f"pattern must be None when attention is given, which knows. Got {pattern!r}."
             )
-        if pattern is not None:
-            pattern.branch_heads(num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -226,6 +246,13 @@ class MultiheadDilatedAttention(nn.Module):
 
         Returns:
             (output (B, N, embed_dim), weights or None).
+
+        Raises:
+            TypeError: an input is no Tensor, or cache no DilatedKVCache.
+            ValueError: an input has another shape, positions come without a position_embedding or
+                not one for each key, cache or need_weights with an injected attention, cache with
+                anything but causal self-attention of its own pattern in eval mode or without
+                dropout, or as `dilated_attention`.
         """
         self._check_input("query", query)
         if cache is not None:

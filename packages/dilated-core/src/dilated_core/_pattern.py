@@ -48,6 +48,11 @@ class DilatedPattern(Branches):
         Branch i has segment length `segment_length * growth**i` and dilation rate `growth**i`, up
         to the first segment that covers `max_length` positions, so the work per position stays
         below `segment_length * growth / (growth - 1)` keys.
+
+        Raises:
+            TypeError: a number is no int.
+            ValueError: max_length or segment_length is below 1, growth below 2, or head_offsets is
+                none of the two.
         """
         _checks.positive_int("max_length", max_length)
         _checks.positive_int("segment_length", segment_length)
@@ -77,6 +82,9 @@ class DilatedPattern(Branches):
 
         Returns:
             int64 tensor of shape (H, N, M). For tests and pictures: it is as large as it looks.
+
+        Raises:
+            ValueError: `head_groups="split"` with fewer heads than branches.
         """
         return _reference.multiplicity(self, length, heads, is_causal, key_length)
 
@@ -85,6 +93,9 @@ class DilatedPattern(Branches):
 
         Returns:
             int64 tensor of shape (H, N): key slots without a real row, summed over branches.
+
+        Raises:
+            ValueError: as `multiplicity`.
         """
         return _reference.zero_keys(self, length, heads, key_length)
 
@@ -92,6 +103,9 @@ class DilatedPattern(Branches):
         """Floating-point operations of one forward: 4 * head_dim per visible pair.
 
         A key that c branches show counts c times. Closed form: O(branches * heads).
+
+        Raises:
+            ValueError: as `multiplicity`.
         """
         pairs = 0
         for (w, r), branch_heads in zip(self.branches, self.branch_heads(heads), strict=True):

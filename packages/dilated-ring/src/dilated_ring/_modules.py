@@ -132,8 +132,9 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
             pattern, group=group, ring_size=ring_size, dropout=dropout,
             strategy=strategy, validate=validate, buffers=buffers,
         )  # fmt: skip
-        known = pattern if isinstance(pattern, DilatedPattern) else None
-        super().__init__(embed_dim, num_heads, known, attention=attention, **options)
+        super().__init__(embed_dim, num_heads, None, attention=attention, **options)
+        if isinstance(pattern, DilatedPattern):
+            pattern.branch_heads(num_heads)
 
     def forward(
         self,

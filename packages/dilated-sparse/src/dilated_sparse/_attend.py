@@ -34,8 +34,8 @@ _ATTEND: dict[
 def obstacles(
     query: Tensor,
     key: Tensor,
-    backend: str | None,
-    layout: Layout | None,
+    backend: Backend | None,
+    layout: Layout,
     *,
     dropout_p: float,
     has_padding: bool,
@@ -64,7 +64,7 @@ def attend(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`block_sparse_attention`."""
     scores = check_call(

@@ -25,7 +25,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def unsupported(
     query: Tensor,
-    layout: Layout | None,
+    layout: Layout,
     *,
     dropout_p: float,
     has_padding: bool,
@@ -33,8 +33,6 @@ def unsupported(
     needs_gradients: bool,
 ) -> str | None:
     """Why FlexAttention cannot serve a call; None if it can."""
-    if layout is None:
-        return "it depends on the layout, and none was given"
     if dropout_p > 0:
         return "FlexAttention has no dropout"
     if query.dtype not in _DTYPES:

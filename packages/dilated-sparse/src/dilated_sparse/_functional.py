@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dilated_core.extending import BackendChoice, choose
-from dilated_sparse._attend import BACKENDS, REASONS, UNASKED, attend, obstacles
+from dilated_sparse._attend import BACKENDS, REASONS, UNASKED, Backend, attend, obstacles
 from dilated_sparse._layout import BlockLayout
 
 
@@ -19,7 +19,7 @@ def block_sparse_attention(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over the token pairs of a layout, with exact gradients and O(N) memory.
 
@@ -47,8 +47,7 @@ def block_sparse_attention(
             queries than keys, dropout_p is not in [0, 1), scale is not finite, or `backend` names
             none, or one that cannot serve the call.
     """
-    if not isinstance(layout, BlockLayout):
-        raise TypeError(f"layout must be a BlockLayout. Got {type(layout).__name__}.")
+    _check_layout(layout)
     return attend(
         layout, query, key, value, is_causal=is_causal, scale=scale,
         key_padding_mask=key_padding_mask, dropout_p=dropout_p, enable_gqa=enable_gqa,
@@ -59,9 +58,9 @@ def block_sparse_attention(
 def select_backend(
     query: Tensor,
     key: Tensor,
-    backend: str | None = None,
+    backend: Backend | None = None,
     *,
-    layout: BlockLayout | None = None,
+    layout: BlockLayout,
     dropout_p: float = 0.0,
     has_padding: bool = False,
     return_lse: bool = False,
@@ -73,17 +72,24 @@ def select_backend(
         query: (B, N, H, D); values do not matter.
         key: (B, M, H_kv, D).
         backend: the name of one to force it.
-        layout: the layout of the call; without one, flex is left out.
+        layout: the layout of the call.
         dropout_p: as in the call.
         has_padding: whether the call has a key_padding_mask.
         return_lse: as in the call.
         needs_gradients: whether a backward may follow.
 
     Raises:
+        TypeError: layout is no BlockLayout.
         ValueError: `backend` names none, or one that cannot serve the call.
     """
+    _check_layout(layout)
     why_not = obstacles(
         query, key, backend, layout, dropout_p=dropout_p, has_padding=has_padding,
         return_lse=return_lse, needs_gradients=needs_gradients,
     )  # fmt: skip
     return choose(BackendChoice, "backend", backend, BACKENDS, REASONS, why_not, UNASKED)
+
+
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout must be a BlockLayout. Got {type(layout).__name__}.")

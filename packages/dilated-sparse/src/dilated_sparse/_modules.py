@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern, Partial, dilated_attention, merge
 from dilated_core.extending import HeadAttention
-from dilated_sparse._attend import BACKENDS, attend
+from dilated_sparse._attend import BACKENDS, Backend, attend
 from dilated_sparse._layout import BlockLayout
 
 
@@ -34,9 +34,10 @@ class BlockSparseAttention(HeadAttention):
         *,
         scale: float | None = None,
         dropout: float = 0.0,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__(scale=scale, dropout=dropout, backend=backend, backends=self._backends)
+        self.backend: Backend | None
         if not isinstance(layout, BlockLayout):
             raise TypeError(f"layout must be a BlockLayout. Got {type(layout).__name__}.")
         self.layout = layout
@@ -104,7 +105,7 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
         *,
         scale: float | None = None,
         dropout: float = 0.0,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__(layout, scale=scale, dropout=dropout, backend=backend)
         if not isinstance(pattern, DilatedPattern):

@@ -70,7 +70,11 @@ class LayoutSpans:
     layout: Layout
 
     def check(self, length: int, shard: int, heads: int) -> None:
-        """Raise a ValueError unless it has that length, those heads, and a shard whole blocks."""
+        """Raise unless it has that length, those heads, and a shard whole blocks.
+
+        Raises:
+            ValueError: as it says.
+        """
         layout = self.layout
         if (layout.length, layout.key_length) != (length, length):
             raise ValueError(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -184,16 +184,16 @@ def group_checks() -> list[Check]:
     ]
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
-def _dilated(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+def _dilated(query: Tensor, key: Tensor, value: Tensor, backend: DilatedBackend) -> Tensor:
     out = dilated_attention(query, key, value, _PATTERN, is_causal=True, backend=backend)
     assert isinstance(out, Tensor)
     return out
 
 
-def _block_sparse(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+def _block_sparse(query: Tensor, key: Tensor, value: Tensor, backend: SparseBackend) -> Tensor:
     from dilated_sparse import block_sparse_attention, layouts
 
     layout = layouts.sliding_window(_SHAPE[1], 9, block_size=16)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_core import dilated_attention, select_backend
+from dilated_core import Backend, dilated_attention, select_backend
 from dilated_factory.configs.attention import AttentionConfig
 from dilated_factory.kinds.registry import Registry
 from dilated_factory.tools.planning import Workload
@@ -159,7 +159,7 @@ def _seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _backend(workload: Workload, backend: str) -> Attention | str:
+def _backend(workload: Workload, backend: Backend) -> Attention | str:
     if backend == "reference" and workload.length > REFERENCE_MAX_LENGTH:
         return f"it holds all scores: only up to {REFERENCE_MAX_LENGTH} positions"
 
