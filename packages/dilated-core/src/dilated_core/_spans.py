@@ -6,7 +6,7 @@ B batch, n rows of a span, R packed rows, H query heads, H_kv key heads, D head_
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dilated_core._schedules.packed import DilatedRows, pack
 from dilated_core._schedules.runs import HeadStride, RowRuns, Task, TaskList
 from dilated_core._torch.engine import Stretch, attend_wide, backward_wide, unit_stride
 from dilated_core._torch.rows import grouped, views_of
-from dilated_core.interfaces import Clique, KeyRows, PackedRows, SpanCall
+from dilated_core.interfaces import AttendOptions, Clique, KeyRows, PackedRows, SpanCall
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DilatedSpans:
         self.pattern.branch_heads(heads)
 
     def attend_whole(
-        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[AttendOptions]
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`dilated_attention`."""
         return _attend.attend(self.pattern, query, key, value, **options)

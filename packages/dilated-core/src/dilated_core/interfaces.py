@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -139,6 +139,17 @@ class Clique(NamedTuple):
     first: tuple[int | None, ...]
 
 
+class AttendOptions(TypedDict, total=False):
+    """The options of an attention function that all patterns share, as in `dilated_attention`."""
+
+    is_causal: bool
+    scale: float | None
+    key_padding_mask: Tensor | None
+    dropout_p: float
+    enable_gqa: bool
+    return_lse: bool
+
+
 class SpanAttention(Protocol):
     """Attention of a pattern span by span; spans are ranges of global positions.
 
@@ -152,13 +163,9 @@ class SpanAttention(Protocol):
         ...
 
     def attend_whole(
-        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[AttendOptions]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The pattern's attention of a whole sequence, with gradients.
-
-        The options are is_causal, scale, key_padding_mask, dropout_p, enable_gqa and return_lse,
-        as in `dilated_attention`.
-        """
+        """The pattern's attention of a whole sequence, with gradients."""
         ...
 
     def visible_keys(self, queries: range, length: int, *, is_causal: bool) -> tuple[range, ...]:

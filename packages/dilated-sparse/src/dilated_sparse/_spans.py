@@ -8,13 +8,13 @@ B batch, n rows of a span, R packed rows, H query heads, H_kv key heads, D head_
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
 
 from dilated_core.extending import Gradients, Partial, Scores, Upstream, accumulate_dtype, merge_
-from dilated_core.interfaces import KeyRows, PackedRows, SpanCall
+from dilated_core.interfaces import AttendOptions, KeyRows, PackedRows, SpanCall
 from dilated_sparse import _attend, _torch_backend
 from dilated_sparse._blocks import Layout, compress
 from dilated_sparse._call import BlockCall
@@ -92,7 +92,7 @@ class LayoutSpans:
             )
 
     def attend_whole(
-        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[AttendOptions]
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`block_sparse_attention`."""
         return _attend.attend(self.layout, query, key, value, **options)
