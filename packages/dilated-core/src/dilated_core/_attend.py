@@ -1,7 +1,7 @@
 """Dilated attention of a pattern's facts: check once, pick a backend, compute."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from dilated_core._call import DilatedCall, autocast, check_call
 from dilated_core._choice import BackendChoice
 from dilated_core._partial import Partial
 from dilated_core._torch import engine
+from dilated_core.interfaces import AttendOptions
 
 Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -50,20 +51,12 @@ def attend(
     key: Tensor,
     value: Tensor,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
     backend: Backend | None = None,
     cu_seqlens: Tensor | None = None,
+    **options: Unpack[AttendOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`dilated_attention` or, with `cu_seqlens`, `dilated_attention_varlen`."""
-    scores = check_call(
-        query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
-        dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse, cu_seqlens=cu_seqlens,
-    ).seeded(query.device)  # fmt: skip
+    scores = check_call(query, key, value, cu_seqlens=cu_seqlens, **options).seeded(query.device)
     pattern.branch_heads(query.shape[-2])
     query, key, value = autocast(query, key, value)
     if cu_seqlens is not None:
@@ -75,4 +68,4 @@ def attend(
         out = out.to(query.dtype)
     if cu_seqlens is not None:
         out, lse = out[0], lse[0]
-    return (out, lse) if return_lse else out
+    return (out, lse) if options.get("return_lse") else out

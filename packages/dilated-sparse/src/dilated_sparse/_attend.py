@@ -1,12 +1,13 @@
 """Block-sparse attention of a layout's facts: check once, pick a backend, compute."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from dilated_core.extending import Partial, autocast, check_call, pick, triton_unsupported
+from dilated_core.interfaces import AttendOptions
 from dilated_sparse import _flex_backend, _operators, _reference
 from dilated_sparse._blocks import Layout
 from dilated_sparse._call import BlockCall
@@ -58,19 +59,12 @@ def attend(
     key: Tensor,
     value: Tensor,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
     backend: Backend | None = None,
+    **options: Unpack[AttendOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`block_sparse_attention`."""
-    scores = check_call(
-        query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
-        dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
-    ).seeded(query.device)  # fmt: skip
+    scores = check_call(query, key, value, **options).seeded(query.device)
+    return_lse = options.get("return_lse", False)
     if (layout.length, layout.key_length) != (query.shape[1], key.shape[1]):
         raise ValueError(
             f"layout must have the query and key lengths {(query.shape[1], key.shape[1])}. "
@@ -84,7 +78,7 @@ def attend(
     wanted = query.requires_grad or key.requires_grad or value.requires_grad
     why_not = obstacles(
         query, key, backend, layout, dropout_p=scores.dropout_p,
-        has_padding=key_padding_mask is not None, return_lse=return_lse,
+        has_padding=scores.key_padding_mask is not None, return_lse=return_lse,
         needs_gradients=wanted and torch.is_grad_enabled(),
     )  # fmt: skip
     name = pick("backend", backend, BACKENDS, REASONS, why_not)

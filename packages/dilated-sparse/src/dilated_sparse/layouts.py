@@ -9,7 +9,7 @@ tokens, heads how many heads have blocks of their own, seed an int >= 0, and dev
 result. Each raises a TypeError for what is no int, and a ValueError for one that is out of range.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import gcd
 
 import torch
@@ -17,19 +17,18 @@ from torch import Tensor
 
 from dilated_sparse import _checks, _masks
 from dilated_sparse._blocks import compress
-from dilated_sparse._grid import (
-    FULL,
-    Grid,
-    Runs,
-    TokenRule,
-    from_looks,
-    from_rule,
-    group,
-    interleave,
-    make_grid,
-    single_blocks,
-    where,
+from dilated_sparse._building import (
+    Part,
+    alike_neighbours,
+    between,
+    by_difference,
+    coded,
+    draw_blocks,
+    from_parts,
+    number,
+    periodic,
 )
+from dilated_sparse._grid import FULL, Grid, Runs, group, make_grid
 from dilated_sparse._layout import BlockLayout
 from dilated_sparse._longnet import longnet, longnet_order
 
@@ -49,12 +48,7 @@ __all__ = [
     "strided",
 ]
 
-
 Device = torch.device | str
-
-# Row, first column, count, and a number that is the same for what looks alike.
-Part = tuple[Tensor, Tensor, Tensor, Tensor]
-_MOST_PARTS = 8
 
 
 def sliding_window(
@@ -86,7 +80,7 @@ def dilated_window(
     def visible(difference: Tensor) -> Tensor:
         return (difference.abs() <= reach) & (difference % dilation == 0)
 
-    return _by_difference(grid, most, most, visible)
+    return by_difference(grid, most, most, visible)
 
 
 def strided(
@@ -105,7 +99,7 @@ def strided(
         near = (difference <= stride) | (difference % stride == 0)
         return (difference >= 0) & near
 
-    return _by_difference(grid, max(0, grid.rows - 1), 0, visible)
+    return by_difference(grid, max(0, grid.rows - 1), 0, visible)
 
 
 def fixed(
@@ -137,21 +131,19 @@ def fixed(
     after = (start + stride - first).clamp(max=block_size)
     keys = first[:, None] + grid.arange(block_size)
     summaries, look = torch.unique(keys % stride >= stride - summary, dim=0, return_inverse=True)
-    begin, end = _alike_neighbours(look)
+    begin, end = alike_neighbours(look)
     shown = summaries.any(1)[look[begin]]
     begin_, end_, zero = begin[shown], end[shown], torch.zeros_like(own)
     size, one = block_size + 1, torch.ones_like(own)
     earlier = (own < row).to(torch.int64)
 
     def parts() -> Iterator[Part]:
-        yield _coded(_between(begin_, end_, zero, own), lambda _, far: look[far])
-        yield row, own, earlier, _number(inner * size + after, look[own])
-        yield _coded(
-            _between(begin, end, own + 1, row), lambda i, near: _number(after[i], look[near])
-        )
-        yield row, row, one, _number(after, look)
+        yield coded(between(begin_, end_, zero, own), lambda _, far: look[far])
+        yield row, own, earlier, number(inner * size + after, look[own])
+        yield coded(between(begin, end, own + 1, row), lambda i, near: number(after[i], look[near]))
+        yield row, row, one, number(after, look)
 
-    return _from_parts(grid, parts(), visible)
+    return from_parts(grid, parts(), visible)
 
 
 def global_tokens(
@@ -180,7 +172,7 @@ def global_tokens(
         (row, torch.full_like(row, cut + 1), split * (row == cut) * (grid.columns - cut - 1),
          torch.zeros_like(row)),
     )  # fmt: skip
-    return _from_parts(grid, parts, visible)
+    return from_parts(grid, parts, visible)
 
 
 def random_blocks(
@@ -198,7 +190,7 @@ def random_blocks(
     blocks. The same seed gives the same blocks everywhere. length and block_size are in tokens,
     count in blocks; heads draw each for itself; device is that of the result.
     """
-    return _draw_blocks(make_grid(length, length, block_size, device), count, seed, heads)
+    return draw_blocks(make_grid(length, length, block_size, device), count, seed, heads)
 
 
 def bigbird(
@@ -235,7 +227,7 @@ def bigbird(
     sinks = global_tokens(
         length, min(length, global_blocks * block_size), block_size=block_size, device=device
     )
-    return window | sinks | _draw_blocks(grid, random_blocks, seed, heads)
+    return window | sinks | draw_blocks(grid, random_blocks, seed, heads)
 
 
 def longformer(
@@ -286,7 +278,7 @@ def document(
         (row, row + 1, last - row - 1, head),
         (row, last, (last > row).to(torch.int64), stop % block_size * size + head),
     )
-    return _from_parts(grid, parts, visible)
+    return from_parts(grid, parts, visible)
 
 
 def prefix(
@@ -310,7 +302,7 @@ def prefix(
         (row, torch.zeros_like(row), row.clamp(min=cut), ones),
         (row, row.clamp(min=cut), torch.where(row < cut, min(rest, 1), 1), (row - cut).sign() + 1),
     )
-    return _from_parts(grid, parts, visible)
+    return from_parts(grid, parts, visible)
 
 
 def hierarchical(
@@ -368,7 +360,7 @@ def hierarchical(
     endless = Grid(b << 32, b << 32, b, grid.device)
     row = row + -(-most // phases) * phases
     prototypes = endless.evaluate(visible, row, row + place - most)
-    return _repeat(grid, prototypes, position, look, phases, most, pitch)
+    return periodic(grid, prototypes, position, look, phases, most, pitch)
 
 
 def _inside(row: Tensor, place: Tensor, most: int) -> Tensor:
@@ -376,134 +368,3 @@ def _inside(row: Tensor, place: Tensor, most: int) -> Tensor:
     place, row = torch.broadcast_tensors(place, row)
     kept = place.abs() <= most
     return (row * (2 * most + 1) + place + most)[kept]
-
-
-def _by_difference(
-    grid: Grid, behind: int, ahead: int, visible: Callable[[Tensor], Tensor]
-) -> BlockLayout:
-    """The layout of a rule of i − j, which reaches so many block columns behind and ahead."""
-    inner, b = grid.arange(grid.block_size), grid.block_size
-    place = grid.arange(-behind, ahead + 1)
-    diagonals = visible(grid.arange(1 - b, b) - place[:, None] * b)
-    looks, look = torch.unique(diagonals, dim=0, return_inverse=True)
-    prototypes = _masks.pack(looks[:, inner[:, None] - inner + b - 1])
-    return _repeat(grid, prototypes, place + behind, look, 1, behind, len(place))
-
-
-def _repeat(
-    grid: Grid,
-    prototypes: Tensor,
-    position: Tensor,
-    look: Tensor,
-    phases: int,
-    behind: int,
-    pitch: int,
-) -> BlockLayout:
-    """The layout whose row r shows, in column r − behind + p, what position (r % phases, p) says.
-
-    Args:
-        grid: a square grid.
-        prototypes: (P, b, ceil(b / 8)) packed masks, one for each look.
-        position: (n,) rising, phase * pitch + p; what is left out is empty.
-        look: (n,) of each.
-        phases: see above.
-        behind: see above.
-        pitch: p is less.
-    """
-    shown = (_masks.count(prototypes) > 0)[look]
-    position, look = position[shown], look[shown]
-    first, stop = _alike_neighbours(look, position, pitch)
-    begin, end = position[first], position[stop - 1] + 1
-    every = grid.arange(grid.rows)
-    phase = every % phases * pitch
-    low = phase + (behind - every).clamp(min=0)
-    high = phase + (grid.columns + behind - every).clamp(max=pitch)
-    row, index, column, count = _between(begin, end, low, high, every - phase - behind)
-    looks = look[first[index]]
-    return compress(BlockLayout, grid, from_looks(grid, row, column, count, looks, prototypes))
-
-
-def _alike_neighbours(
-    look: Tensor, position: Tensor | None = None, pitch: int = 1
-) -> tuple[Tensor, Tensor]:
-    """First and stop index of each run of equal looks at successive positions of one phase."""
-    differs = look[1:] != look[:-1]
-    if position is not None:
-        differs |= (position.diff() != 1) | (position[1:] % pitch == 0)
-    change = torch.nn.functional.pad(differs, (1, 1), value=True)
-    ends = change[: len(look) + 1].nonzero().squeeze(1)
-    return ends[:-1], ends[1:]
-
-
-def _between(
-    begin: Tensor, end: Tensor, low: Tensor, high: Tensor, shift: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts of intervals that lie in [low, high) of each row.
-
-    Args:
-        begin: (n,) rising.
-        end: (n,) rising, no more than the next begin.
-        low: (rows,).
-        high: (rows,).
-        shift: (rows,) to add to the results, 0 when None.
-
-    Returns:
-        row, interval, start and count of each part that is not empty, by row.
-    """
-    first = torch.searchsorted(end, low, right=True)
-    count = (torch.searchsorted(begin, high) - first).clamp(min=0)
-    row = torch.repeat_interleave(count)
-    after = count.cumsum(0)
-    interval = torch.repeat_interleave(first - after + count, count)
-    interval += torch.arange(len(interval), device=count.device)
-    start, stop = begin[interval], end[interval]
-    # Only the first interval and the last of a row may reach out.
-    some = count > 0
-    at, low = (after - count)[some], low[some]
-    start[at] = torch.maximum(start[at], low)
-    at, high = after[some] - 1, high[some]
-    stop[at] = torch.minimum(stop[at], high)
-    count_ = stop.sub_(start)
-    if shift is not None:
-        start += torch.repeat_interleave(shift, count)
-    row, interval, start, count_ = where(count_ > 0, row, interval, start, count_)
-    return row, interval, start, count_
-
-
-def _number(*codes: Tensor) -> Tensor:
-    """A number below the length for each different tuple of codes."""
-    total = codes[0]
-    for code in codes[1:]:
-        total = total * (code.max() + 1 if len(code) else 1) + code
-    return group(total)[1]
-
-
-def _coded(
-    found: tuple[Tensor, Tensor, Tensor, Tensor], alike: Callable[[Tensor, Tensor], Tensor]
-) -> Part:
-    """What `_between` found, with a number for its look from rows and columns."""
-    row, _, column, count = found
-    return row, column, count, alike(row, column)
-
-
-def _from_parts(grid: Grid, parts: Iterable[Part], rule: TokenRule) -> BlockLayout:
-    """The layout of parts (row, column, count, alike), from left to right in every row."""
-    coded = ((*part[:3], part[3] * _MOST_PARTS + i) for i, part in enumerate(parts))
-    row, column, count, alike = interleave(grid.rows, coded)
-    return compress(BlockLayout, grid, from_rule(grid, row, column, count, alike, rule))
-
-
-def _draw_blocks(grid: Grid, count: int, seed: int, heads: int) -> BlockLayout:
-    _checks.integer("count", count, low=0)
-    _checks.integer("heads", heads)
-    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, low=0))
-    count = min(count, grid.columns)
-    chosen = torch.full((heads * grid.rows, count), -1)
-    # Floyd's sampling: a draw that was taken already becomes the newest candidate.
-    for i, top in enumerate(range(grid.columns - count, grid.columns)):
-        drawn = torch.randint(top + 1, (len(chosen),), generator=generator)
-        taken = (chosen[:, :i] == drawn[:, None]).any(1)
-        chosen[:, i] = torch.where(taken, top, drawn)
-    column = chosen.sort(1).values.flatten().to(grid.device)
-    row = grid.arange(len(chosen)).repeat_interleave(count)
-    return compress(BlockLayout, grid, single_blocks(grid, row, column), heads)
