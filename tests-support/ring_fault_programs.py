@@ -13,23 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dilated_core import DilatedPattern
+from dilated_core import DilatedPattern, dilated_attention
 from dilated_core._spans import DilatedSpans
 from dilated_core.interfaces import SpanAttention
-from dilated_ring import RingError, _exchange, _faults, ring_attention
+from dilated_ring import RingError, _exchange, _faults, ring_attention, unshard_sequence
 from dilated_ring._agreement import Fact, Validate, agree
 from dilated_ring._faults import Call, Work, line_of
 from process_ranks import device
 
 
 def compare(
-    facts: Sequence[dict[str, Fact]], errors: Sequence[Exception | None], validate: Validate
-) -> None:
+    facts: Sequence[dict[str, Fact]], errors: Sequence[Exception | None], validate: Validate,
+    rest: Sequence[dict[str, Fact]] | None = None,
+) -> None:  # fmt: skip
     """Compare what each rank is given, as the first thing of a call."""
     rank = dist.get_rank()
     assert dist.group.WORLD is not None
     with Call(dist.group.WORLD, device(), "forward") as call:
-        agree(call, facts[rank], errors[rank], validate)
+        agree(call, facts[rank], errors[rank], validate, rest[rank] if rest else None)
 
 
 def compare_but(skipping: int, validate: Validate = "always") -> list[float]:
@@ -292,3 +293,48 @@ def attend_differently(what: str) -> torch.dtype:
     )
     assert isinstance(out, Tensor)
     return out.dtype
+
+
+def steps_of_lengths(lengths: Sequence[int]) -> list[float]:
+    """Steps of training on chunks of sequences; how far the output of each is off."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pattern = DilatedPattern([8, 64], [1, 2])
+    off = []
+    for step, length in enumerate(lengths):
+        torch.manual_seed(step)
+        whole = torch.randn(1, length, 4, 8, dtype=torch.float64).to(device())
+        rows = whole.tensor_split(world, 1)[rank].clone().requires_grad_()
+        out = ring_attention(rows, rows, rows, pattern)
+        assert isinstance(out, Tensor)
+        out.square().sum().backward()
+        true = dilated_attention(whole, whole, whole, pattern)
+        assert isinstance(true, Tensor)
+        off.append((out - true.tensor_split(world, 1)[rank]).abs().max().item())
+    return off
+
+
+def part_ways(what: str) -> None:
+    """The last rank does something else than the others after two like steps."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    pattern = DilatedPattern([64], [1])
+    torch.manual_seed(0)
+    rows = torch.randn(1, 8, 4, 8, device=device(), requires_grad=True)
+
+    def attend_once() -> Tensor:
+        out = ring_attention(rows, rows, rows, pattern)
+        assert isinstance(out, Tensor)
+        return out
+
+    for _ in range(2):
+        attend_once().sum().backward()
+    first, second = attend_once(), attend_once()
+    if what == "no backward":
+        if not last:
+            second.sum().backward()
+        attend_once()
+    elif what == "another backward":
+        (first if last else second).sum().backward()
+    elif what == "uneven rows":
+        unshard_sequence(rows[:, 1:] if last else rows)
+    elif what == "another call":
+        unshard_sequence(rows) if last else second.sum().backward()

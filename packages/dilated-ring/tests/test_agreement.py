@@ -67,13 +67,62 @@ def test_an_error_on_all_ranks_is_raised_as_it_is(
 
 
 @pytest.mark.parametrize("world", worlds(2))
-def test_first_compares_once_in_the_life_of_a_group(ranks: GetRanks, world: World) -> None:
+def test_first_compares_what_moves_no_rows_once_in_the_life_of_a_group(
+    ranks: GetRanks, world: World
+) -> None:
     with Ranks(world) as group:
-        different = [{"batch": rank} for rank in range(2)]
-        error = alike(group.outcomes(programs.compare, different, [None] * 2, "first"))
-        assert isinstance(error, RankMismatchError)
-        group.run(programs.compare, [{}] * 2, [None] * 2, "first")
-        group.run(programs.compare, different, [None] * 2, "first")
+        different, same, fine = [{"batch": rank} for rank in range(2)], [{}] * 2, [None] * 2
+        for facts, rest in ((same, different), (different, same)):
+            error = alike(group.outcomes(programs.compare, facts, fine, "first", rest))
+            assert isinstance(error, RankMismatchError)
+        group.run(programs.compare, same, fine, "first", same)
+        group.run(programs.compare, same, fine, "first", different)
+        for facts, rest, validate in ((different, same, "first"), (same, different, "always")):
+            error = alike(group.outcomes(programs.compare, facts, fine, validate, rest))
+            assert "batch: 0 on rank 0, 1 on rank 1" in str(error)
+
+
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+def test_lengths_that_divide_in_one_step_and_not_in_the_next_are_refused(
+    ranks: GetRanks, world: World
+) -> None:
+    size = world.size
+    group = ranks(world)
+    fine = group.run(programs.steps_of_lengths, [8 * size, 7 * size])
+    assert max(off for rank in fine for off in rank) < 1e-12
+    error = alike(group.outcomes(programs.steps_of_lengths, [8 * size, 8 * size - 1]))
+    assert isinstance(error, RankMismatchError)
+    assert error.ranks == (size - 1,)
+    for shape, named in ((8, range(size - 1)), (7, [size - 1])):
+        s = "s" * (len(named) > 1)
+        assert f"(1, {shape}, 4, 8) on rank{s} {', '.join(map(str, named))}" in str(error)
+    assert group.run(programs.once_more) == [list(map(float, range(size)))] * size
+
+
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("no backward", "call: backward on rank{s} {others}, forward on rank {last}"),
+        ("another backward", "of forward: 4 on rank{s} {others}, 3 on rank {last}"),
+        ("another call", "call: backward on rank{s} {others}, unshard_sequence on rank {last}"),
+        (
+            "uneven rows",
+            "shape of x: (8, 1, 4, 8) on rank{s} {others}, (7, 1, 4, 8) on rank {last}",
+        ),
+    ],
+)
+def test_ranks_that_part_ways_are_told_before_anything_is_mixed(
+    world: World, what: str, named: str
+) -> None:
+    with Ranks(world) as group:
+        error = alike(group.outcomes(programs.part_ways, what))
+    assert isinstance(error, RankMismatchError)
+    others = ", ".join(map(str, range(world.size - 1)))
+    words = {"{s}": "s" * (world.size > 2), "{others}": others, "{last}": str(world.size - 1)}
+    for word, value in words.items():
+        named = named.replace(word, value)
+    assert named in str(error)
 
 
 @pytest.mark.distributed

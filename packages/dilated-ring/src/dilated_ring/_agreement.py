@@ -29,37 +29,47 @@ def check_validate(validate: str) -> None:
 
 
 def agree(
-    call: Call, facts: Mapping[str, Fact], error: Exception | None, validate: Validate
+    call: Call,
+    facts: Mapping[str, Fact],
+    error: Exception | None = None,
+    validate: Validate = "always",
+    rest: Mapping[str, Fact] | None = None,
 ) -> None:
     """Raise the same error on every rank unless all are well and called alike.
 
     Args:
         call: the call in which to compare, before its first exchange.
-        facts: what must be the same on all ranks, by name; versions are added.
+        facts: what decides which rows travel, by name; the name of the call is added.
         error: what is wrong with the arguments of this rank, if anything is.
-        validate: compare in every call ("always"), in the first of the group ("first"), or never.
+        validate: compare `facts`, and the `rest` in each call ("always") or in the first of the
+            group ("first"); or nothing ("off").
             A rank cannot decide by what it knows alone, or it would compare with nobody; so it is
             the number of the call that decides, not whether the facts are new.
+        rest: what must be the same on all ranks beside them; versions are added.
 
     Raises:
         RankMismatchError: ranks differ, or arguments are invalid on some ranks only.
         Exception: `error` itself, if it is the same on all ranks, or where nothing is compared.
     """
-    if validate == "off" or (validate == "first" and call.line.agreed):
+    if validate == "off":
         if error is not None:
             call.refuse(error)
         return
+    compared: dict[str, Fact] = {"call": call.name, **facts}
+    if rest is not None and (validate == "always" or not call.line.agreed):
+        compared |= {**rest, **_VERSIONS}
     record = json.dumps(
         {
             "error": error and f"{type(error).__name__}: {error}",
-            "facts": {name: _text(fact) for name, fact in {**facts, **_VERSIONS}.items()},
+            "facts": {name: _text(fact) for name, fact in compared.items()},
         }
     )
     call.step = "comparison of arguments"
     if not _alike(call, record, error is not None):
         records = [json.loads(text) for text in _gather_texts(call, record)]
         _raise_mismatch(call, records, error)
-    call.line.agreed = True
+    if rest is not None:
+        call.line.agreed += 1
 
 
 _VERSIONS = {
@@ -115,10 +125,13 @@ def _raise_mismatch(call: Call, records: list[dict[str, Any]], error: Exception 
             step=call.where,
         ) from error
     differing: dict[str, dict[str, list[int]]] = {}
+    calls = {record["facts"]["call"] for record in records}
     for name in dict.fromkeys(name for record in records for name in record["facts"]):
         holders: dict[str, list[int]] = {}
         for rank, record in zip(ranks, records, strict=True):
-            holders.setdefault(record["facts"].get(name, "nothing"), []).append(rank)
+            # Where ranks are in different calls, what only one of them compares tells nothing.
+            if name in record["facts"] or len(calls) == 1:
+                holders.setdefault(record["facts"].get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
             differing[name] = holders
     listed = "; ".join(f"{name}: {_listed(holders)}" for name, holders in differing.items())

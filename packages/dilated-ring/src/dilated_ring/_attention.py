@@ -46,6 +46,7 @@ class Job:
         keeps: whether rows that arrive are kept for the backward, rather than sent again.
         buffers: where messages live; torch when None.
         kind: the pattern, and how rows travel.
+        agreed: the number of the forward among those that the ranks compared, or None.
     """
 
     spans: SpanAttention
@@ -55,6 +56,7 @@ class Job:
     keeps: bool
     buffers: BufferSource | None
     kind: tuple[str, str]
+    agreed: int | None
 
     def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[KeptRows]]:
         """The merged partial of all keys, and the rows to keep."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from dilated_core.interfaces import BufferSource, KeyRows, PackedRows, SpanCall
+from dilated_ring._agreement import Fact, agree
 from dilated_ring._faults import Call, Work
 from dilated_ring._leases import Leases
 from dilated_ring._routes import Route
@@ -78,6 +79,10 @@ class Asked(Protocol):
     def kind(self) -> tuple[str, str]:
         """The pattern, and how rows travel: with other ones go other kernels."""
 
+    @property
+    def agreed(self) -> int | None:
+        """The number of the forward among those that the ranks compared; None: they do not."""
+
 
 @contextmanager
 def open_wire(asked: Asked, query: Tensor, keys: KeyRows, name: str) -> Iterator[Wire]:
@@ -89,6 +94,10 @@ def open_wire(asked: Asked, query: Tensor, keys: KeyRows, name: str) -> Iterator
         Leases(asked.buffers, device) as leases,
         Call(ring.group, device, name, ring.parts) as call,
     ):
+        if name == "backward" and asked.agreed is not None:
+            # Some ranks may be in the next forward, or in the backward of another one.
+            facts: dict[str, Fact] = {"of forward": asked.agreed}
+            agree(call, facts | {"shape of query": tuple(query.shape)})
         kernels = (
             *(name, asked.kind, device, query.dtype, query.shape[2:], keys.key.shape[2]),
             *(keys.padding is None, options.is_causal, options.dropout_p > 0),

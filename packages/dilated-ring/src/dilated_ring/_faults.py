@@ -89,7 +89,7 @@ class Line:
         self.rank = dist.get_rank()
         self.board = Board(group)
         self.calls = 0
-        self.agreed = False  # whether the ranks have compared their arguments once
+        self.agreed = 0  # how often the ranks have found their arguments alike
         self.refused = False  # whether the note on the board is about arguments of this rank
         self.broken: RingError | None = None
         self.launched: set[Hashable] = set()  # kinds of calls whose kernels are loaded

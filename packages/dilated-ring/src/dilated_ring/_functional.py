@@ -86,8 +86,9 @@ def ring_attention(
             at a time) or "auto": in a mesh of two dimensions "gather"; else "heads" where it moves
             at most half of what "gather" does; else "gather", or "ring" where the rows that arrive
             would take more memory than query, key, value and output of the rank.
-        validate: compare the arguments of all ranks in the "first" call of a group, "always" or
-            never ("off").
+        validate: compare what decides which rows travel in each forward and backward, and all else
+            in the "first" call of a group or "always"; or nothing ("off"), which is for ranks
+            that cannot differ: rows that do not fit then end processes, or are wrong.
         buffers: where messages live, e.g. a memory pool; torch when None.
 
     Returns:
@@ -109,9 +110,9 @@ def ring_attention(
     if ring is None:
         _check_ways(given)
         return pattern.spans.attend_whole(query, key, value, **options)
-    scores = _agree(ring, given, validate)
+    scores, agreed = _agree(ring, given, validate)
     query, key, value = autocast(query, key, value)
-    job = _job(ring, query, key, value, given, scores)
+    job = _job(ring, query, key, value, given, scores, agreed)
     out, lse = attend(job, query, key, value, key_padding_mask)
     return (out, lse) if return_lse else out
 
@@ -142,8 +143,12 @@ def _check(ring: Ring, given: _Given) -> Scores:
     return scores
 
 
-def _agree(ring: Ring, given: _Given, validate: Validate) -> Scores:
-    """Raise the same error on all ranks unless they are called alike; add the common seed."""
+def _agree(ring: Ring, given: _Given, validate: Validate) -> tuple[Scores, int | None]:
+    """Raise the same error on all ranks unless they are called alike; add the common seed.
+
+    Returns:
+        What to do with the scores, and the number of this call among those that were compared.
+    """
     scores, error = None, None
     try:
         scores = _check(ring, given)
@@ -151,8 +156,8 @@ def _agree(ring: Ring, given: _Given, validate: Validate) -> Scores:
         error = found
     query = given.tensors[0]
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    with Call(ring.group, device, "arguments", ring.parts) as call:
-        agree(call, _facts(ring, given), error, validate)
+    with Call(ring.group, device, "forward", ring.parts) as call:
+        agree(call, _facts(ring, given), error, validate, _rest(given))
         assert scores is not None
         # All ranks draw, so that their random states stay alike where they were.
         scores = scores.seeded(device)
@@ -162,11 +167,11 @@ def _agree(ring: Ring, given: _Given, validate: Validate) -> Scores:
             work = dist.broadcast(scores.seed, first, group=ring.group, async_op=True)
             assert work is not None
             call.wait(work)
-        return scores
+        return scores, None if validate == "off" else call.line.agreed
 
 
 def _facts(ring: Ring, given: _Given) -> Mapping[str, Fact]:
-    """What must be the same on all ranks."""
+    """What decides which rows travel."""
     facts: dict[str, Fact] = {}
     for name, tensor in zip(("query", "key", "value"), given.tensors, strict=True):
         if isinstance(tensor, Tensor):
@@ -178,9 +183,14 @@ def _facts(ring: Ring, given: _Given) -> Mapping[str, Fact]:
     masked = given.options["key_padding_mask"] is not None
     facts["key_padding_mask"] = "given" if masked else "none"
     facts["ranks of a node"] = ring.node_size
-    for name in ("is_causal", "scale", "dropout_p", "enable_gqa"):
+    for name in ("is_causal", "dropout_p"):
         facts[name] = given.options[name]
     return facts | {"strategy": given.strategy}
+
+
+def _rest(given: _Given) -> Mapping[str, Fact]:
+    """What must be the same on all ranks beside that."""
+    return {name: given.options[name] for name in ("scale", "enable_gqa")}
 
 
 def _problem(
@@ -191,8 +201,9 @@ def _problem(
 
 
 def _job(
-    ring: Ring, query: Tensor, key: Tensor, value: Tensor, given: _Given, scores: Scores
-) -> Pass:
+    ring: Ring, query: Tensor, key: Tensor, value: Tensor, given: _Given, scores: Scores,
+    agreed: int | None,
+) -> Pass:  # fmt: skip
     pattern, buffers = given.pattern, given.buffers
     problem = _problem(ring, query, key, pattern, scores)
     strategy = given.strategy
@@ -204,11 +215,11 @@ def _job(
     )  # fmt: skip
     kind = pattern.code, strategy
     if strategy == "heads":
-        return HeadsJob(call, ring, make_trade(problem, ring.rank), buffers, kind)
+        return HeadsJob(call, ring, make_trade(problem, ring.rank), buffers, kind, agreed)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     keeps = trains and strategy == "gather"
     rounds = _rounds(problem, ring.rank, ring.node_size, strategy)
-    return Job(pattern.spans, call, ring, rounds, keeps, buffers, kind)
+    return Job(pattern.spans, call, ring, rounds, keeps, buffers, kind, agreed)
 
 
 # By numbers, not by the ring: a cache that held process groups would keep them for ever.

@@ -38,6 +38,7 @@ class HeadsJob:
     trade: Trade
     buffers: BufferSource | None
     kind: tuple[str, str]
+    agreed: int | None
 
     def forward(self, query: Tensor, keys: KeyRows) -> tuple[Partial, list[KeptRows]]:
         """The merged partial of all keys, and what arrived."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from dilated_ring._agreement import agree
 from dilated_ring._faults import Call
 from dilated_ring._topology import Ring, find_ring
 
@@ -96,6 +97,7 @@ def unshard_sequence(
 
     Raises:
         ValueError: `length` is negative or above the number of rows.
+        RankMismatchError: the rows differ in shape or dtype by rank.
         RingError: a rank failed, died or stalled.
     """
     ring = find_ring(group)
@@ -139,6 +141,7 @@ class _Unshard(torch.autograd.Function):
         ctx.ring = ring
         whole = x.new_empty((ring.world_size * x.shape[0], *x.shape[1:]))
         with Call(ring.group, x.device, "unshard_sequence") as call:
+            agree(call, {"shape of x": tuple(x.shape), "dtype of x": str(x.dtype)})
             call.step = "gather"
             parts = list(whole.unflatten(0, (ring.world_size, x.shape[0])).unbind())
             work = dist.all_gather(parts, x.contiguous(), group=ring.group, async_op=True)
@@ -152,6 +155,7 @@ class _Unshard(torch.autograd.Function):
         ring: Ring = ctx.ring
         parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
         with Call(ring.group, grad.device, "gradient of unshard_sequence") as call:
+            agree(call, {"shape of gradient": tuple(grad.shape)})
             call.step = "exchange"
             work = dist.all_to_all_single(parts, grad.contiguous(), group=ring.group, async_op=True)
             assert work is not None
