@@ -6,8 +6,15 @@ that share it; its Python object, of which there is one, has Python's own count.
 """
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
+from torch.multiprocessing.reductions import StorageWeakRef
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def tensor_use_count(tensor: torch.Tensor) -> int:
@@ -20,6 +27,22 @@ increment_version = torch._C._increment_version
 
 # By the address of the storage, which stays while the storage lives.
 storage_use_count = torch._C._storage_Use_Count
+
+
+def live_storage(reference: StorageWeakRef) -> torch.UntypedStorage | None:
+    """The storage of a weak reference, or None once it is gone."""
+    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """torch.compiler.disable, without the import of torch's compiler, which takes seconds."""
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **options)
+
+    return call
 
 
 @functools.cache
