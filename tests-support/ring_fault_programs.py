@@ -285,12 +285,16 @@ def attend_differently(what: str) -> torch.dtype:
     different = what if differs else "nothing"
     query = torch.zeros(2, 7, 4, 8, device=device())
     given = {"length": query[:, 1:], "dtype": query.double()}.get(different, query)
+    if what == "documents":
+        given = query[:1]
     if different == "invalid":
         given = query[0]
     pattern = DilatedPattern([5, 1000] if different == "pattern" else [4, 1000], [1, 2])
+    ends = torch.tensor([0, 5 if different == "documents" else 7])
     out = ring_attention(
-        given, given, given, pattern, is_causal=different == "causal", validate="always"
-    )
+        given, given, given, pattern, is_causal=different == "causal", validate="always",
+        cu_seqlens=ends if what == "documents" else None,
+    )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.dtype
 

@@ -17,7 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dilated_core import DilatedAttention, DilatedPattern, MultiheadDilatedAttention
+from dilated_core import (
+    DilatedAttention,
+    DilatedPattern,
+    MultiheadDilatedAttention,
+    dilated_attention_varlen,
+)
 from dilated_ring import (
     RingDilatedAttention,
     RingError,
@@ -100,9 +105,28 @@ def train_layer(length: int, ring_size: int | None = None, how: str = "plain") -
     return {"out": whole.detach().cpu(), **found}
 
 
-def positions(length: int) -> list[int]:
-    """This rank's positions."""
-    return local_positions(length).tolist()
+def positions(length: int, ends: list[int] | None = None) -> list[int]:
+    """This rank's positions, maybe in documents."""
+    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32, device=device())
+    return local_positions(length, device=device(), cu_seqlens=cu_seqlens).tolist()
+
+
+def attend_documents(ring_size: int | None) -> float:
+    """How far documents that a module attends are off; a ring of one has them all."""
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 7, 7, 20], device=device())
+    x = torch.randn(1, 24, HEADS, 5, dtype=torch.float64, device=device())
+    filled = torch.tensor([0, 7, 20, 24], device=device())
+    whole = dilated_attention_varlen(x[0], x[0], x[0], filled, PATTERN, is_causal=True)
+    module = RingDilatedAttention(PATTERN, ring_size=ring_size)
+    size = 1 if ring_size == 1 else dist.get_world_size()
+    n, rank = 24 // size, dist.get_rank() % size
+    rows = x[:, n * rank : n * rank + n]
+    out = module(rows, rows, rows, is_causal=True, cu_seqlens=ends)
+    at = module.positions(n, cu_seqlens=ends)
+    assert at.tolist() == [*range(7), *range(13), *range(4)][n * rank : n * rank + n]
+    assert isinstance(whole, Tensor)
+    return (out[0] - whole[n * rank : n * rank + n]).abs().max().item()
 
 
 def shards(length: int, multiple_of: int) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dilated_core import DilatedPattern, Partial
+from dilated_core import DilatedPattern, Partial, dilated_attention_varlen
 from dilated_core._torch import engine
 from dilated_ring import _exchange, _functional, _routes, ring_attention
 from dilated_ring._topology import find_ring
@@ -43,11 +43,16 @@ class Members:
 
 @dataclass
 class RingProblem:
-    """A call of ring attention: the problem of one rank, and how the ranks share it."""
+    """A call of ring attention: the problem of one rank, and how the ranks share it.
+
+    `ends` are those of documents, where the sequence holds several.
+    """
 
     whole: Problem
     members: Members = field(default_factory=Members)
     options: dict[str, Any] = field(default_factory=dict)
+
+    ends: list[int] | None = None
 
     def shard(self, rank: int, size: int) -> slice:
         """The rows of the rank of that number."""
@@ -66,6 +71,31 @@ def ring_problems(draw: st.DrawFn, world_size: int, max_shard: int = 13) -> Ring
     can_trade = world_size == 1 or obstacle(routes_of(whole, world_size)) is None
     strategies = ["gather", "ring", "auto", *["heads"] * can_trade]
     return RingProblem(whole, options={"strategy": draw(st.sampled_from(strategies))})
+
+
+@st.composite
+def document_problems(draw: st.DrawFn, world_size: int) -> RingProblem:
+    """Any small problem whose sequence holds documents, some of them empty, and a padded end."""
+    problem = draw(ring_problems(world_size))
+    problem.whole = replace(problem.whole, batch=1)
+    if problem.options["strategy"] == "heads":
+        problem.options["strategy"] = "gather"
+    ends = st.lists(st.integers(0, problem.whole.length), min_size=1, max_size=7).map(sorted)
+    problem.ends = [0, *draw(ends)]
+    return problem
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, pattern: DilatedPattern, *, ends: list[int],
+    key_padding_mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`dilated_attention_varlen` of a batch of one; behind the last end is one more document."""
+    filled = torch.tensor([*ends, query.shape[1]], device=query.device)
+    mask = None if key_padding_mask is None else key_padding_mask[0]
+    out, lse = dilated_attention_varlen(
+        query[0], key[0], value[0], filled, pattern, key_padding_mask=mask, **options
+    )
+    return out.unsqueeze(0), lse.unsqueeze(0)
 
 
 @st.composite
@@ -135,6 +165,7 @@ def attend(problem: RingProblem, dtype: torch.dtype = torch.float64) -> Results:
         dropout_p=whole.dropout_p,
         enable_gqa=True,
         return_lse=True,
+        cu_seqlens=None if problem.ends is None else torch.tensor(problem.ends),
         **problem.options,
     )
     grad_out, grad_lse = upstream(whole)

@@ -158,6 +158,7 @@ def test_a_rank_that_skips_the_comparison_is_noticed(size: int) -> None:
             "dtype",
             "dtype of value: torch.float32 on rank{s} {others}, torch.float64 on rank {last}",
         ),
+        ("documents", "cu_seqlens: [0, 7] on rank{s} {others}, [0, 5] on rank {last}"),
         ("causal", "is_causal: False on rank{s} {others}, True on rank {last}"),
         ("pattern", '"segment_lengths": [5, 1000]'),
         ("invalid", "rank {last}: ValueError: query must have shape"),

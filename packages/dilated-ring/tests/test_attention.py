@@ -1,5 +1,8 @@
 """The ranks together compute what one process computes, and so do their gradients."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +11,15 @@ from hypothesis import strategies as st
 from dilated_core import DilatedPattern
 from dilated_testing import Problem, relative_error
 from process_ranks import GetRanks, World, worlds
-from ring_programs import Members, RingProblem, attend, joined, ring_problems
+from ring_programs import (
+    Members,
+    RingProblem,
+    attend,
+    document_problems,
+    joined,
+    ring_problems,
+    varlen,
+)
 
 ALL = worlds(1, 2, 3, 4, 8)
 # One example is one call on all ranks, and the ranks of the larger worlds share few cores.
@@ -25,7 +36,10 @@ def worst_error(
     # On the ranks' device: another would draw another dropout mask from the same seed.
     whole = problem.whole.tensors(device=world.device)
     rounded = [x.detach().to(dtype).double().requires_grad_() for x in whole]
-    expected = problem.whole.run("reference", tuple(rounded))
+    how: dict[str, Any] = {}
+    if problem.ends is not None:
+        how = {"attention": partial(varlen, ends=problem.ends)}
+    expected = problem.whole.run("reference", tuple(rounded), **how)
     parts = ranks(world).run(attend, problem, dtype)
     worst = 0.0
     for group in problem.members.groups or (tuple(range(world.size)),):
@@ -47,6 +61,15 @@ def fixed(world: World, pattern: DilatedPattern, shard: int, **options) -> Probl
 @DRAWN
 def test_ranks_compute_what_one_process_does(ranks: GetRanks, world: World, data) -> None:
     problem = data.draw(ring_problems(world.size))
+    assert worst_error(ranks, world, problem) < 1e-10
+
+
+@pytest.mark.parametrize("world", ALL)
+@given(data=st.data())
+@DRAWN
+def test_every_document_gives_what_it_gives_alone(ranks: GetRanks, world: World, data) -> None:
+    """Documents lie across ranks, or in one, or are empty; with gradients, masks and dropout."""
+    problem = data.draw(document_problems(world.size))
     assert worst_error(ranks, world, problem) < 1e-10
 
 
@@ -131,6 +154,6 @@ def test_groups_inside_a_larger_world(ranks: GetRanks, world: World, groups) -> 
 @given(data=st.data())
 @DRAWN
 def test_meshes_of_nodes(ranks: GetRanks, world: World, mesh: tuple[int, ...], data) -> None:
-    problem = data.draw(ring_problems(world.size))
+    problem = data.draw(st.one_of(ring_problems(world.size), document_problems(world.size)))
     problem.members = Members(mesh=mesh)
     assert worst_error(ranks, world, problem) < 1e-10

@@ -9,6 +9,7 @@ from dilated_ring import (
     RingDilatedAttention,
     RingMultiheadDilatedAttention,
     local_positions,
+    plan,
     ring_attention,
     shard_sequence,
     unshard_sequence,
@@ -109,6 +110,20 @@ def test_positions_count_through_the_ranks(ranks: GetRanks, world: World) -> Non
     assert [position for rank in found for position in rank] == list(range(15))
 
 
+@pytest.mark.parametrize("world", worlds(1, 3))
+def test_positions_begin_anew_in_each_document(ranks: GetRanks, world: World) -> None:
+    ends = [0, 4, 4, 7]
+    found = ranks(world).run(programs.positions, 12 // world.size, ends)
+    expected = [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert [position for rank in found for position in rank] == expected
+
+
+@pytest.mark.parametrize("world", worlds(1, 2, 3))
+@pytest.mark.parametrize("ring_size", [None, 1])
+def test_a_module_attends_documents(ranks: GetRanks, world: World, ring_size: int | None) -> None:
+    assert max(ranks(world).run(programs.attend_documents, ring_size)) < 1e-10
+
+
 @pytest.mark.parametrize(("world", "mesh"), [
     *((pytest.param(*world.values, False, marks=world.marks)) for world in worlds(2)),
     *((pytest.param(*world.values, True, marks=world.marks)) for world in worlds(4)),
@@ -152,6 +167,36 @@ def test_buffers_are_given_back_and_not_used_after(
 def test_bad_arguments_are_named(call, message) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (torch.tensor([0.0, 4.0]), "cu_seqlens must be int32 or int64. Got torch.float32."),
+        (torch.tensor([[0, 4]]), r"cu_seqlens must have shape \(documents \+ 1,\). Got \(1, 2\)"),
+        (torch.tensor([1, 4]), r"must rise from 0 to at most .* \(4\). Got \[1, 4\]"),
+        (torch.tensor([0, 3, 2, 4]), r"must rise from 0 .* Got \[0, 3, 2, 4\]"),
+        (torch.tensor([0, 5]), r"must rise from 0 .* Got \[0, 5\]"),
+        (torch.tensor([], dtype=torch.int64), r"must rise from 0 .* Got \[\]"),
+        (torch.arange(99), "must rise from 0 .* Got 99 numbers from 0 to 98"),
+        (4, "cu_seqlens must be a Tensor or a sequence of ints. Got int"),
+    ],
+)
+def test_bad_documents_are_named(ends, message) -> None:
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ring_attention(x, x, x, PATTERN, cu_seqlens=ends)
+
+
+def test_documents_are_of_one_sequence_and_of_a_dilated_pattern() -> None:
+    x, ends = torch.randn(2, 4, 2, 8), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match=r"query must have shape \(1, .* Got \(2, 4, 2, 8\)"):
+        ring_attention(x, x, x, PATTERN, cu_seqlens=ends)
+    other = programs.FaultyPattern(PATTERN, "attend_span", "exception")
+    with pytest.raises(ValueError, match=r"None unless pattern is a DilatedPattern.*FaultyPattern"):
+        ring_attention(x[:1], x[:1], x[:1], other, cu_seqlens=ends)
+    with pytest.raises(ValueError, match=r"batch must be 1 with cu_seqlens. Got 2"):
+        plan(PATTERN, length=4, world_size=2, heads=2, head_dim=8, batch=2, cu_seqlens=[0, 4])
 
 
 @pytest.mark.parametrize(

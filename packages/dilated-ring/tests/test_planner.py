@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,38 @@ def test_its_bytes_are_those_of_a_run(ranks: GetRanks, world: World, strategy: s
                 # The graph also holds output and log-sum-exp beside the arguments.
                 own = 2 * 11 * 6 * (8 * dtype.itemsize + (8 if dtype == torch.float64 else 4))
                 assert counts.saved == own + memory.kept
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring", "auto"])
+@pytest.mark.parametrize("world", worlds(1, 2, 3, 4))
+def test_its_bytes_are_those_of_a_run_of_documents(
+    ranks: GetRanks, world: World, strategy: str
+) -> None:
+    length = 11 * world.size
+    for ends in ([0, length], [0, 5, 5, 7, length // 2 + 3], [0, length - 1, length]):
+        for is_causal in (False, True):
+            job: dict[str, Any] = {
+                "strategy": strategy, "is_causal": is_causal, "cu_seqlens": torch.tensor(ends)
+            }  # fmt: skip
+            found = ranks(world).run(programs.count, PATTERN, (1, 11, 6, 8), 3, torch.float32, job)
+            flops = 0
+            for rank, counts in enumerate(found):
+                planned = plan(
+                    PATTERN, length=length, world_size=world.size, heads=6, kv_heads=3, head_dim=8,
+                    dtype=torch.float32, rank=rank, **job,
+                )  # fmt: skip
+                traffic = planned.traffic
+                assert counts.received == [traffic.forward, traffic.backward]
+                assert sum(each.total for _, each in planned.branches) == traffic.total
+                if world.size > 1:
+                    memory = planned.memory
+                    assert counts.leased == [memory.forward_messages, memory.backward_messages]
+                assert planned.flops is not None
+                flops += planned.flops
+            filled = [*ends, length]
+            each = [stop - start for start, stop in pairwise(filled)]
+            whole = sum(PATTERN.flops(n, 6, 8, is_causal=is_causal) for n in each)
+            assert whole - world.size < flops <= whole
 
 
 @pytest.mark.parametrize("world", worlds(2, 4))

@@ -76,10 +76,10 @@ class DilatedSpans:
 
     def attend_span(self, call: SpanCall, query: Tensor, keys: KeyRows) -> Partial:
         """Attention of a span to itself; out is wide, or in query's dtype from a kernel."""
-        asked = self._call(call, keys), query, keys.key, keys.value
-        if self._has_kernel(query, keys):
-            return _triton.attend_span(*asked, call.queries.start)
-        return attend_wide(*asked, start=call.queries.start, whole_length=call.length)
+        asked, (key, value, _) = self._call(call, keys), keys
+        if self._has_kernel(call, query, keys):
+            return _triton.attend_span(asked, query, key, value, call.queries.start)
+        return attend_wide(asked, query, key, value, **_where(call))
 
     def attend_span_backward(
         self,
@@ -93,9 +93,9 @@ class DilatedSpans:
         """The adjoint of `attend_span`."""
         asked = self._call(call, keys)
         upstream = Upstream(grad_out, grad_lse, query, keys.key, keys.value, total)
-        if self._has_kernel(query, keys):
+        if self._has_kernel(call, query, keys):
             return _triton.attend_span_backward(asked, upstream, call.queries.start)
-        return backward_wide(asked, upstream, start=call.queries.start, whole_length=call.length)
+        return backward_wide(asked, upstream, **_where(call))
 
     def attend_packed_(
         self,
@@ -161,9 +161,9 @@ class DilatedSpans:
 
         return add_to
 
-    def _has_kernel(self, query: Tensor, keys: KeyRows) -> bool:
+    def _has_kernel(self, call: SpanCall, query: Tensor, keys: KeyRows) -> bool:
         """Whether a kernel attends the rows of a span, where most of the work is."""
-        if self.pattern.count_padding:
+        if self.pattern.count_padding or (call.sequence and call.dropout_p):
             return False
         return _triton.unsupported(query, keys.key) is None
 
@@ -182,8 +182,14 @@ class DilatedSpans:
         )
         return Stretch(
             self._call(call, keys).scores, TaskList(positions), call.queries.start, 0,
-            positions=positions,
+            call.sequence, positions,
         )  # fmt: skip
+
+
+def _where(call: SpanCall) -> dict[str, int]:
+    """Where a span lies in its sequence, and which one that is."""
+    start, length = call.queries.start, call.length
+    return {"start": start, "whole_length": length, "first_sequence": call.sequence}
 
 
 def _by_head(packed: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class SpanCall:
         scale: factor on the scores.
         dropout_p: probability of dropping an attention weight.
         seed: of the dropout mask, the same for all spans; None without dropout.
+        sequence: the number of the (first) sequence, for its dropout mask.
     """
 
     queries: range
@@ -91,6 +92,7 @@ class SpanCall:
     scale: float
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    sequence: int = 0
 
 
 class KeyRows(NamedTuple):

@@ -14,6 +14,7 @@ from dilated_core.extending import Scores, autocast, check_call, pick
 from dilated_core.interfaces import AttentionPattern, BufferSource, SpanCall
 from dilated_ring._agreement import Fact, Validate, agree, check_validate
 from dilated_ring._attention import Job, Pass, attend
+from dilated_ring._documents import summary, whole_pattern
 from dilated_ring._exchange import Rows
 from dilated_ring._faults import Call
 from dilated_ring._heads import HeadsJob
@@ -30,7 +31,7 @@ class _Given(NamedTuple):
     Attributes:
         tensors: query, key, value.
         options: what `check_call` checks beside them.
-        pattern, strategy, buffers: as in `ring_attention`.
+        pattern, strategy, buffers, cu_seqlens: as in `ring_attention`.
     """
 
     tensors: tuple[Tensor, Tensor, Tensor]
@@ -38,6 +39,7 @@ class _Given(NamedTuple):
     pattern: AttentionPattern
     strategy: Strategy
     buffers: BufferSource | None
+    cu_seqlens: Tensor | None
 
 
 # Collectives that run beside other work cannot be traced. This is torch.compiler.disable without
@@ -50,6 +52,7 @@ def ring_attention(
     pattern: AttentionPattern,
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
+    cu_seqlens: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
@@ -74,6 +77,10 @@ def ring_attention(
         group: the ranks: a process group, a mesh of one dimension, or of two (nodes, ranks of a
             node), where "gather" moves a row between nodes once for each node; all ranks when
             None. Without a group of at least two ranks, the pattern's own function computes.
+        cu_seqlens: (S + 1,) int32 or int64, on any device, the same on all ranks: 0, then the end
+            of each of S documents in the whole sequence, which may lie across ranks. A dilated
+            pattern begins anew in each, as in `dilated_attention_varlen`. B must be 1; rows behind
+            the last end are padding. Its numbers are read on the host.
         is_causal: hide the keys after each query.
         scale: factor on the scores; 1 / sqrt(D) when None.
         key_padding_mask: (B, n) bool, True = ignore; given on all ranks or on none.
@@ -105,11 +112,13 @@ def ring_attention(
         "is_causal": is_causal, "scale": scale, "key_padding_mask": key_padding_mask,
         "dropout_p": dropout_p, "enable_gqa": enable_gqa, "return_lse": return_lse,
     }  # fmt: skip
-    given = _Given((query, key, value), options, pattern, strategy, buffers)
+    given = _Given((query, key, value), options, pattern, strategy, buffers, cu_seqlens)
     ring = find_ring(group)
     if ring is None:
         _check_ways(given)
-        return pattern.spans.attend_whole(query, key, value, **options)
+        check_call(query, key, value, **options)
+        whole = whole_pattern(pattern, query, cu_seqlens, query.shape[1])
+        return whole.spans.attend_whole(query, key, value, **options)
     scores, agreed = _agree(ring, given, validate)
     query, key, value = autocast(query, key, value)
     job = _job(ring, query, key, value, given, scores, agreed)
@@ -136,9 +145,10 @@ def _check(ring: Ring, given: _Given) -> Scores:
     n = query.shape[1]
     if n != key.shape[1]:
         raise ValueError(f"key must have query's length {n}. Got {key.shape[1]}.")
-    given.pattern.spans.check(n * ring.world_size, n, query.shape[2])
+    pattern = whole_pattern(given.pattern, query, given.cu_seqlens, n * ring.world_size)
+    pattern.spans.check(n * ring.world_size, n, query.shape[2])
     if given.strategy == "heads":
-        problem = _problem(ring, query, key, given.pattern, scores)
+        problem = _problem(ring, query, key, pattern, scores)
         pick("strategy", "heads", STRATEGIES, {}, {"heads": obstacle(problem)})
     return scores
 
@@ -182,6 +192,7 @@ def _facts(ring: Ring, given: _Given) -> Mapping[str, Fact]:
         facts["pattern"] = given.pattern.code
     masked = given.options["key_padding_mask"] is not None
     facts["key_padding_mask"] = "given" if masked else "none"
+    facts["cu_seqlens"] = summary(given.cu_seqlens)
     facts["ranks of a node"] = ring.node_size
     for name in ("is_causal", "dropout_p"):
         facts[name] = given.options[name]
@@ -204,7 +215,8 @@ def _job(
     ring: Ring, query: Tensor, key: Tensor, value: Tensor, given: _Given, scores: Scores,
     agreed: int | None,
 ) -> Pass:  # fmt: skip
-    pattern, buffers = given.pattern, given.buffers
+    length, buffers = query.shape[1] * ring.world_size, given.buffers
+    pattern = whole_pattern(given.pattern, query, given.cu_seqlens, length)
     problem = _problem(ring, query, key, pattern, scores)
     strategy = given.strategy
     if strategy == "auto":
@@ -213,7 +225,7 @@ def _job(
         problem.span(ring.rank), problem.length, scores.is_causal, scores.scale,
         scores.dropout_p, scores.seed,
     )  # fmt: skip
-    kind = pattern.code, strategy
+    kind = given.pattern.code, strategy  # documents change from call to call
     if strategy == "heads":
         return HeadsJob(call, ring, make_trade(problem, ring.rank), buffers, kind, agreed)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))

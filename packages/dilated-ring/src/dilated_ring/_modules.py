@@ -11,8 +11,9 @@ from dilated_core import DilatedPattern, MultiheadDilatedAttention
 from dilated_core.extending import HeadAttention
 from dilated_core.interfaces import AttentionPattern, BufferSource
 from dilated_ring._agreement import Validate, check_validate
+from dilated_ring._documents import whole_pattern
 from dilated_ring._functional import ring_attention
-from dilated_ring._sharding import local_positions
+from dilated_ring._sharding import local_positions, restart
 from dilated_ring._strategy import Strategy, check_strategy
 from dilated_ring._topology import ring_group
 
@@ -72,23 +73,38 @@ class RingDilatedAttention(HeadAttention):
         *,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Attend: query (B, n, H, D), key and value (B, n, H_kv, D), mask (B, n) True = ignore."""
+        """Attend: query (B, n, H, D), key and value (B, n, H_kv, D), mask (B, n) True = ignore.
+
+        `cu_seqlens`, as in `ring_attention`, are the documents of the whole sequence.
+        """
         options = self.options(query, key)
         options |= {"is_causal": is_causal, "key_padding_mask": key_padding_mask}
         if self.ranks.alone:
-            return cast(Tensor, self.pattern.spans.attend_whole(query, key, value, **options))
+            whole = whole_pattern(self.pattern, query, cu_seqlens, query.shape[1])
+            return cast(Tensor, whole.spans.attend_whole(query, key, value, **options))
         out = ring_attention(
             query, key, value, self.pattern, group=self.ranks.group, strategy=self.strategy,
-            validate=self.validate, buffers=self.buffer_source, **options,
+            validate=self.validate, buffers=self.buffer_source, cu_seqlens=cu_seqlens, **options,
         )  # fmt: skip
         return cast(Tensor, out)
 
-    def positions(self, length: int, *, device: torch.device | str | None = None) -> Tensor:
-        """The positions of this rank's rows in the whole sequence, (n,) int64."""
+    def positions(
+        self,
+        length: int,
+        *,
+        device: torch.device | str | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The positions of this rank's rows in the whole sequence, (n,) int64.
+
+        With `cu_seqlens` they begin anew in each document.
+        """
         if self.ranks.alone:
-            return torch.arange(length, device=device)
-        return local_positions(length, group=self.ranks.group, device=device)
+            return restart(torch.arange(length, device=device), cu_seqlens)
+        group = self.ranks.group
+        return local_positions(length, group=group, device=device, cu_seqlens=cu_seqlens)
 
     def shown(self) -> str:
         """The pattern."""

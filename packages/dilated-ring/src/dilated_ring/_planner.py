@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from dilated_core import Branch, DilatedPattern
 from dilated_core.extending import accumulate_dtype
 from dilated_core.interfaces import AttentionPattern, PackedRows
+from dilated_ring._documents import Documents, read_documents
 from dilated_ring._nodes import NodeRoutes
 from dilated_ring._routes import Problem, Route, gather_routes, ring_routes
 from dilated_ring._strategy import Strategy, check_strategy, choose_strategy
@@ -132,6 +134,7 @@ def plan(
     kv_heads: int | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     is_causal: bool = False,
     strategy: Strategy = "auto",
     rank: int | None = None,
@@ -151,6 +154,7 @@ def plan(
         kv_heads: key heads; heads when None.
         batch: sequences B.
         dtype: of query, key and value.
+        cu_seqlens: 0 and the ends of documents, as in `ring_attention`; batch must then be 1.
         is_causal: whether the keys after each query are hidden.
         strategy: as in `ring_attention`.
         rank: whose costs; the last rank, which has the most where it is causal, when None.
@@ -185,7 +189,12 @@ def plan(
     check_strategy(strategy)
     shard = length // world_size
     pattern.spans.check(length, shard, heads)
-    problem = Problem(pattern, shard, world_size, heads, kv_heads, is_causal)
+    documents = None
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"batch must be 1 with cu_seqlens. Got {batch}.")
+        documents = read_documents(pattern, cu_seqlens, length)
+    problem = Problem(documents or pattern, shard, world_size, heads, kv_heads, is_causal)
     choice = choose_strategy(problem, strategy, in_nodes=1 < size < world_size)
     picked = choice.strategy
     costs = _Costs(rank, size, batch, head_dim, dtype.itemsize, accumulate_dtype(dtype).itemsize)
@@ -196,9 +205,10 @@ def plan(
     if isinstance(pattern, DilatedPattern):
         for branch, alone in _by_branch(pattern, problem):
             # Segments that divide the shards need nothing from other ranks.
-            parts = costs.traffic(alone, picked) if shard % branch[0] else (_NOTHING, _NOTHING)
+            travels = documents is not None or shard % branch[0]
+            parts = costs.traffic(alone, picked) if travels else (_NOTHING, _NOTHING)
             branches.append((branch, parts[0] + parts[1]))
-        flops = batch * _flops(pattern, problem, rank, head_dim)
+        flops = batch * _flops(pattern, problem, documents, rank, head_dim)
         local = min(flops, batch * pattern.flops(shard, heads, head_dim, is_causal=is_causal))
         passes = (
             (1.0, inside.forward, across.forward, False),
@@ -388,18 +398,24 @@ def _by_branch(pattern: DilatedPattern, problem: Problem) -> Iterator[tuple[Bran
             head_offsets=pattern.head_offsets,
             head_groups=pattern.head_groups,
         )
-        yield branch, replace(problem, pattern=alone)
+        whole = problem.pattern
+        ends = whole.ends if isinstance(whole, Documents) else None
+        yield branch, replace(problem, pattern=Documents(alone, ends) if ends else alone)
 
 
-def _flops(pattern: DilatedPattern, problem: Problem, rank: int, head_dim: int) -> int:
+def _flops(
+    pattern: DilatedPattern, problem: Problem, documents: Documents | None, rank: int, head_dim: int
+) -> int:
     """Of one rank's queries: exact if causal, where they end a shorter sequence; else the mean."""
-    heads, n = problem.heads, problem.shard
+
+    def flops(length: int) -> int:
+        return pattern.flops(length, problem.heads, head_dim, is_causal=problem.is_causal)
+
+    each = documents or Documents(pattern, (0, problem.length))
     if not problem.is_causal:
-        return pattern.flops(problem.length, heads, head_dim) // problem.world_size
-    before, until = (
-        pattern.flops(k * n, heads, head_dim, is_causal=True) for k in (rank, rank + 1)
-    )
-    return until - before
+        return sum(map(flops, each.each)) // problem.world_size
+    pieces = [piece.inside for piece in each.pieces(problem.span(rank))]
+    return sum(flops(inside.stop) - flops(inside.start) for inside in pieces)
 
 
 def _seconds(compute: float, local: float, hidden: float, after: float) -> Seconds:

@@ -115,11 +115,28 @@ def local_positions(
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
     device: torch.device | str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The positions in the whole sequence of this rank's `length` rows, (n,) int64."""
+    """The positions in the whole sequence of this rank's `length` rows, (n,) int64.
+
+    Args:
+        length: rows of this rank, as many on each.
+        group: as in `ring_attention`.
+        device: of the positions.
+        cu_seqlens: as in `ring_attention`: positions then begin at 0 in each document, and in the
+            padding behind them.
+    """
     ring = find_ring(group)
     start = ring.rank * length if ring else 0
-    return torch.arange(start, start + length, device=device)
+    return restart(torch.arange(start, start + length, device=device), cu_seqlens)
+
+
+def restart(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions in a sequence as positions in its documents, if it has any."""
+    if cu_seqlens is None:
+        return positions
+    ends = cu_seqlens.to(positions)
+    return positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
 
 
 def _rows(x: Tensor, dim: int, start: int, count: int, fill: int) -> Tensor:

@@ -31,6 +31,7 @@ def attend_wide(
     *,
     start: int = 0,
     whole_length: int | None = None,
+    first_sequence: int = 0,
 ) -> Partial:
     """Dilated attention outside of any operator, so without gradients; out stays wide.
 
@@ -41,12 +42,14 @@ def attend_wide(
         value: (B, M, H_kv, D).
         start: global position of the first key.
         whole_length: keys in the whole sequence, where there are more than these.
+        first_sequence: number of the first sequence, for its dropout mask.
     """
     out = torch.empty(query.shape, dtype=accumulate_dtype(query.dtype), device=query.device)
     lse = _empty_lse(query)
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     queries, keys = [query, out, lse.transpose(1, 2)], [key, value]
-    for stretch, at_queries, at_keys in _stretches(call, queries, keys, start, whole_length):
+    where = start, whole_length, first_sequence
+    for stretch, at_queries, at_keys in _stretches(call, queries, keys, *where):
         if stretch.tasks.first_queries < at_queries[0].shape[1] * query.shape[2]:
             at_queries[1].zero_()
             at_queries[2].fill_(-math.inf)
@@ -66,7 +69,12 @@ def _backward(call: DilatedCall, upstream: Upstream) -> _operators.Gradients:
 
 
 def backward_wide(
-    call: DilatedCall, upstream: Upstream, *, start: int = 0, whole_length: int | None = None
+    call: DilatedCall,
+    upstream: Upstream,
+    *,
+    start: int = 0,
+    whole_length: int | None = None,
+    first_sequence: int = 0,
 ) -> _operators.Gradients:
     """The adjoint of `attend_wide`, given the partial of all keys; gradients stay wide."""
     grad_out, grad_lse, query, key, value, total = upstream
@@ -78,7 +86,8 @@ def backward_wide(
     if grad_lse is not None:
         queries.append(grad_lse.transpose(1, 2).contiguous())
     keys = [key, value, dk, dv]
-    for stretch, at_queries, at_keys in _stretches(call, queries, keys, start, whole_length):
+    where = start, whole_length, first_sequence
+    for stretch, at_queries, at_keys in _stretches(call, queries, keys, *where):
         if stretch.tasks.first_queries < at_queries[0].shape[1] * query.shape[2]:
             at_queries[3].zero_()
         if stretch.tasks.first_keys < at_keys[0].shape[1] * key.shape[2]:
@@ -222,6 +231,7 @@ def _stretches(
     keys: list[Tensor],
     start: int,
     whole_length: int | None,
+    first_sequence: int,
 ) -> Iterator[tuple[Stretch, list[Tensor], list[Tensor]]]:
     """The sequences of a call, each with its rows of the tensors (B, N, H, ...)."""
     pattern, scores, cu_seqlens = call
@@ -236,7 +246,8 @@ def _stretches(
         return Stretch(scores, tasks, first, start, batch_start)
 
     if cu_seqlens is None:
-        yield stretch(scores, queries[0].shape[1], keys[0].shape[1], 0), queries, keys
+        sizes = queries[0].shape[1], keys[0].shape[1], first_sequence
+        yield stretch(scores, *sizes), queries, keys
         return
     for i, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         rows = slice(begin, end)
