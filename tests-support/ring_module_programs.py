@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dilated_core import (
     DilatedAttention,
@@ -135,6 +137,55 @@ def shards(length: int, multiple_of: int) -> tuple[Tensor, Tensor | None, Tensor
     shard = shard_sequence(x, multiple_of=multiple_of)
     mask = None if shard.key_padding_mask is None else shard.key_padding_mask.cpu()
     return shard.rows.cpu(), mask, unshard_sequence(shard.rows, length=length).cpu()
+
+
+def sampled(what: str) -> Tensor:
+    """This rank's rows of a batch, which may be one that a loader gave to it alone."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    numbers = torch.arange(8 * world, device=device()).view(world, 8)
+    loader = DataLoader(TensorDataset(numbers), batch_size=1, sampler=DistributedSampler(numbers))
+    (own,) = next(iter(loader))
+    x, mask = numbers[:1], torch.zeros(1, 8, dtype=torch.bool, device=device())
+    if what == "another sequence":
+        x = own
+    last = rank == world - 1
+    if what == "one bit" and last:
+        x = x.clone()
+        x[0, 7] += 1
+    if what == "another mask" and last:
+        mask[0, 3] = True
+    if what == "another length" and last:
+        x, mask = x[:, 1:], mask[:, 1:]
+    if what == "floats":
+        x = x / 3 + (1e-7 if last else 0)
+    validate = "off" if what == "not compared" else "always"
+    rows, _ = shard_sequence(
+        own if what == "not compared" else x, key_padding_mask=mask, validate=validate
+    )
+    return rows.cpu()
+
+
+def outside() -> str:
+    """What ring attention says on a rank that `new_group` leaves out."""
+    group = dist.new_group([0, 1])
+    x = torch.randn(1, 4, 2, 8, device=device())
+    try:
+        ring_attention(x, x, x, PATTERN, group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def whole_mesh(names: tuple[str, str] | None) -> str:
+    """What ring attention says of a mesh of two dimensions."""
+    shape = 2, dist.get_world_size() // 2
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=names)
+    x = torch.randn(1, 4, 2, 8, device=device())
+    try:
+        ring_attention(x, x, x, PATTERN, group=mesh)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def too_large_ring() -> str:

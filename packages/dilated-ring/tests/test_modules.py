@@ -6,6 +6,7 @@ import torch
 import ring_module_programs as programs
 from dilated_core import DilatedAttention, DilatedPattern
 from dilated_ring import (
+    RankMismatchError,
     RingDilatedAttention,
     RingMultiheadDilatedAttention,
     local_positions,
@@ -14,6 +15,7 @@ from dilated_ring import (
     shard_sequence,
     unshard_sequence,
 )
+from dilated_ring._sharding import digest
 from dilated_testing import relative_error
 from process_ranks import GetRanks, World, worlds
 
@@ -104,6 +106,75 @@ def test_shards_are_contiguous_padded_and_masked(
             assert mask is None
 
 
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("another sequence", "digest of x: "),
+        ("one bit", "digest of x: "),
+        ("floats", "digest of x: "),
+        ("another mask", "digest of key_padding_mask: "),
+        ("another length", "shape of x: "),
+    ],
+)
+def test_ranks_that_hold_different_sequences_are_told_when_these_are_cut(
+    ranks: GetRanks, world: World, what: str, named: str
+) -> None:
+    outcomes = ranks(world).outcomes(programs.sampled, what)
+    errors = {str(outcome.error) for outcome in outcomes}
+    assert all(isinstance(outcome.error, RankMismatchError) for outcome in outcomes)
+    assert len(errors) == 1
+    assert f"Got {named}" in errors.pop()
+    assert outcomes[0].error.ranks[-1] == world.size - 1
+    rows = ranks(world).run(programs.sampled, "the same")
+    assert torch.cat(rows, 1)[:, :8].tolist() == [[*range(8)]]
+
+
+@pytest.mark.parametrize("world", worlds(2))
+def test_a_comparison_can_be_left_out(ranks: GetRanks, world: World) -> None:
+    first, second = ranks(world).run(programs.sampled, "not compared")
+    assert second[0, 0] != first[0, 0] + 4
+
+
+@pytest.mark.parametrize("world", worlds(3, 4))
+def test_a_rank_outside_of_a_new_group_is_told_so(ranks: GetRanks, world: World) -> None:
+    for rank, said in enumerate(ranks(world).run(programs.outside)):
+        assert (f"group must hold this process, rank {rank}" in said) == (rank > 1)
+
+
+@pytest.mark.parametrize("world", worlds(4))
+def test_a_mesh_of_data_and_sequence_is_not_taken_for_one_of_nodes(
+    ranks: GetRanks, world: World
+) -> None:
+    group = ranks(world)
+    for said in group.run(programs.whole_mesh, ("data", "sequence")):
+        assert "one dimension of a mesh, as mesh['sequence']" in said
+        assert "Got dimensions ('data', 'sequence')." in said
+    for names in (None, ("nodes", "ranks")):
+        assert group.run(programs.whole_mesh, names) == [""] * 4
+
+
+def test_a_digest_tells_any_bit_anywhere() -> None:
+    x = torch.randint(0, 9, (3, 5000), generator=torch.Generator().manual_seed(0))
+    seen = {
+        digest(x),
+        digest(x.T),
+        digest(x.roll(1, 1)),
+        digest(x.flip(1)),
+        digest(x.to(torch.int32)),
+    }
+    for place in (0, 4095, 4096, 14999):
+        for change in (1, -1, 1 << 62):
+            other = x.clone()
+            other.view(-1)[place] += change
+            seen.add(digest(other))
+    assert len(seen) == 5 + 12
+    assert digest(x.T.T) == digest(x)
+    for dtype in (torch.bool, torch.uint8, torch.bfloat16, torch.float64, torch.complex64):
+        y = torch.zeros(7, dtype=dtype)
+        assert digest(y) != digest(y.index_fill(0, torch.tensor(6), 1))
+
+
 @pytest.mark.parametrize("world", worlds(3))
 def test_positions_count_through_the_ranks(ranks: GetRanks, world: World) -> None:
     found = ranks(world).run(programs.positions, 5)
@@ -159,6 +230,7 @@ def test_buffers_are_given_back_and_not_used_after(
         (lambda: RingDilatedAttention(PATTERN, ring_size=0), "ring_size must be positive"),
         (lambda: RingDilatedAttention(PATTERN, ring_size=2.0), "ring_size must be an int"),
         (lambda: shard_sequence(torch.ones(2, 3), multiple_of=0), "multiple_of must be positive"),
+        (lambda: shard_sequence(torch.ones(2, 3), validate="first"), "validate must be 'always'"),
         (lambda: shard_sequence(torch.ones(2, 3), dim=0), "dim must not be the batch dimension"),
         (lambda: unshard_sequence(torch.ones(2, 3), length=4), "length must be between 0 and 3"),
         (lambda: local_positions(3, group=7), "group must be a ProcessGroup"),

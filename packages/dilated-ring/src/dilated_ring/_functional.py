@@ -74,7 +74,7 @@ def ring_attention(
         key: (B, n, H_kv, D).
         value: (B, n, H_kv, D).
         pattern: which keys a query sees, by positions in the whole sequence.
-        group: the ranks: a process group, a mesh of one dimension, or of two (nodes, ranks of a
+        group: the ranks: a process group, a mesh of one dimension, or of two ("nodes", ranks of a
             node), where "gather" moves a row between nodes once for each node; all ranks when
             None. Without a group of at least two ranks, the pattern's own function computes.
         cu_seqlens: (S + 1,) int32 or int64, on any device, the same on all ranks: 0, then the end

@@ -3,8 +3,9 @@
 P ranks, N positions, n = ceil(N / P) rows of a shard, rounded up to `multiple_of`.
 """
 
+import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring._agreement import agree
+from dilated_ring._agreement import Fact, agree
 from dilated_ring._faults import Call
-from dilated_ring._topology import Ring, find_ring
+from dilated_ring._topology import Ring, device_of, find_ring
 
 
 class Shard(NamedTuple):
@@ -36,8 +37,12 @@ def shard_sequence(
     dim: int = 1,
     multiple_of: int = 1,
     key_padding_mask: Tensor | None = None,
+    validate: Literal["always", "off"] = "always",
 ) -> Shard:
     """This rank's rows of a sequence that every rank has; padded with zeros where it is too short.
+
+    All ranks of the group call it together, each with the same sequence, bit for bit: a sampler or
+    loader that gives each rank a batch of its own is for groups of ranks, not for ranks of one.
 
     Args:
         x: the whole sequence, batch first, e.g. token numbers (B, N) or embeddings (B, N, E).
@@ -46,13 +51,18 @@ def shard_sequence(
         multiple_of: what n is to be a multiple of; with the pattern's smallest segment length, the
             branches that fit in a shard need no rows of other ranks.
         key_padding_mask: (B, N) bool, True = ignore.
+        validate: compare the arguments of all ranks, by digests of what they hold ("always"), or
+            not ("off").
 
     Returns:
         The rows, and the mask for `ring_attention`, with the padding masked.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
+        RankMismatchError: the ranks hold different sequences; the same on every rank.
     """
+    if validate not in ("always", "off"):
+        raise ValueError(f"validate must be 'always' or 'off'. Got {validate!r}.")
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int):
         raise TypeError(f"multiple_of must be an int. Got {multiple_of!r}.")
     if multiple_of <= 0:
@@ -66,6 +76,13 @@ def shard_sequence(
             f"Got {tuple(key_padding_mask.shape)}."
         )
     ring = find_ring(group)
+    if ring is not None and validate == "always":
+        facts: dict[str, Fact] = {"multiple_of": multiple_of, "dim": dim, **_facts("x", x)}
+        facts["key_padding_mask"] = "none"
+        if key_padding_mask is not None:
+            facts |= _facts("key_padding_mask", key_padding_mask)
+        with Call(ring.group, device_of(ring.group, x), "shard_sequence") as call:
+            agree(call, facts)
     rank, world_size = (ring.rank, ring.world_size) if ring else (0, 1)
     n = -(-length // (world_size * multiple_of)) * multiple_of
     if key_padding_mask is None and n * world_size != length:
@@ -148,6 +165,31 @@ def _rows(x: Tensor, dim: int, start: int, count: int, fill: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = count - held
     return torch.cat([rows, x.new_full(shape, fill)], dim)
+
+
+def _facts(name: str, x: Tensor) -> dict[str, Fact]:
+    """What tells a tensor from others."""
+    return {
+        f"shape of {name}": tuple(x.shape),
+        f"dtype of {name}": str(x.dtype),
+        f"digest of {name}": digest(x),
+    }
+
+
+_BLOCK = 1 << 12
+
+
+def digest(x: Tensor) -> str:
+    """16 hexadecimal digits that differ where any bit of a tensor does, by all odds."""
+    x = x.detach().contiguous()
+    bits = x.flatten().view(torch.uint8)
+    bits = torch.cat([bits, bits.new_zeros(-len(bits) % (8 * _BLOCK))]).view(torch.int64)
+    place = torch.arange(_BLOCK, device=x.device)
+    # Integers wrap alike everywhere, so every device finds the same sums.
+    place = (place + 1) * -7046029254386353131
+    weights = (place ^ (place >> 29)) * -4658895280553007687 | 1
+    sums = (bits.view(-1, _BLOCK) * weights).sum(1)
+    return hashlib.sha256(str(sums.tolist()).encode()).hexdigest()[:16]
 
 
 class _Unshard(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -52,12 +53,14 @@ def find_ring(group: dist.ProcessGroup | DeviceMesh | None) -> Ring | None:
     """The ranks of a `group` argument, or None where one process has the whole sequence.
 
     Args:
-        group: a process group; a mesh of one dimension; a mesh of two, (nodes, ranks of a node);
-            or None for all ranks. All ranks of a mesh must make its first call together.
+        group: a process group; a mesh of one dimension; a mesh of two, (nodes, ranks of a node),
+            whose first name, if it has names, has "node" in it; or None for all ranks. All ranks of
+            a mesh must make its first call together.
 
     Raises:
         TypeError: it is nothing of these.
-        ValueError: a mesh has another number of dimensions, or this process is not in the group.
+        ValueError: a mesh has another number of dimensions, or other names; or this process is not
+            in the group.
     """
     if group is None:
         if not dist.is_available() or not dist.is_initialized():
@@ -67,11 +70,22 @@ def find_ring(group: dist.ProcessGroup | DeviceMesh | None) -> Ring | None:
     if isinstance(group, DeviceMesh):
         if group.ndim > 2:
             raise ValueError(f"group must be a mesh of 1 or 2 dimensions. Got {group.ndim}.")
+        names = group.mesh_dim_names
+        if group.ndim == 2 and names is not None and "node" not in names[0]:
+            raise ValueError(
+                "group must hold the ranks that share a sequence: one dimension of a mesh, as "
+                f"mesh[{names[1]!r}], or a mesh of ('nodes', 'ranks'). Got dimensions {names}."
+            )
         if group.ndim == 2:
             nodes = Nodes(group.get_group(0), group.get_group(1), group.size(1))
             group = _flat_group(group)
         else:
             group = group.get_group()
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"group must hold this process, rank {dist.get_rank()}. Got what new_group returns to "
+            "a rank that is not in the group."
+        )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group must be a ProcessGroup, a DeviceMesh or None. Got {type(group).__name__}."
@@ -82,6 +96,18 @@ def find_ring(group: dist.ProcessGroup | DeviceMesh | None) -> Ring | None:
     if nodes is not None and 1 in (nodes.size, world_size // nodes.size):
         nodes = None
     return None if world_size == 1 else Ring(group, rank, world_size, nodes)
+
+
+def device_of(group: dist.ProcessGroup, like: torch.Tensor) -> torch.device:
+    """A device that the group can exchange from: a tensor's, if it can."""
+    kinds = [device.type for device in group._device_types]
+    if like.device.type in kinds:
+        return like.device
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if "cuda" in kinds
+        else torch.device("cpu")
+    )
 
 
 def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
