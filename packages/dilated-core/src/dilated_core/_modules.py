@@ -240,9 +240,9 @@ class MultiheadDilatedAttention(nn.Module):
             need_weights: also return the effective weights (B, H, N, M), for short inputs.
             cache: decoding state that the new rows are appended to; causal self-attention of
                 rows that follow those in the cache.
-            positions: (M,) int64 positions of the keys for the position embedding; when None they
-                count from 0, or from the cache's length. The queries take the last N when causal,
-                otherwise the first N.
+            positions: (M,) int64 positions of the keys for the position embedding, or what it made
+                of them (M, ...) in floating point; when None they count from 0, or from the
+                cache's length. The queries take the last N when causal, otherwise the first N.
 
         Returns:
             (output (B, N, embed_dim), weights or None).
@@ -342,7 +342,7 @@ def _positions(
     if positions is None:
         count = key_length if is_causal else max(length, key_length)
         positions = torch.arange(start, start + count, device=q.device)
-    elif positions.shape != (key_length,):
+    elif positions.shape[: 1 if positions.is_floating_point() else None] != (key_length,):
         raise ValueError(
             f"positions must have shape (key length,)={(key_length,)}. "
             f"Got {tuple(positions.shape)}."

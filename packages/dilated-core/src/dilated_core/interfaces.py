@@ -38,7 +38,10 @@ class PositionEmbedding(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Queries (B, N, H, D) and keys (B, M, H_kv, D) at positions (N,) and (M,) to new ones."""
+        """Queries (B, N, H, D) and keys (B, M, H_kv, D) at positions (N,) and (M,) to new ones.
+
+        Positions are int64, or what the embedding itself made of them (N, ...), (M, ...).
+        """
         ...
 
 

@@ -1,19 +1,28 @@
-"""Rotary and xPos position embeddings, as complex multiplications in float32 or wider."""
+"""Rotary and xPos position embeddings, by tables of cosines and sines in float32 or wider."""
 
 # Shapes: B batch, N queries, M keys, H heads, D head_dim.
 
+import math
+from decimal import Decimal, localcontext
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary positions (Su et al., arXiv 2104.09864, eq. 34).
 
     The pair of features (2i, 2i + 1) at position n is turned by the angle n * base ** (-2i / D),
-    so a query-key product depends on positions only through their difference. Angles are computed
-    in float64, because float32 is 0.06 radians off at a million; the turning itself is float32,
-    or float64 for float64 input. There are no parameters and no buffers.
+    so a query-key product depends on positions only through their difference. Angles are reduced
+    to an eighth of a turn in integers, exact to n * 2 ** -65 turns on any device; the turning
+    itself is float32, or float64 for float64 input. There are no parameters and no buffers.
     """
+
+    _constants: Tensor | None = None  # on the device of the last call
 
     def __init__(self, head_dim: int, *, base: float = 10000.0) -> None:
         super().__init__()
@@ -26,21 +35,63 @@ class RotaryEmbedding(nn.Module):
         """The arguments."""
         return f"{self.head_dim}, base={self.base}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call] # torch's
+        state.pop("_constants", None)
+        return state
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `forward` needs of int64 positions (N,), to be made once for all layers of a model.
+
+        Args:
+            positions: (N,) int64.
+            dtype: of the features to be turned.
+
+        Returns:
+            Cosine and sine of each pair (N, 1 or 2, D / 2, 2) in dtype, or in float32 if that is
+            wider; the second of two is for keys.
+
+        Raises:
+            ValueError, TypeError: ``positions`` is not (N,) or not int64.
+        """
+        if positions.ndim != 1:
+            raise ValueError(f"positions must have shape (N,). Got {tuple(positions.shape)}.")
+        if positions.dtype != torch.int64:
+            raise TypeError(f"positions must be int64. Got {positions.dtype}.")
+        dtype = torch.promote_types(dtype, torch.float32)
+        columns = torch.stack(self._columns(positions.unsqueeze(-1), dtype), dim=1)
+        pairs: Tensor = columns.unflatten(1, (-1, 2))
+        return pairs.transpose(2, 3).contiguous()
+
     def forward(
         self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Turn queries (B, N, H, D) and keys (B, M, H, D) at int64 positions (N,) and (M,)."""
-        return (
-            _turn(query, self._magnitudes(query_positions, 1), self._angles(query_positions)),
-            _turn(key, self._magnitudes(key_positions, -1), self._angles(key_positions)),
+        """Turn queries (B, N, H, D) and keys (B, M, H, D).
+
+        Positions are int64 (N,) and (M,), or what `table` made of them.
+        """
+        of_queries, of_keys = (
+            positions if positions.is_floating_point() else self.table(positions, query.dtype)
+            for positions in (query_positions, key_positions)
         )
+        return _turn(query, of_queries[:, 0]), _turn(key, of_keys[:, -1])
 
-    def _angles(self, positions: Tensor) -> Tensor:
-        pairs = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float64)
-        return torch.outer(positions.to(torch.float64), self.base ** (-pairs / self.head_dim))
+    def _columns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Columns of a table (N, D / 2) for positions (N, 1)."""
+        (turns,) = self._on(positions.device)
+        return _cosine_and_sine(positions * turns, dtype)
 
-    def _magnitudes(self, positions: Tensor, sign: int) -> Tensor:
-        return torch.ones((), dtype=torch.float64, device=positions.device)
+    def _fixed_point(self) -> tuple[tuple[int, ...], ...]:
+        return (_turns(self.head_dim, self.base),)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """Constants of the pairs, int64 (kinds, D / 2); kept, to be sent to a device once."""
+        constants = self._constants
+        if torch.compiler.is_compiling() or constants is None or constants.device != device:
+            constants = torch.tensor(self._fixed_point(), device=device)
+            if not torch.compiler.is_compiling():
+                self._constants = constants
+        return constants
 
 
 class XPosEmbedding(RotaryEmbedding):
@@ -65,10 +116,18 @@ class XPosEmbedding(RotaryEmbedding):
         """The arguments."""
         return f"{super().extra_repr()}, scale_base={self.scale_base}, centre={self.centre}"
 
-    def _magnitudes(self, positions: Tensor, sign: int) -> Tensor:
-        zeta = xpos_bases(self.head_dim).to(positions.device)
-        powers = (positions.to(torch.float64) - self.centre) * (sign / self.scale_base)
-        return zeta ** powers.unsqueeze(-1)
+    def _columns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        turns, decays = self._on(positions.device)
+        cosine, sine = _cosine_and_sine(positions * turns, dtype)
+        # Beyond this even float64 is out of range, and the integers would be soon.
+        reach = 1100 * self.scale_base
+        powers = (positions - self.centre).clamp(-reach, reach) * decays
+        whole, part = powers >> 52, powers & (2**52 - 1)
+        factor = torch.exp2(whole.to(dtype)) * torch.exp2(part.to(dtype) * 2.0**-52)
+        return factor * cosine, factor * sine, cosine / factor, sine / factor
+
+    def _fixed_point(self) -> tuple[tuple[int, ...], ...]:
+        return *super()._fixed_point(), _decays(self.head_dim, self.scale_base)
 
 
 def xpos_bases(head_dim: int) -> Tensor:
@@ -77,10 +136,49 @@ def xpos_bases(head_dim: int) -> Tensor:
     return (pairs / head_dim + 0.4) / 1.4
 
 
-def _turn(features: Tensor, magnitudes: Tensor, angles: Tensor) -> Tensor:
-    """Multiply the feature pairs of (B, N, H, D), read as complex numbers, by polar factors."""
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    factors = torch.polar(magnitudes.expand_as(angles).contiguous(), angles).unsqueeze(1)
-    factors = factors.to(torch.complex128 if wide.dtype == torch.float64 else torch.complex64)
-    pairs = torch.view_as_complex(wide.reshape(*wide.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * factors).flatten(-2).to(features.dtype)
+@cache
+def _turns(head_dim: int, base: float) -> tuple[int, ...]:
+    """Turns of each pair from a position to the next, in units of 2 ** -64."""
+    with localcontext(prec=50):
+        return tuple(
+            round(Decimal(base) ** (Decimal(-pair) / head_dim) * 2**63 / _PI)
+            for pair in range(0, head_dim, 2)
+        )
+
+
+@cache
+def _decays(head_dim: int, scale_base: int) -> tuple[int, ...]:
+    """Binary logarithms of zeta_i ** (1 / scale_base), in units of 2 ** -52."""
+    with localcontext(prec=50):
+        return tuple(
+            round(
+                ((Decimal(pair) / head_dim + Decimal("0.4")) / Decimal("1.4")).ln()
+                / (Decimal(2).ln() * scale_base)
+                * 2**52
+            )
+            for pair in range(0, head_dim, 2)
+        )
+
+
+def _cosine_and_sine(turns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of angles in units of 2 ** -64 turns; whole turns overflow and are gone."""
+    quarters = (turns + 2**61) >> 62
+    rest = (turns - (quarters << 62)).to(dtype) * (math.pi * 2.0**-63)  # an eighth, either way
+    cosine, sine, odd = rest.cos(), rest.sin(), (quarters & 1).bool()
+    return (
+        torch.where(odd, sine, cosine) * (1 - ((quarters + 1) & 2)),
+        torch.where(odd, cosine, sine) * (1 - (quarters & 2)),
+    )
+
+
+def _turn(features: Tensor, table: Tensor) -> Tensor:
+    """Turn the feature pairs of (B, N, H, D) by cosines and sines (N, D / 2, 2)."""
+    wide = features.to(torch.promote_types(features.dtype, table.dtype))
+    pairs, factors = wide.reshape(*wide.shape[:-1], -1, 2), table.unsqueeze(1)
+    if torch.compiler.is_compiling():
+        (even, odd), (cosine, sine) = pairs.unbind(-1), factors.unbind(-1)
+        turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1)
+    else:
+        # One pass over memory, where nothing fuses the many of the line above.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(factors))
+    return turned.flatten(-2).to(features.dtype)

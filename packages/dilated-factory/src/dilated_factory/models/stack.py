@@ -120,12 +120,21 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         return normed
 
     def _states(
-        self, inputs: Tensor, caches: Sequence[DilatedKVCache] | None = None, **options: Any
+        self,
+        inputs: Tensor,
+        *,
+        key_padding_mask: Tensor | None,
+        positions: Tensor | None,
+        caches: Sequence[DilatedKVCache] | None = None,
     ) -> Iterator[Tensor]:
         if caches is not None and len(caches) != len(self.blocks):
             raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
         hidden: Tensor = self.dropout(self._embed(inputs))
         yield hidden
+        options: dict[str, Any] = {"key_padding_mask": key_padding_mask}
+        options["positions"] = self._position_table(
+            hidden, positions, caches[0].length if caches else 0
+        )
         for index, block in enumerate(self.blocks):
             if caches is not None:
                 options["cache"] = caches[index]
@@ -134,6 +143,23 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
             else:
                 hidden = block(hidden, **options)
             yield hidden
+
+    def _position_table(
+        self, hidden: Tensor, positions: Tensor | None, start: int
+    ) -> Tensor | None:
+        """What the position embedding makes of positions, once for all layers."""
+        (block, *_), length = self.blocks, hidden.shape[1]
+        assert isinstance(block, TransformerLayer)
+        embedding = block.attention.position_embedding
+        if not isinstance(embedding, RotaryEmbedding):
+            return positions
+        if positions is None:
+            positions = torch.arange(start, start + length, device=hidden.device)
+        elif positions.shape != (length,):
+            raise ValueError(
+                f"positions must have shape (N,)={(length,)}. Got {tuple(positions.shape)}."
+            )
+        return embedding.table(positions, hidden.dtype)
 
     def _embed(self, inputs: Tensor) -> Tensor:
         width = self.config.embed_dim
