@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_core import DilatedKVCache, DilatedPattern, dilated_attention
 from dilated_testing import patterns, relative_error
@@ -64,14 +65,15 @@ def test_bytes_do_not_depend_on_the_context():
         sizes.add(cache.nbytes)
     assert cache.length == 2**20
     rows = 64 + 256 // 4 + 1024 // 16
-    assert sizes == {4 * rows * (2 * 8 * 4 + 1)}
+    # One row takes what is not kept; and the length.
+    assert sizes == {(4 * rows + 1) * (2 * 8 * 4 + 1) + 8}
 
 
 def test_grouped_heads_share_their_rows():
     pattern = DilatedPattern([64], [1])
     cache = DilatedKVCache(pattern)
     cache.attend(torch.randn(1, 1, 6, 8), *[torch.randn(1, 1, 2, 8)] * 2)
-    assert cache.nbytes == 2 * 64 * (2 * 8 * 4 + 1)
+    assert cache.nbytes == (2 * 64 + 1) * (2 * 8 * 4 + 1) + 8
 
 
 def test_reorder_follows_beams():
@@ -101,10 +103,14 @@ def test_truncate_goes_back_within_the_segments():
     assert relative_error(actual, full[:, 20:]) < 1e-10
     with pytest.raises(ValueError, match=r"multiple of segment length 4: .* Got 27"):
         cache.truncate(27)
-    with pytest.raises(TypeError, match=r"length must be an int\. Got True"):
+    with pytest.raises(TypeError, match=r"length must be an int or a Tensor\. Got True"):
         cache.truncate(True)
     with pytest.raises(ValueError, match=r"length must be between 0 and 31\. Got 32"):
         cache.truncate(32)
+
+
+def concatenate(rows, new):
+    return [torch.cat(pair, 0) for pair in zip(rows, new, strict=True)]
 
 
 @given(patterns(max_segment=11), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.data())
@@ -112,56 +118,133 @@ def test_any_order_of_operations_equals_the_full_forward(pattern, kv_heads, grou
     heads = kv_heads * group
     if pattern.head_groups == "split" and heads < len(pattern.segment_lengths):
         kv_heads = heads = len(pattern.segment_lengths)
-    shapes = [(2, 0, heads, 3), (2, 0, kv_heads, 3), (2, 0, kv_heads, 3)]
-    seen = [torch.empty(shape, dtype=torch.float64) for shape in shapes]  # q, k, v so far
-    mask = torch.empty(2, 0, dtype=torch.bool)
+    shapes = (heads, 3), (kv_heads, 3), (kv_heads, 3)
+    # q, k, v and the mask of each batch row so far, and its length when a row was last appended.
+    nothing = [*(torch.empty(0, *shape, dtype=torch.float64) for shape in shapes), torch.empty(0)]
+    nothing[3] = nothing[3].bool()
+    seen, last = [nothing] * 2, [0, 0]
     scale = data.draw(st.sampled_from([None, -0.7, 0.0]))
-    cache, went_back = DilatedKVCache(pattern), False
-    kinds = ["attend", "attend", "truncate", "reorder", "reset", "misfit"]
+    cache = DilatedKVCache(pattern)
+    kinds = ["attend", "attend", "ragged", "truncate", "reorder", "reset", "misfit"]
     for _ in range(data.draw(st.integers(1, 9))):
-        kind = data.draw(st.sampled_from(kinds))
-        if kind == "attend":
+        kind, batch = data.draw(st.sampled_from(kinds)), len(seen)
+        if kind in ("attend", "ragged"):
             steps = data.draw(st.integers(0, 13))
-            new = [torch.randn(2, steps, *x.shape[2:], dtype=x.dtype) for x in seen]
-            ignored = torch.rand(2, steps) < (0.3 if padded else 0.0)
-            seen = [torch.cat(pair, 1) for pair in zip(seen, new, strict=True)]
-            mask = torch.cat([mask, ignored], 1)
-            given = ignored if padded and data.draw(st.integers(0, 3)) else None
+            new = [torch.randn(batch, steps, *shape, dtype=torch.float64) for shape in shapes]
+            mask = torch.rand(batch, steps) < (0.3 if padded else 0.0)
+            given = mask if padded and data.draw(st.integers(0, 3)) else None
+            counts = [steps] * batch
+            if kind == "ragged":
+                counts = data.draw(st.lists(st.integers(0, steps), min_size=batch, max_size=batch))
+            lengths = torch.tensor(counts) if kind == "ragged" else None
+            actual = cache.attend(*new, scale=scale, key_padding_mask=given, lengths=lengths)
             if given is None:
-                mask[:, mask.shape[1] - steps :] = False
-            actual = cache.attend(*new, scale=scale, key_padding_mask=given)
-            full = dilated_attention(
-                *seen, pattern, is_causal=True, scale=scale, key_padding_mask=mask, enable_gqa=True,
-                backend="reference",
-            )  # fmt: skip
-            assert relative_error(actual, full[:, full.shape[1] - steps :]) < 1e-10
+                mask = torch.zeros_like(mask)
+            for b, count in enumerate(counts):
+                seen[b] = concatenate(seen[b], [x[b, :count] for x in (*new, mask)])
+                last[b] = len(seen[b][0]) if count else last[b]
+                full = dilated_attention(
+                    *(x[None] for x in seen[b][:3]), pattern, is_causal=True, scale=scale,
+                    key_padding_mask=seen[b][3][None], enable_gqa=True, backend="reference",
+                )[0]  # fmt: skip
+                assert relative_error(actual[b, :count], full[len(full) - count :]) < 1e-10
+                assert not actual[b, count:].any()
         elif kind == "truncate":
-            length = data.draw(st.integers(0, cache.length))
-            last = max(cache.length - 1, 0)
-            starts = [last // w * w for w in pattern.segment_lengths]
-            whole = all(length % w == 0 for w in pattern.segment_lengths)
-            must = whole or (not went_back and length >= max(starts))
+            now = [len(rows[0]) for rows in seen]
+            if data.draw(st.booleans()) and cache.nbytes:
+                length = torch.tensor([data.draw(st.integers(0, n)) for n in now])
+                wanted = length.tolist()
+            else:
+                length = data.draw(st.integers(0, cache.length))
+                wanted = [min(length, n) for n in now]
+            allowed = all(
+                new % w == 0 or new // w == max(end - 1, 0) // w
+                for new, end in zip(wanted, last, strict=True)
+                for w in pattern.segment_lengths
+            )
             try:
                 cache.truncate(length)
             except ValueError:
-                assert not must
+                assert not allowed
             else:
-                went_back = went_back or length < cache.length or length < seen[0].shape[1]
-                seen, mask = [x[:, :length] for x in seen], mask[:, :length]
-        elif kind == "reorder" and cache.length:
-            index = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
-            cache.reorder(index)
-            seen, mask = [x[index] for x in seen], mask[index]
+                assert allowed
+                seen = [[x[:n] for x in rows] for rows, n in zip(seen, wanted, strict=True)]
+        elif kind == "reorder" and cache.nbytes:
+            index = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3))
+            cache.reorder(torch.tensor(index))
+            seen, last = [seen[i] for i in index], [last[i] for i in index]
         elif kind == "reset":
             cache.reset()
-            seen, mask = [x[:, :0] for x in seen], mask[:, :0]
+            seen, last = [nothing] * batch, [0] * batch
         elif kind == "misfit" and cache.nbytes:
-            more = [torch.randn(2, 1, 2 * x.shape[2], 3, dtype=x.dtype) for x in seen]
+            new = [torch.randn(batch, 1, *shape, dtype=torch.float64) for shape in shapes]
+            more = [torch.cat([x, x], 2) for x in new]
             with pytest.raises(ValueError, match="the cache's"):
-                cache.attend(more[0], *[torch.randn(2, 1, kv_heads, 3).double()] * 2)
+                cache.attend(more[0], *new[1:])
             with pytest.raises(ValueError, match="the cache's"):
                 cache.attend(*more)
-        assert cache.length == seen[0].shape[1]
+        assert cache.length == max(len(rows[0]) for rows in seen)
+        if cache.nbytes:
+            assert cache.lengths.tolist() == [len(rows[0]) for rows in seen]
+
+
+class _FailAt(TorchDispatchMode):
+    """Fails at one operator that makes a tensor, as where memory runs out."""
+
+    def __init__(self, countdown):
+        super().__init__()
+        self.countdown = countdown
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.countdown -= not func._schema.is_mutable
+        if self.countdown == 0:
+            raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_call_that_fails_at_any_point_leaves_the_cache_as_it_was(steps, ragged):
+    pattern = DilatedPattern([4, 16], [1, 2])
+    tensors = [torch.randn(2, 17 + steps, h, 5, dtype=torch.float64) for h in (4, 2, 2)]
+    mask = torch.rand(2, steps) < 0.3
+    cache = DilatedKVCache(pattern)
+    first = torch.tensor([11, 17]) if ragged else None
+    cache.attend(*[x[:, :17] for x in tensors], lengths=first)
+    held = [x.clone() for x in cache._held.tensors]
+    new = [x[:, 17:] for x in tensors]
+    lengths = torch.tensor([steps, 0]) if ragged else None
+    failures = 0
+    while True:
+        try:
+            with _FailAt(failures + 1):
+                actual = cache.attend(*new, key_padding_mask=mask, lengths=lengths)
+            break
+        except MemoryError:
+            failures += 1
+        assert all(map(torch.equal, cache._held.tensors, held))
+        assert cache.length == 17
+        assert cache.lengths.tolist() == ([11, 17] if ragged else [17, 17])
+        assert not cache._held.padded
+    assert failures > 20
+    row = (
+        [torch.cat([x[:1, : first[0]], n[:1]], 1) for x, n in zip(tensors, new, strict=True)]
+        if (ragged)
+        else [x[:1] for x in tensors]
+    )
+    whole = torch.zeros(1, row[0].shape[1], dtype=torch.bool)
+    whole[:, -steps:] = mask[:1]
+    full = dilated_attention(*row, pattern, is_causal=True, key_padding_mask=whole, enable_gqa=True)
+    assert relative_error(actual[:1], full[:, -steps:]) < 1e-10
+
+
+def test_a_first_call_that_fails_takes_nothing():
+    x = torch.randn(2, 3, 2, 5)
+    cache = DilatedKVCache(DilatedPattern([4], [1]))
+    with pytest.raises(MemoryError), _FailAt(30):
+        cache.attend(x, x, x)
+    assert cache.nbytes == cache.length == 0
+    cache.attend(x[:1], x[:1], x[:1])
 
 
 def test_the_last_tokens_of_a_whole_segment_can_be_taken_back():
@@ -237,3 +320,16 @@ def test_misuse_is_named():
         cache.attend(x, x[:, :2], x[:, :2])
     with pytest.raises(TypeError, match="pattern must be a DilatedPattern"):
         DilatedKVCache([4])
+    with pytest.raises(TypeError, match=r"lengths must be a Tensor or None\. Got list"):
+        cache.attend(x, x, x, lengths=[3])
+    with pytest.raises(TypeError, match=r"lengths must be int64\. Got torch\.int32"):
+        cache.attend(x, x, x, lengths=torch.ones(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"lengths must have shape \(batch,\)=\(1,\)\. Got \(2,\)"):
+        cache.attend(x, x, x, lengths=torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"lengths must be from 0 to 3, the new rows\. Got \[4\]"):
+        cache.attend(x, x, x, lengths=torch.tensor([4]))
+    with pytest.raises(ValueError, match=r"length must be between 0 and 3\. Got 4"):
+        cache.truncate(torch.tensor([4]))
+    with pytest.raises(ValueError, match=r"length must have shape \(batch,\)=\(1,\)\. Got \(\)"):
+        cache.truncate(torch.tensor(1))
+    assert cache.length == 3
