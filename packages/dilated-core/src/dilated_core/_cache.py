@@ -23,6 +23,10 @@ class DilatedKVCache:
     token, in chunks, or a prompt at once all equal the full causal forward. No gradients: use it
     under torch.no_grad() or torch.inference_mode().
 
+    A CUDA graph can hold `attend` of one new row, after a first call outside of it: a replay reads
+    where each batch row is from the device, and counts there. From the capture on, `length` waits
+    for the device; `truncate`, `reset`, and `reorder` to as many rows leave the graph valid.
+
     Args:
         pattern: which keys a query sees.
     """
@@ -105,11 +109,22 @@ class DilatedKVCache:
             held = HeldRows(self.pattern, query.shape[2], key)
         else:
             held.check_fits(query, key)
-        out = self._attend(held, scores, lengths, query, key, value)
-        # Nothing of the cache changes before all that may fail is done.
-        held.append(self._position, lengths, key, value, key_padding_mask)
+        captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if held.can_decode(query, key):
+            out = held.decode(scores, lengths, query, key, value)
+        elif captured:
+            raise RuntimeError(
+                "a CUDA graph can hold a DilatedKVCache's attend only for one row of 16 or 32 bits "
+                f"and a head_dim of at most 256. Got {query.dtype} of {tuple(query.shape)}."
+            )
+        else:
+            out = self._attend(held, scores, lengths, query, key, value)
+            # Nothing of the cache changes before all that may fail is done.
+            held.append(self._position, lengths, key, value, key_padding_mask)
         self._held = held
-        if lengths is not None:
+        if captured:
+            self._position = None
+        elif lengths is not None:
             self._position = _common(held.lengths)
         elif self._position is not None:
             self._position += query.shape[1]

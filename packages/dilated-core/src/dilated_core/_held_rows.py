@@ -22,6 +22,7 @@ from dilated_core._call import DilatedCall, Scores
 from dilated_core._partial import Partial, accumulate_dtype, merge_
 from dilated_core._torch.dense import RowAttention
 from dilated_core._torch.engine import attend_wide
+from dilated_core._triton import HeldTensors
 
 _KEPT_COUNTS = 256
 
@@ -265,6 +266,25 @@ class HeldRows:
             lse = lse.masked_fill(scores.key_padding_mask[:, :, None], -math.inf)
         out = v.masked_fill((lse == -math.inf)[..., None], 0.0)
         return Partial(out, lse.transpose(1, 2))
+
+    def can_decode(self, query: Tensor, key: Tensor) -> bool:
+        """Whether the kernel of one new row serves these."""
+        return query.shape[1] == 1 and _triton.unsupported(query, key) is None
+
+    def decode(
+        self, scores: Scores, real: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Append and attend one new row, wherever each batch row is; arguments as in `attend`."""
+        padding = scores.key_padding_mask
+        padded = self.padded or padding is not None
+        table = self.table
+        held = HeldTensors(
+            self.key, self.value, self.padding if padded else None, self.lengths, table.head_rows,
+            table.head_offsets, table.sizes, max(branch.slots for branch in table.branches),
+        )  # fmt: skip
+        out = _triton.decode(held, scores.scale, real, query, key, value, padding)
+        self.padded = padded
+        return out
 
     def append(
         self, position: int | None, lengths: Tensor | None, key: Tensor, value: Tensor,

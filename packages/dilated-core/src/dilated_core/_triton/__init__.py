@@ -8,15 +8,17 @@ from torch import Tensor
 
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
-from dilated_core._triton._driving import Tiling
+from dilated_core._triton._driving import HeldTensors, Tiling
 from dilated_core._triton._support import unsupported
 
 __all__ = [
+    "HeldTensors",
     "attend",
     "attend_rows",
     "attend_rows_backward",
     "attend_span",
     "attend_span_backward",
+    "decode",
     "drive",
     "drive_backward",
     "unsupported",
@@ -86,6 +88,32 @@ def attend_rows_backward(
     total = Partial(total.out.contiguous(), total.lse.contiguous())
     call = _launch.rows_call(Scores(is_causal, scale, key_mask), query, key, value)
     return _launch.backward(call, upstream._replace(total=total), wide=True)
+
+
+def decode(
+    held: HeldTensors, scale: float, real: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor, padding: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Keep one new row of each sequence, count it in `lengths`, and attend it to all rows so far.
+
+    Two launches, whose shapes depend on those of the tensors alone: nothing is awaited, and a CUDA
+    graph can hold them.
+
+    Args:
+        held: where the rows go.
+        scale: factor on the scores.
+        real: (B,) int64, 0 where there is no new row: its output is 0 then, nothing is kept.
+        query: (B, 1, H, D).
+        key: (B, 1, H_kv, D), value like it.
+        value: see `key`.
+        padding: (B, 1) bool, True = ignore the new key, or None; `held` then has a padding too.
+
+    Returns:
+        (B, 1, H, D) in query's dtype.
+    """
+    from dilated_core._triton import _decode
+
+    return _decode.decode(held, scale, real, query, key, value, padding)
 
 
 def drive(scores: Scores, tiling: Tiling, query: Tensor, key: Tensor, value: Tensor) -> Partial:

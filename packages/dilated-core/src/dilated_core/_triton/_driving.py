@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from dilated_core._triton._plan import BlockSizes, PlanCache, TilePlan
 
@@ -69,3 +70,26 @@ class Tiling(Protocol):
 
     def plan(self, sizes: Sizes, by_key: bool, blocks: BlockSizes) -> TilePlan:
         """The plan over query tiles, or over key tiles; without a host sync once it is known."""
+
+
+class HeldTensors(NamedTuple):
+    """The rows that a decoding state holds, and where they lie.
+
+    Attributes:
+        key, value: (B, R, D), contiguous.
+        padding: (B, R) bool, contiguous, True = ignore, or None where none is.
+        lengths: (B,) int64, positions seen.
+        head_rows: (branches, H) int32, the first slot of the stream that a head reads, or -1.
+        head_offsets: (branches, H) int32, the residue of the rows that it keeps.
+        sizes: (branches, 2) int32, segment lengths and dilation rates.
+        most_slots: slots of the longest stream.
+    """
+
+    key: Tensor
+    value: Tensor
+    padding: Tensor | None
+    lengths: Tensor
+    head_rows: Tensor
+    head_offsets: Tensor
+    sizes: Tensor
+    most_slots: int

@@ -17,8 +17,15 @@ Shapes of tiles are comments: ROWS are those of a tile, COLUMNS of a step of a r
 B batch, N queries, M keys, H query heads, D head_dim.
 """
 
+from dilated_core._triton._kernels.decode import decode_kernel, merge_kernel
 from dilated_core._triton._kernels.forward import forward_kernel
 from dilated_core._triton._kernels.key_gradients import key_gradient_kernel
 from dilated_core._triton._kernels.query_gradient import query_gradient_kernel
 
-__all__ = ["forward_kernel", "key_gradient_kernel", "query_gradient_kernel"]
+__all__ = [
+    "decode_kernel",
+    "forward_kernel",
+    "key_gradient_kernel",
+    "merge_kernel",
+    "query_gradient_kernel",
+]
