@@ -21,6 +21,10 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"a": torch.full((2, 3), value), "b": torch.tensor(value)}
 
 
+def metrics(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 1 / step, "bits_per_byte": 1.5 / step, "bytes_read": 48 * step}
+
+
 def save(run: RunFolder, step: int) -> None:
     run.save(tensors(step), tensors(-step), STATE.model_copy(update={"step": step}))
 
@@ -149,11 +153,11 @@ def test_what_is_no_run_folder_is_told(tmp_path: Path, run: RunFolder) -> None:
 
 def test_metrics_are_cut_back_and_a_torn_line_is_dropped(run: RunFolder) -> None:
     for step in range(1, 8):
-        run.append_metrics({"step": step, "loss": 1 / step})
+        run.append_metrics(metrics(step))
     with run.metrics_path.open("a") as file:
         file.write('{"step": 8, "lo')
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
     run.truncate_metrics(5)
-    run.append_metrics({"step": 6, "loss": 0.5})
+    run.append_metrics(metrics(6))
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
     assert run.read_metrics()[2]["loss"] == 1 / 3

@@ -81,7 +81,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     tiny_train: TrainConfig, tmp_path: Path
 ) -> None:
     # Without a reference the trainer is gone at once, and its lock with it.
-    start(tiny_train, tmp_path / "run").run.append_metrics({"step": 1, "loss": 9.0})
+    start(tiny_train, tmp_path / "run").run.append_metrics(
+        {"step": 1, "loss": 9.0, "bits_per_byte": 13.0, "bytes_read": 144}
+    )
     again = resume(tmp_path / "run")
     assert again.step == 0
     assert again.run.read_metrics() == []
@@ -241,7 +243,8 @@ def test_bfloat16_trains_with_weights_in_float32(tiny_train: TrainConfig, tmp_pa
 
 def test_a_checkpoint_holds_nothing_pickled_and_each_tensor_once(finished_run: Path) -> None:
     files = [path for path in finished_run.rglob("*") if path.is_file() and path.name != "lock"]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".png"}
+    plain = {".json", ".jsonl", ".safetensors", ".png", ".sha256"}
+    assert {path.suffix for path in files} <= plain
     checkpoint = RunFolder.open(finished_run).load()
     assert "head.weight" not in checkpoint.model
     assert {name.rsplit("/", 1)[1] for name in checkpoint.optimizer} == {

@@ -134,7 +134,7 @@ def train(
         run = RunFolder.open(out)
         _require_same(run.config.model, _given(model))
         _require_same(run.config, _given(training))
-        corpus = _corpus(run.config, console)
+        corpus = _corpus(run.config, console, run.corpus_digest())
         trainer = Trainer(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
         trainer.restore()
     else:
@@ -187,8 +187,10 @@ def run_training(trainer: Trainer, console: Console) -> int:
     return stop.exit_code if stop.requested else 128 + signal.SIGTERM
 
 
-def _corpus(config: TrainConfig, console: Console) -> Corpus:
-    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+def _corpus(config: TrainConfig, console: Console, digest: str | None = None) -> Corpus:
+    corpus = load_corpus(
+        config.paths, validation_fraction=config.validation_fraction, digest=digest
+    )
     console.print(
         f"corpus: {file_size(len(corpus.train))} in {len(corpus.train_files)} files to train on, "
         f"{file_size(len(corpus.validation))} in {len(corpus.validation_files)} held out",

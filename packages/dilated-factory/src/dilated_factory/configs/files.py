@@ -3,31 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import tomllib
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from dilated_factory.configs.base import FrozenConfig
 from dilated_factory.errors import InputError
 
+MOST_BYTES = 2**20  # of a configuration in a file
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading; a pipe or a device, which may have no end, is refused.
+
+    Raises:
+        InputError: it is something else.
+        OSError: it cannot be opened.
+    """
+    # Without O_NONBLOCK the opening of a pipe waits for a writer. O_BINARY is Windows'.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{str(path)!r} must be a regular file.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file that holds at most so many bytes; raises as `open_regular`."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{str(path)!r} must hold at most {most:,} bytes. Got more.")
+    return content
+
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """The plain data of a JSON or TOML file; the name's ending says which.
 
     Raises:
-        InputError: another ending, or the content is not what the ending says.
+        InputError: another ending, no regular file, more than `MOST_BYTES`, or the content is not
+            what the ending says.
         OSError: the file cannot be read.
     """
     path = Path(path)
     try:
         if path.suffix == ".json":
-            values = json.loads(path.read_bytes())
+            values = json.loads(read_regular(path))
         elif path.suffix == ".toml":
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(read_regular(path).decode("utf-8"))
         else:
             raise InputError(f"the file's name must end in .json or .toml. Got {str(path)!r}.")
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # also of integers of thousands of digits
         raise InputError(f"{str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{str(path)!r} must hold an object. Got {type(values).__name__}.")

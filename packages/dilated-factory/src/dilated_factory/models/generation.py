@@ -96,6 +96,8 @@ def generate_tokens(
         for _ in range(max_new_tokens):
             state = _last_state(model, unread if use_cache else seen, caches)
             logits = model.head(state).double().cpu()
+            if not logits.isfinite().all():
+                raise InputError("model must predict finite logits. Got NaN or infinite ones.")
             unread = _sample(logits, temperature, top_k, generator).to(seen.device)
             seen = torch.cat((seen, unread), dim=1)
     finally:

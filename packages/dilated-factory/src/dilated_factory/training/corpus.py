@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_factory.errors import CorpusError
+from dilated_factory.training.run_folder import is_run_folder
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,34 @@ class Corpus:
     digest: str
 
 
-def load_corpus(paths: Sequence[str | Path] = (), *, validation_fraction: float = 0.05) -> Corpus:
+def load_corpus(
+    paths: Sequence[str | Path] = (),
+    *,
+    validation_fraction: float = 0.05,
+    digest: str | None = None,
+) -> Corpus:
     """Read files and folders into a :class:`Corpus`; no paths means :func:`standard_library`.
 
     A file belongs to validation if the hash of its path, relative to the folder it was found
     under, falls in the lowest ``validation_fraction``; so a file keeps its side when others come
     or go. If that leaves one side empty, the file with the nearest hash changes sides; a corpus
     of a single file is cut instead, and its end is held out. Files that cannot be read are
-    skipped and counted; hidden files, ``__pycache__`` and empty files are passed over.
+    skipped and counted; hidden files, ``__pycache__``, empty files and run folders inside a given
+    folder are passed over. Run folders were not always: if the corpus has the ``digest`` of an
+    earlier reading only with them, they are read.
 
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
     """
-    contents, skipped = _read(paths)
+    corpus = _split(*_read(paths), validation_fraction)
+    if digest not in (None, corpus.digest):
+        earlier = _split(*_read(paths, with_runs=True), validation_fraction)
+        if earlier.digest == digest:
+            return earlier
+    return corpus
+
+
+def _split(contents: dict[str, bytes], skipped: int, validation_fraction: float) -> Corpus:
     if len(contents) == 1:
         return _cut_single(*contents.popitem(), validation_fraction, skipped)
     held_out = _held_out(contents, validation_fraction)
@@ -59,10 +75,11 @@ def load_bytes(paths: Sequence[str | Path]) -> Tensor:
     return _tensor(b"".join(contents.values()))
 
 
-def find_files(paths: Iterable[str | Path]) -> list[tuple[str, Path]]:
+def find_files(paths: Iterable[str | Path], *, with_runs: bool = False) -> list[tuple[str, Path]]:
     """Regular files under the given paths as sorted (name, path), each file once.
 
-    The name is the path relative to the given folder, with forward slashes.
+    The name is the path relative to the given folder, with forward slashes. Run folders inside it
+    are passed over unless ``with_runs``: a run that is part of its corpus would change it.
 
     Raises:
         CorpusError: a path does not exist.
@@ -70,7 +87,7 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[str, Path]]:
     found: dict[Path, str] = {}
     for given in map(Path, paths):
         if given.is_dir():
-            for path in _walk(given):
+            for path in _walk(given, with_runs=with_runs):
                 found.setdefault(path.resolve(), path.relative_to(given).as_posix())
         elif given.is_file():
             found.setdefault(given.resolve(), given.name)
@@ -90,11 +107,11 @@ def standard_library() -> list[tuple[str, Path]]:
     )
 
 
-def _read(paths: Sequence[str | Path]) -> tuple[dict[str, bytes], int]:
+def _read(paths: Sequence[str | Path], *, with_runs: bool = False) -> tuple[dict[str, bytes], int]:
     """Contents by name, and how many files could not be read."""
     contents: dict[str, bytes] = {}
     skipped = 0
-    for name, path in find_files(paths) if paths else standard_library():
+    for name, path in find_files(paths, with_runs=with_runs) if paths else standard_library():
         try:
             content = path.read_bytes()
         except OSError:
@@ -109,9 +126,13 @@ def _read(paths: Sequence[str | Path]) -> tuple[dict[str, bytes], int]:
     return contents, skipped
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, *, with_runs: bool = True) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not _passed_over(name)]
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not _passed_over(name) and (with_runs or not is_run_folder(Path(folder, name)))
+        ]
         for name in files:
             path = Path(folder, name)
             # Only regular files: reading a named pipe would wait for a writer forever.

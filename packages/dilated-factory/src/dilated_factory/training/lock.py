@@ -7,6 +7,9 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from dilated_factory.configs.files import read_regular
+from dilated_factory.errors import InputError
+
 
 class FolderLock:
     """The right to write in a folder, of one process until `release`.
@@ -20,7 +23,9 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        descriptor = os.open(_file(folder), os.O_RDWR | os.O_CREAT, 0o666)
+        # A link that somebody put there is not followed: what it points at would be emptied.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(_file(folder), flags, 0o666)
         try:
             _lock(descriptor)
         except OSError:
@@ -37,8 +42,8 @@ class FolderLock:
 
 def holder(folder: Path) -> str:
     """Which process holds, or was the last to hold, the lock of a folder."""
-    with suppress(OSError):
-        return _file(folder).read_text(encoding="utf-8") or "another process"
+    with suppress(OSError, InputError):
+        return read_regular(_file(folder)).decode("utf-8", "replace") or "another process"
     return "another process"
 
 

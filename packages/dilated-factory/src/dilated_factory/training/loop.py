@@ -331,6 +331,9 @@ def load_model(model: LongNetLM, tensors: Mapping[str, torch.Tensor]) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise RunError(f"the checkpoint does not fit its configuration: {reason}") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"the weights of the checkpoint must be finite. Got others in {name}.")
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

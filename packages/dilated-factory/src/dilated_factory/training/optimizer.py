@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from dilated_factory.configs.models import TrainConfig
+from dilated_factory.errors import RunError
 from dilated_factory.models.longnet import LongNetLM
+
+# What the optimizers keep of each parameter once they have taken a step.
+_MUON_STATE = ("momentum_buffer",)
+_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Form(NamedTuple):
@@ -73,8 +78,15 @@ def is_optimizer_name(name: str) -> bool:
 def load_optimizer_tensors(
     model: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what :func:`optimizer_tensors` returned, exactly; raises as `make_room`."""
+    """Put back what :func:`optimizer_tensors` returned, exactly.
+
+    Raises:
+        RunError: as `make_room`, or a number is not finite, or a count of steps not positive.
+    """
     forms = {name: Form(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all() or (name.endswith("/step") and not tensor.ge(1).all()):
+            raise _unfit(name, "must be finite, and a count of steps at least 1")
     for name, place in make_room(model, optimizers, forms).items():
         place.copy_(tensors[name])
 
@@ -87,20 +99,22 @@ def make_room(
     A tensor is sharded where its parameter is.
 
     Raises:
-        KeyError: the names hold a parameter that the model lacks.
-        ValueError: a tensor has neither its parameter's shape nor none.
+        RunError: they are not the forms of these optimizers' state, before or after some steps.
     """
     owners = {
-        name: (parameter, optimizer) for name, parameter, optimizer in _owned(model, optimizers)
+        f"{name}/{key}": (parameter, optimizer, key)
+        for name, parameter, optimizer in _owned(model, optimizers)
+        for key in (_MUON_STATE if isinstance(optimizer, Muon) else _ADAMW_STATE)
     }
+    for name in owners.keys() ^ forms.keys() if forms else ():
+        raise _unfit(name, "is missing" if name in owners else "is of no parameter")
     made: dict[str, Tensor] = {}
     for full_name, (shape, dtype) in forms.items():
-        name, key = full_name.rsplit("/", 1)
-        parameter, optimizer = owners[name]
-        if shape and shape != parameter.shape:
-            raise ValueError(
-                f"{full_name} must have shape {tuple(parameter.shape)}. Got {tuple(shape)}."
-            )
+        parameter, optimizer, key = owners[full_name]
+        expected = Form(torch.Size(()) if key == "step" else parameter.shape, parameter.dtype)
+        if (shape, dtype) != expected:
+            wanted = f"{expected.dtype} of shape {tuple(expected.shape)}"
+            raise _unfit(full_name, f"must be {wanted}. Got {dtype} of {tuple(shape)}")
         # AdamW counts steps in a tensor that stays on the CPU.
         place = (
             torch.empty_like(parameter, dtype=dtype, requires_grad=False)
@@ -109,6 +123,10 @@ def make_room(
         )
         made[full_name] = optimizer.state[parameter][key] = place
     return made
+
+
+def _unfit(name: str, problem: str) -> RunError:
+    return RunError(f"the checkpoint does not fit its configuration: {name} {problem}.")
 
 
 def _owned(

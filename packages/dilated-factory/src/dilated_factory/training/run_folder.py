@@ -3,20 +3,27 @@
 Layout::
 
     config.json                      the TrainConfig, written once
+    config.json.sha256               its checksum, as of sha256sum
     lock                             who writes here
     metrics.jsonl                    one line per step
     curves.png                       loss against bytes read
     checkpoint-00000400/             the newest two are kept
         model.safetensors
         optimizer.safetensors
-        state.json                   step, clock, digest of the corpus, checksums of the two above
+        state.json                   step, clock, digests of the corpus and of the metrics so far,
+                                     checksums of the two above
+        state.json.sha256            its checksum
 
 Of several processes each writes a part of the tensors, into files in ``model/`` and ``optimizer/``,
 through torch.distributed.checkpoint and its Hugging Face (safetensors) storage. Any number of
 processes can read either, whether they have whole weights or parts of them.
 
 A checkpoint is written under a temporary name and renamed last, so a folder named
-``checkpoint-*`` is always complete.
+``checkpoint-*`` is always complete; one that is dropped is renamed first.
+
+What is read may come from anywhere: only regular files of the folder are opened, nothing in them is
+executed, and what is not as it was written is a `RunError`. Folders without the checksums of
+``config.json`` and ``state.json``, and without a digest of the metrics, are read as well.
 """
 
 import hashlib
@@ -24,22 +31,29 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dilated_factory.configs.files import open_regular, read_regular
 from dilated_factory.configs.models import FrozenConfig, TrainConfig, describe_invalid
-from dilated_factory.errors import RunError
+from dilated_factory.errors import InputError, RunError
 from dilated_factory.training.atomic import sync, write_text
 from dilated_factory.training.lock import FolderLock, holder
 from dilated_factory.training.shards import read_shards
 
 KEPT_CHECKPOINTS = 2
+MOST_STATE_BYTES = 2**26  # of state.json, with the checksums of many processes' files
+MOST_LINE_BYTES = 2**16  # of metrics.jsonl
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+_METRICS = ("step", "loss", "bits_per_byte", "bytes_read")  # what is read of them again
 
 
 class RunState(FrozenConfig):
@@ -52,6 +66,7 @@ class RunState(FrozenConfig):
     elapsed_seconds: float = Field(ge=0, description="spent on the steps done")
     corpus_digest: str
     checksums: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
+    metrics_digest: str | None = Field(default=None, description="SHA-256 of the lines so far")
 
 
 @dataclass(frozen=True)
@@ -69,16 +84,17 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path = path
         self.config = config
+        self._hashed: Any = None  # SHA-256 of the lines of the metrics, kept up to date
 
     @staticmethod
     def require_new(path: str | Path) -> None:
-        """Refuse a path where something is already; an empty folder will do.
+        """Refuse a path where something is already; an empty folder will do, and one torn off.
 
         Raises:
             RunError: the path is a file or a folder with content.
         """
         path = Path(path)
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and all(map(_is_torn, path.iterdir()))):
             raise RunError(
                 f"run folder {str(path)!r} already exists; choose another, or resume it (--resume)."
             )
@@ -93,7 +109,7 @@ class RunFolder:
         path = Path(path)
         cls.require_new(path)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "config.json", config.model_dump_json(indent=2) + "\n")
+        _write_checked(path / "config.json", config.model_dump_json(indent=2) + "\n")
         return cls(path, config)
 
     @classmethod
@@ -106,7 +122,10 @@ class RunFolder:
         path = Path(path)
         file = path / "config.json"
         try:
-            config = TrainConfig.model_validate_json(file.read_bytes())
+            with _told_by_reader():
+                content = read_regular(file)
+                config = TrainConfig.model_validate_json(content)
+                _check(file, content)
         except FileNotFoundError:
             raise RunError(f"{str(path)!r} is not a run folder: no config.json in it.") from None
         except NotADirectoryError:
@@ -119,6 +138,8 @@ class RunFolder:
     def lock(self) -> FolderLock | None:
         """Keep other processes from writing here, until it is released or this process ends.
 
+        What a process left half written when it was killed is removed.
+
         Returns:
             The lock, or None, with a warning, where the file system has no locks.
 
@@ -126,7 +147,7 @@ class RunFolder:
             RunError: another has it.
         """
         try:
-            return FolderLock(self.path)
+            lock = FolderLock(self.path)
         except BlockingIOError:
             raise self.in_use() from None
         except OSError as error:
@@ -136,6 +157,9 @@ class RunFolder:
                 stacklevel=2,
             )
             return None
+        for path in filter(_is_torn, self.path.iterdir()):
+            _remove(path)
+        return lock
 
     def in_use(self) -> RunError:
         """The error that says who trains in this folder."""
@@ -159,6 +183,13 @@ class RunFolder:
         named = [path for path in self.path.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
         return sorted(named, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
+    def corpus_digest(self) -> str | None:
+        """That of the corpus in the newest checkpoint; None if there is none that can be read."""
+        for newest in self.checkpoints()[-1:]:
+            with suppress(OSError, InputError):
+                return _read_state(newest / "state.json").corpus_digest
+        return None
+
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: RunState) -> Path:
         """Write a checkpoint, durable and complete or not at all; return its folder."""
         temporary = self.begin_checkpoint(state.step)
@@ -170,7 +201,7 @@ class RunFolder:
     def begin_checkpoint(self, step: int) -> Path:
         """Make the folder, under a temporary name, to write tensors into."""
         temporary = self.temporary_checkpoint(step)
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+        _remove(temporary)  # left by a run that was killed
         temporary.mkdir()
         return temporary
 
@@ -183,9 +214,10 @@ class RunFolder:
         final = self.path / f"checkpoint-{state.step:08d}"
         files = sorted(temporary.rglob("*.safetensors"))
         checksums = {file.relative_to(temporary).as_posix(): _checksum(file) for file in files}
-        full = state.model_copy(update={"checksums": checksums})
+        digest = self._metrics_hash().hexdigest()
+        full = state.model_copy(update={"checksums": checksums, "metrics_digest": digest})
         record = temporary / "state.json"
-        write_text(record, full.model_dump_json(indent=2) + "\n")
+        _write_checked(record, full.model_dump_json(indent=2) + "\n")
         for file in files:
             # safetensors lets nobody else read its files, whatever the umask says.
             if file.stat().st_mode != record.stat().st_mode:
@@ -195,9 +227,11 @@ class RunFolder:
         if not final.exists():  # else the same step of the same run, already safe
             temporary.rename(final)
             sync(self.path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            dropped = self.temporary_checkpoint(int(old.name.removeprefix("checkpoint-")))
+            _remove(dropped)
+            _remove(old.rename(dropped))
         return final
 
     def newest(self) -> tuple[Path, RunState]:
@@ -212,14 +246,17 @@ class RunFolder:
         return checkpoints[-1], _checked_state(checkpoints[-1], has_older=len(checkpoints) > 1)
 
     def load(self) -> Checkpoint:
-        """Read the newest checkpoint; raises as `newest`."""
+        """Read the newest checkpoint; raises as `newest` and `read_tensors`."""
         folder, state = self.newest()
         return Checkpoint(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), state)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to the metrics."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            line = json.dumps(record) + "\n"
+            hashed = self._metrics_hash()
+            file.write(line)
+            hashed.update(line.encode())
 
     def sync_metrics(self) -> None:
         """Force the metrics to the disk; done before each checkpoint, so that none is missing."""
@@ -227,20 +264,69 @@ class RunFolder:
             sync(self.metrics_path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All metrics; a torn last line, left by a killed process, is left out."""
-        if not self.metrics_path.exists():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
-        try:
-            # What follows the last newline was torn off while it was written.
-            return [json.loads(line) for line in lines[:-1]]
-        except json.JSONDecodeError:
-            raise RunError(f"{str(self.metrics_path)!r} is damaged: not JSON lines.") from None
+        """All metrics; a torn last line, left by a killed process, is left out.
+
+        Raises:
+            RunError: a line is not what `append_metrics` writes, or a step is missing.
+        """
+        return [record for _, record in self._metrics()]
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the metrics of steps after ``step``: a resumed run does those again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
-        write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        """Drop the metrics of steps after ``step``: a resumed run does those again.
+
+        Raises:
+            RunError: as `read_metrics`, or the others are not those that the checkpoint of this
+                step knows.
+        """
+        kept = [line for line, record in self._metrics() if record["step"] <= step]
+        hashed = _hash_lines(kept)
+        file = self.path / f"checkpoint-{step:08d}" / "state.json"
+        if kept and file.exists():
+            digest = _read_state(file).metrics_digest
+            if digest is not None and digest != hashed.hexdigest():
+                raise self._damaged_metrics(f"the lines up to step {step} are not those written")
+        write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+        self._hashed = hashed
+
+    def _metrics_hash(self) -> Any:
+        if self._hashed is None:
+            self._hashed = _hash_lines(line for line, _ in self._metrics())
+        return self._hashed
+
+    def _metrics(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of the metrics, each with what it says."""
+        if not self.metrics_path.exists():
+            return []
+        with _told_by_reader(), open_regular(self.metrics_path) as file:
+            # What follows the last newline was torn off while it was written.
+            lines = file.read().split(b"\n")[:-1]
+        found: list[tuple[str, dict[str, Any]]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record: Any = json.loads(line) if len(line) <= MOST_LINE_BYTES else None
+            except (ValueError, RecursionError):
+                record = None
+            if not _is_metrics(record):
+                raise self._damaged_metrics(f"line {number} is not the metrics of a step")
+            if found and record["step"] != found[-1][1]["step"] + 1:
+                raise self._damaged_metrics(
+                    f"line {number} is not of the step after line {number - 1}"
+                )
+            found.append((line.decode(), record))
+        return found
+
+    def _damaged_metrics(self, reason: str) -> RunError:
+        return RunError(
+            f"{str(self.metrics_path)!r} is damaged: {reason}; remove it to go on without them."
+        )
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder looks like one of a run, damaged or not."""
+    with suppress(OSError, ValueError, RecursionError):
+        values = json.loads(read_regular(path / "config.json"))
+        return isinstance(values, dict) and values.get("kind") == "train" and "model" in values
+    return False
 
 
 def tensor_folder(checkpoint: Path, name: str) -> Path:
@@ -252,30 +338,121 @@ def tensor_folder(checkpoint: Path, name: str) -> Path:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of the "model" or of the "optimizer", whole."""
+    """All tensors of the "model" or of the "optimizer", whole.
+
+    Raises:
+        RunError: a file is not of the safetensors format, or parts of a tensor are missing.
+    """
     folder = tensor_folder(checkpoint, name)
-    if folder == checkpoint:
+    if folder != checkpoint:
+        return read_shards(folder)
+    try:
         return load_file(checkpoint / f"{name}.safetensors")
-    return read_shards(folder)
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"checkpoint {str(checkpoint)!r} is damaged: {name}: {reason}") from None
 
 
 def _checked_state(checkpoint: Path, *, has_older: bool) -> RunState:
     """The state of a checkpoint whose files have their checksums."""
     advice = "; remove this folder to go on from the one before it" if has_older else ""
     try:
-        state = RunState.model_validate_json((checkpoint / "state.json").read_bytes())
-        damaged = [
-            name
-            for name, digest in state.checksums.items()
-            if _checksum(checkpoint / name) != digest
-        ]
-    except (OSError, ValidationError) as error:
-        damaged = [str(error).splitlines()[0]]
-    if damaged:
-        raise RunError(f"checkpoint {str(checkpoint)!r} is damaged: {damaged[0]}{advice}.")
+        state = _read_state(checkpoint / "state.json")
+        reason = _damage(checkpoint, state)
+    except (OSError, InputError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    if reason is not None:
+        raise RunError(f"checkpoint {str(checkpoint)!r} is damaged: {reason}{advice}.")
     return state
 
 
+def _damage(checkpoint: Path, state: RunState) -> str | None:
+    """What of a checkpoint is not as its state says."""
+    if checkpoint.name != f"checkpoint-{state.step:08d}":
+        return f"its state is of step {state.step}"
+    # Its own files and no others are opened, whatever names the state holds.
+    own = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*.safetensors")}
+    if own != set(state.checksums) or not own:
+        return "its tensor files are not those that state.json names"
+    for name in sorted(own):
+        if _checksum(checkpoint / name) != state.checksums[name]:
+            return name
+    return None
+
+
+def _read_state(file: Path) -> RunState:
+    content = read_regular(file, most=MOST_STATE_BYTES)
+    try:
+        state = RunState.model_validate_json(content)
+    except ValidationError as error:
+        raise RunError(f"{file.name}: {describe_invalid(error)}") from None
+    _check(file, content)
+    return state
+
+
+def _write_checked(path: Path, text: str) -> None:
+    """Write a file, then its checksum as `sha256sum` does."""
+    write_text(path, text)
+    write_text(_checksum_file(path), f"{hashlib.sha256(text.encode()).hexdigest()}  {path.name}\n")
+
+
+def _check(path: Path, content: bytes) -> None:
+    """Raise unless the content of a file is what its checksum says, where there is one."""
+    try:
+        expected = read_regular(_checksum_file(path)).split()[:1]
+    except FileNotFoundError:
+        return
+    if expected != [hashlib.sha256(content).hexdigest().encode()]:
+        raise RunError(
+            f"{str(path)!r} is damaged or was changed: it has not the checksum in "
+            f"{_checksum_file(path).name}; remove that file to take it as it is."
+        )
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
 def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_lines(lines: Iterable[str]) -> Any:
+    hashed = hashlib.sha256()
+    for line in lines:
+        hashed.update(f"{line}\n".encode())
+    return hashed
+
+
+def _is_metrics(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and all(name in record for name in _METRICS)
+        and all(type(value) in (int, float) for value in record.values())
+        and type(record["step"]) is int
+        and record["step"] >= 1
+    )
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a killed process left it half written, or half removed."""
+    torn = r"\.checkpoint-\d+\.tmp|\.(config\.json(\.sha256)?|metrics\.jsonl)\.\d+\.tmp"
+    return re.fullmatch(torn, path.name) is not None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder with what is in it, or a link; do nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told_by_reader() -> Iterator[None]:
+    """What is wrong with a file of the folder is an error about the run."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, RunError) else RunError(str(error)) from None

@@ -7,10 +7,21 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dilated_factory.errors import RunError
 from dilated_factory.training.optimizer import Form
+
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -48,21 +59,37 @@ def load_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False
             load(dict(tensors), storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        reason = " ".join(str(cause).split())
-        raise RunError(f"the checkpoint does not fit its configuration: {reason}") from None
+        raise RunError(f"the checkpoint does not fit its configuration: {_line(cause)}") from None
 
 
 def forms_in(folder: Path) -> dict[str, Form]:
-    """What the whole tensors in the files of a folder are, by name."""
+    """What the whole tensors in the files of a folder are, by name.
+
+    Raises:
+        RunError: a file is not as `save_shards` writes it, or the parts do not make up a tensor.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {
-        name: Form(entry.size, entry.properties.dtype)
-        for name, entry in found.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        parts = {
+            name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)
+        }
+        # Before any memory is taken: shapes that no file backs would take as much as they say.
+        torn = [
+            name
+            for name, each in parts.items()
+            if sum(chunk.sizes.numel() for chunk in each.chunks) != each.size.numel()
+        ]
+    except (SafetensorError, *_MALFORMED) as error:
+        # What torch's reader makes of whatever the headers hold.
+        raise RunError(f"the files in {str(folder)!r} are damaged: {_line(error)}") from None
+    if torn:
+        raise RunError(
+            f"the files in {str(folder)!r} are damaged: parts of {torn[0]!r} are missing."
+        )
+    return {name: Form(each.size, each.properties.dtype) for name, each in parts.items()}
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
@@ -72,3 +99,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     }
     load_shards(folder, tensors, alone=True)
     return tensors
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,5 +1,6 @@
 """A trained model out of its run folder, and its scores beside the Markov baselines."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def evaluate_run(
             device=trained.device,
             on_progress=on_progress,
         )
+    if not all(math.isfinite(score.bits_per_byte) for score in scores):
+        raise RunError("the model's predictions are not finite: its weights are too large.")
     sections = scored_sections(len(data), max(contexts), max_bytes)
     on_progress("counting for the Markov models", 1.0)
     baselines = {} if corpus is None else _baselines(trained, corpus, data, sections)
@@ -104,7 +107,11 @@ def evaluate_run(
 
 def _same_corpus(trained: TrainedModel) -> Corpus:
     config = trained.run.config
-    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    corpus = load_corpus(
+        config.paths,
+        validation_fraction=config.validation_fraction,
+        digest=trained.state.corpus_digest,
+    )
     if corpus.digest != trained.state.corpus_digest:
         raise RunError("the corpus has changed since this run was trained.")
     return corpus
