@@ -271,3 +271,21 @@ def test_the_title_of_an_evaluation_is_one_line() -> None:
     console.print(evaluation_table(evaluation))
     assert isinstance(console.file, io.StringIO)
     assert "bits per byte, on the same 98,765,432,100 bytes" in console.file.getvalue()
+
+
+def test_a_pattern_that_cannot_see_the_context_is_told_and_a_longer_context_needs_no_pattern(
+    capsys: Captured, corpus_folder: Path, tmp_path: Path
+) -> None:
+    narrow = ("--embed-dim", 16, "--num-heads", 1, "--num-layers", 2, "--steps", 1)
+    train = ("train", corpus_folder, *narrow, "--context", 640, "--out")
+    short = ("--segment-lengths", "8,12", "--dilation-rates", "1,1")
+    code, said, _ = run(capsys, *train, tmp_path / "short", *short)
+    assert code == 0
+    warning = "warning: with these segments 2 layers see 23 bytes at most, of a context of 640"
+    assert warning in said
+    assert warning in run(capsys, "evaluate", tmp_path / "short", "--contexts", 16)[1]
+    code, said, _ = run(capsys, *train, tmp_path / "own")
+    assert code == 0
+    assert "warning" not in said
+    stored = json.loads((tmp_path / "own" / "config.json").read_text())["model"]
+    assert stored["segment_lengths"][-1] == 640

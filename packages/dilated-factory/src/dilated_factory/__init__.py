@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dilated_factory.configs.files import to_toml
     from dilated_factory.configs.kinds import parse_any, read_config
     from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
+    from dilated_factory.configs.pattern import default_pattern
     from dilated_factory.configs.pool import PoolConfig, create_pool
     from dilated_factory.interop import register_with_transformers
     from dilated_factory.interop.gigapath import SlideEncoder, SlideEncoderConfig
@@ -74,6 +75,7 @@ __all__ = [
     "__version__",
     "create_attention",
     "create_pool",
+    "default_pattern",
     "default_registry",
     "generate",
     "generate_tokens",
@@ -103,6 +105,7 @@ _HOMES = {
     "to_toml": "configs.files",
     "parse_any": "configs.kinds",
     "read_config": "configs.kinds",
+    "default_pattern": "configs.pattern",
     "PoolConfig": "configs.pool",
     "create_pool": "configs.pool",
     "LongNetEncoder": "models.encoder",

@@ -10,7 +10,6 @@ import torch
 import typer
 from rich.table import Table
 
-from dilated_core import DilatedPattern
 from dilated_factory.cli import EXIT_INTERRUPTED
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device
@@ -25,6 +24,7 @@ from dilated_factory.cli.patterns import (
     read_pattern,
 )
 from dilated_factory.configs.files import read_values
+from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.kinds.default import default_registry
 from dilated_factory.tools.benchmark import Timing, contenders, run
 from dilated_factory.tools.planning import Workload
@@ -59,9 +59,9 @@ def bench(
 ) -> int:
     """Time attention: the project's kinds and backends, and installed peers.
 
-    The default pattern is LongNet's for the length, from segments of 1024 positions. Dense
-    attention computes another function; it is there to compare with. Ctrl-C ends the timing; what
-    was timed until then is printed.
+    The default pattern is that of a model with the length as its context. Dense attention computes
+    another function; it is there to compare with. Ctrl-C ends the timing; what was timed until then
+    is printed.
 
     Examples:
         dilated bench --length 16384 --causal --png bench.png
@@ -71,7 +71,7 @@ def bench(
     pattern = read_pattern(
         segment_lengths,
         dilation_rates,
-        DilatedPattern.longnet(length, segment_length=min(1024, length)),
+        default_pattern(length),
         head_offsets=head_offsets,
         heads=heads,
     )

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from dilated_factory.cli.display import progress_bar
-from dilated_factory.cli.options import Device, parse_lengths
+from dilated_factory.cli.options import Device, parse_lengths, sight_warning
 from dilated_factory.cli.output import plain_console
 from dilated_factory.training.figures import save_context_curve
 from dilated_factory.training.loop import select_device
@@ -61,6 +61,8 @@ def evaluate(
         return 0
     console = plain_console()
     console.print(evaluation_table(evaluation))
+    if warning := sight_warning(trained.run.config.model, trained_at):
+        console.print(warning, soft_wrap=True)
     if not evaluation.baselines:
         console.print("no Markov models: the corpus of the run is gone or has changed")
     console.print(f"bits per byte against context: {picture}", soft_wrap=True)

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dilated_factory.configs.models import StackConfig
+from dilated_factory.configs.pattern import sight
 from dilated_factory.errors import InputError
 
 Device = Annotated[
@@ -29,3 +31,14 @@ def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:
             f"{option} must be positive whole numbers separated by commas. Got {text!r}."
         )
     return values
+
+
+def sight_warning(model: StackConfig, context: int) -> str | None:
+    """What to tell of a pattern that does not reach over a context; None if it does."""
+    seen = sight(model.pattern, model.num_layers)
+    if seen >= context:
+        return None
+    return (
+        f"warning: with these segments {model.num_layers} layers see {seen:,} bytes at most, of a "
+        f"context of {context:,}; without --segment-lengths and --dilation-rates a new run sees all"
+    )

@@ -8,7 +8,6 @@ import torch
 import typer
 from rich.table import Table
 
-from dilated_core import DilatedPattern
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
     Causal,
@@ -19,6 +18,7 @@ from dilated_factory.cli.patterns import (
     pattern_summary,
     read_pattern,
 )
+from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.errors import InputError
 from dilated_factory.tools.planning import Needs, Workload, make_plan, measure_flops_per_second
 
@@ -58,7 +58,8 @@ def plan(
     r"""Say what N tokens on P devices take: memory, bytes, operations, time.
 
     All numbers are of the attention of one layer, on the device that has most to do. The default
-    pattern is LongNet's for the length. Several devices need dilated-ring, whose plan this is.
+    pattern is that of a model with the length as its context. Several devices need dilated-ring,
+    whose plan this is.
 
     Examples:
         dilated plan 1000000 --training
@@ -68,7 +69,7 @@ def plan(
     pattern = read_pattern(
         segment_lengths,
         dilation_rates,
-        DilatedPattern.longnet(length),
+        default_pattern(length),
         head_offsets=head_offsets,
         heads=heads,
     )

@@ -17,11 +17,11 @@ from dilated_factory.cli.patterns import (
     SegmentLengths,
     read_pattern,
 )
+from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.errors import InputError
 from dilated_factory.tools.pattern_page import pattern_page
 from dilated_factory.training.atomic import replacing, write_text
 
-DEFAULT = DilatedPattern((8, 16, 32), (1, 2, 4))
 MAX_TERMINAL = 96
 MAX_FILE = 512
 
@@ -45,7 +45,8 @@ def show(
 ) -> int:
     """Show a pattern: in the terminal, as a picture, or as a page to explore.
 
-    Rows are queries, columns are keys; a number says how many branches show the key.
+    Rows are queries, columns are keys; a number says how many branches show the key. The default
+    pattern is that of a model with the length as its context.
 
     Examples:
         dilated show
@@ -55,7 +56,7 @@ def show(
     pattern = read_pattern(
         segment_lengths,
         dilation_rates,
-        DEFAULT,
+        default_pattern(length),
         head_offsets=head_offsets,
         head_groups=head_groups,
         heads=heads,

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from dilated_factory.cli.display import file_size, training_display
-from dilated_factory.cli.options import Device, DtypeName, parse_lengths
+from dilated_factory.cli.options import Device, DtypeName, parse_lengths, sight_warning
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
 from dilated_factory.configs.models import FrozenConfig, TrainConfig, parse_config
@@ -49,7 +49,10 @@ def train(
         int | None, typer.Option(help="Bytes per training sequence; default 8192.")
     ] = None,
     segment_lengths: Annotated[
-        str | None, typer.Option(help="Segment of each branch, as in 64,96,1024,8192.")
+        str | None,
+        typer.Option(
+            help="Segment of each branch, as in 64,129,1024,8192; default: by the context."
+        ),
     ] = None,
     dilation_rates: Annotated[
         str | None, typer.Option(help="Dilation of each branch, as in 1,1,4,16.")
@@ -98,8 +101,7 @@ def train(
 
     Examples:
         dilated train --minutes 5
-        dilated train src docs --out runs/mine --context 16384 \
-            --segment-lengths 256,2048,16384 --dilation-rates 1,4,16
+        dilated train src docs --out runs/mine --context 16384
         dilated train --out runs/mine --resume
         torchrun --nproc-per-node 4 -m dilated_factory train --sequence-parallel 4
         torchrun --nproc-per-node 4 -m dilated_factory train --batch-size 4 \
@@ -173,6 +175,8 @@ def run_training(trainer: Trainer, console: Console) -> int:
         f"{parameters:,} parameters, context {run.config.model.context:,} bytes, "
         f"{trainer.parallel.device}, from step {trainer.step}",
     )
+    if warning := sight_warning(run.config.model, run.config.model.context):
+        console.print(warning, soft_wrap=True)
     with StopRequest() as stop, training_display(console) as display:
         done = trainer.train(on_step=display.show, should_stop=lambda: stop.requested)
         metrics = run.read_metrics() if trainer.parallel.is_main else []

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dilated_core import DilatedPattern
 from dilated_factory.configs.attention import HeadOffsets
 from dilated_factory.configs.base import FrozenConfig, describe_invalid, parse_config
+from dilated_factory.configs.pattern import default_pattern
 
 __all__ = [
     "FrozenConfig",
@@ -27,17 +28,18 @@ XPOS_MAX_SPAN = 100
 class StackConfig(FrozenConfig):
     """Shape of a stack of LongNet layers; what language model and encoder have in common.
 
-    Lengths are in tokens.
+    Lengths are in tokens. Without segment lengths and dilation rates the pattern is
+    `default_pattern(context)`; a configuration in a file carries its own.
     """
 
     embed_dim: int = Field(default=128, ge=1)
     num_heads: int = Field(default=4, ge=1)
     num_layers: int = Field(default=3, ge=1)
     ffn_dim: int | None = Field(default=None, ge=1, description="None means 4 * embed_dim")
-    # Borders of the two dense branches coincide only every 192 positions: elsewhere each position
-    # sees the ones right before it, which lowers the loss by far more than the branch costs.
-    segment_lengths: tuple[int, ...] = (64, 96, 1024, 8192)
-    dilation_rates: tuple[int, ...] = (1, 1, 4, 16)
+    segment_lengths: tuple[int, ...] = Field(
+        default=(), description="of each branch; none means those of `default_pattern(context)`"
+    )
+    dilation_rates: tuple[int, ...] = Field(default=(), description="given with segment_lengths")
     head_offsets: HeadOffsets = "interleaved"
     count_padding: bool = Field(default=False, description="torchscale's habit, not causal only")
     context: int = Field(default=8192, ge=1, description="length that the model is trained at")
@@ -50,6 +52,16 @@ class StackConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if not (self.segment_lengths or self.dilation_rates):
+            default = default_pattern(self.context)
+            # The configuration is still being made; files and copies carry what stands in it.
+            object.__setattr__(self, "segment_lengths", default.segment_lengths)
+            object.__setattr__(self, "dilation_rates", default.dilation_rates)
+        if not (self.segment_lengths and self.dilation_rates):
+            raise ValueError(
+                "segment_lengths and dilation_rates must be given together. Got "
+                f"segment_lengths={self.segment_lengths}, dilation_rates={self.dilation_rates}."
+            )
         if self.embed_dim % (2 * self.num_heads):
             raise ValueError(
                 "embed_dim must be a multiple of 2 * num_heads, so that every head has an even "
