@@ -46,6 +46,7 @@ CASES = {
     "head_dim 19": (PLAIN, 37, 37, 1, 1, 19, {}),
     "head_dim 117, in halves": (PLAIN, 23, 23, 1, 1, 117, {"dtype": torch.float16}),
     "head_dim 43": (PLAIN, 37, 37, 2, 1, 43, {"scale": -0.2}),
+    "head_dim 48, in two": (PLAIN, 37, 37, 2, 1, 48, {}),
     "causal, scale 0": (NESTED, 35, 35, 1, 1, 16, {"is_causal": True, "scale": 0.0}),
     "causal, negative scale": (
         NESTED, 35, 35, 1, 1, 16, {"is_causal": True, "scale": -0.7, "padding": 0.3}

@@ -129,7 +129,7 @@ def test_the_yardstick_is_no_longer_than_fused_attention(head_dim: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 19, 48, 64, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("head_dim", [16, 19, 43, 48, 64, 72, 80, 96, 100, 128, 131, 160, 256])
 # Shrinking would compile kernels at every step.
 @settings(
     max_examples=10,
