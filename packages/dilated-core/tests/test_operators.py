@@ -6,6 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_core import DilatedPattern, _branches, dilated_attention, dilated_attention_varlen
 from dilated_core._branches import Branches
+from dilated_core._operators import OperatorForm, define
+from dilated_core._partial import Partial
 
 PATTERN = DilatedPattern([5, 11], [1, 2])
 
@@ -51,6 +53,26 @@ def test_a_call_that_a_mode_sees_is_taken_apart(no_packing):
 
     with Watching(), pytest.raises(RefusedError):
         dilated_attention(*inputs(), PATTERN)
+
+
+def test_what_an_operator_returns_shares_no_memory():
+    def forward(call, query, key, value):
+        return Partial(query * 2, query.new_zeros(query.shape[:2]))
+
+    def backward(call, upstream):
+        return torch.stack([upstream.grad_out, upstream.key, upstream.value]).unbind()
+
+    form = OperatorForm("bool flag", lambda call: (), lambda call: (call,), lambda q, k, flag: flag)
+    operators = define("dilated_tests::shared", form, forward, backward, lambda query: query)
+    query, key, value = (x.detach() for x in inputs())
+    lse = torch.zeros(query.shape[:2])
+    grads = operators.backward(query, None, query, key, value, query, lse, True)
+    for actual, expected in zip(grads, (query, key, value), strict=True):
+        assert torch.equal(actual, expected)
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == 3
+    wanted = [x.requires_grad_() for x in (query, key, value)]
+    eager = torch.autograd.grad(operators.attend(True, *wanted).out.sum(), wanted)
+    assert len({x.untyped_storage().data_ptr() for x in eager}) == 1
 
 
 def test_a_mask_that_changes_before_the_backward_is_an_error():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dilated_core import DilatedPattern, MultiheadDilatedAttention
+from dilated_core import MultiheadDilatedAttention
 from dilated_sparse import BlockSparseAttention, block_sparse_attention, layouts
 from dilated_sparse._operators import TORCH
 from dilated_testing import relative_error
@@ -37,9 +37,7 @@ def test_compile_fullgraph_equals_eager(options):
 @compiling
 def test_compile_a_module_for_any_batch():
     torch.compiler.reset()
-    layer = MultiheadDilatedAttention(
-        48, 6, DilatedPattern([4], [1]), attention=BlockSparseAttention(LAYOUT)
-    )
+    layer = MultiheadDilatedAttention(48, 6, None, attention=BlockSparseAttention(LAYOUT))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     counts = []

@@ -166,18 +166,6 @@ class MultiheadDilatedAttention(nn.Module):
             )
         if not gamma_init > 0:
             raise ValueError(f"gamma_init must be positive. Got {gamma_init}.")
-        if attention is not None and dropout:
-            raise ValueError(
-                f"dropout must be 0 when attention is given: set it there. Got {dropout}."
-            )
-        if attention is None:
-            own = DilatedAttention(cast(DilatedPattern, pattern), dropout=dropout)
-            own.pattern.branch_heads(num_heads)
-            attention = own
-        elif pattern is not None:
-            raise ValueError(
-                f"pattern must be None when attention is given, which knows. Got {pattern!r}."
-            )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -199,7 +187,7 @@ class MultiheadDilatedAttention(nn.Module):
             nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory) if layer_norm else None
         )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
-        self.attention = attention
+        self.attention = _attention(attention, pattern, num_heads, dropout)
         self.position_embedding = position_embedding
         self.reset_parameters()
 
@@ -332,6 +320,23 @@ class MultiheadDilatedAttention(nn.Module):
         return self.attention.effective_weights(
             q, k, is_causal=is_causal, key_padding_mask=key_padding_mask
         )
+
+
+def _attention(
+    given: AttentionModule | None, pattern: DilatedPattern | None, heads: int, dropout: float
+) -> AttentionModule:
+    """The given attention between heads, or that of the pattern."""
+    if given is None:
+        own = DilatedAttention(cast(DilatedPattern, pattern), dropout=dropout)
+        own.pattern.branch_heads(heads)
+        return own
+    if dropout:
+        raise ValueError(f"dropout must be 0 when attention is given: set it there. Got {dropout}.")
+    if pattern is not None:
+        raise ValueError(
+            f"pattern must be None when attention is given, which knows. Got {pattern!r}."
+        )
+    return given
 
 
 def _positions(

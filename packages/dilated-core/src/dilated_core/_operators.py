@@ -78,7 +78,8 @@ def define(
     ) -> Gradients:  # fmt: skip
         upstream = Upstream(grad_out, grad_lse, query, key, value, Partial(out, lse))
         with _without_autocast(query):
-            return backward(form.unpack(query, key, *rest), upstream)
+            dq, dk, dv = backward(form.unpack(query, key, *rest), upstream)
+        return _alone(dq), _alone(dk), _alone(dv)
 
     def fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _empty(query), empty_lse(query)
@@ -221,6 +222,11 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """It stays on inside an operator and would lower the products of a wide accumulator."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+def _alone(x: Tensor) -> Tensor:
+    """With memory of its own, which what operators return must have."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def _empty(x: Tensor) -> Tensor:

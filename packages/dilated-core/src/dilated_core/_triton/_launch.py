@@ -6,7 +6,7 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from dilated_core._triton._plan import TilePlan, raw_stream
 from dilated_core._triton._triton_internals import Launch
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+_Strides = tuple[int, int, int, int]
 _HERE = nullcontext()
 _MOST_LAUNCHES = 1024
 # Bytes of gradients: above them the GPU takes longer than the host to allocate each alone.
@@ -283,25 +284,16 @@ def empty_grads(
     )
 
 
-class _Rooms(NamedTuple):
-    """Where gradients lie in one allocation, behind the terms.
-
-    Attributes:
-        words: of 8 bytes, of all.
-        strides: of the gradient to query.
-        key_strides: of those to key and value.
-        starts: of the three, in their elements.
-    """
-
-    words: int
-    strides: tuple[int, ...]
-    key_strides: tuple[int, ...]
-    starts: tuple[int, int, int]
-
-
 @lru_cache(maxsize=1024)
-def _rooms(shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: torch.dtype) -> _Rooms | None:
-    """None where they take more than `_ONE_ALLOCATION`."""
+def _rooms(
+    shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, _Strides, _Strides, tuple[int, int, int]] | None:
+    """How gradients lie behind the terms; None if they take more than `_ONE_ALLOCATION`.
+
+    Returns:
+        The int64 elements of all; the strides of the gradient to query, and of those to key and
+        value; where each of the three starts, in its own elements.
+    """
     batch, length, heads, _ = shape
     grad, key_grad = (_padded(math.prod(x) * dtype.itemsize) for x in (shape, key_shape))
     terms = _padded(batch * heads * length * 8)
@@ -314,7 +306,7 @@ def _rooms(shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: torch.dtyp
         (rows * heads * dim, heads * dim, dim, 1) for _, rows, heads, dim in (shape, key_shape)
     )
     words = (terms + grad + 2 * key_grad) // 8
-    return _Rooms(words, strides, key_strides, (first, second, third))
+    return words, strides, key_strides, (first, second, third)
 
 
 def _padded(size: int) -> int:

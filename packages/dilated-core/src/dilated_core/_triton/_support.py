@@ -1,6 +1,7 @@
 """Which calls the `triton` backend can serve."""
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ def unsupported(query: Tensor, key: Tensor) -> str | None:
         return f"its head_dim is at most {MAX_HEAD_DIM}, this is {query.shape[-1]}"
     if max(query.shape[-3], key.shape[-3]) >= 2**31 - 2**16:
         return "its positions are 32-bit integers"
-    if torch.version.hip is None and _capability(query.device.index or 0) < _MIN_CAPABILITY:
+    # torch.compile takes the properties of a device as constants, and warns of caches.
+    capability = _capability if torch.compiler.is_compiling() else _known_capability
+    if torch.version.hip is None and capability(query.device.index or 0) < _MIN_CAPABILITY:
         return "it needs a GPU of compute capability 8.0 or newer"
     return None
 
 
 def _capability(device: int) -> tuple[int, int]:
-    # torch.compile takes these properties as constants.
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
+
+
+_known_capability = cache(_capability)
