@@ -257,6 +257,58 @@ def test_the_same_inputs_give_the_same_bits() -> None:
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_one_allocation_have_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dilated_core._triton import _launch
+
+    inputs = draw(2, 701, 701, 6, 2, 47, dtype)
+    upstream = torch.randn_like(inputs[0]), torch.randn(2, 6, 701, device=DEVICE)
+    options = asked(PLAIN, True, 0.125)
+    tensors = [x.requires_grad_() for x in inputs]
+    found = []
+    for most in (_launch._ONE_ALLOCATION, 0):
+        monkeypatch.setattr(_launch, "_ONE_ALLOCATION", most)
+        _launch._rooms.cache_clear()
+        results = attend(options, *tensors)
+        found.append(torch.autograd.grad(results, tensors, upstream))
+    monkeypatch.undo()
+    _launch._rooms.cache_clear()
+    together, apart = found
+    assert len({x.untyped_storage().data_ptr() for x in together}) == 1
+    assert len({x.untyped_storage().data_ptr() for x in apart}) == 3
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_known_launches_serve_another_stream_too() -> None:
+    inputs = draw(1, 701, 701, 4, 4, 64, torch.bfloat16)
+    options = asked(NESTED, False, 0.125)
+    expected = [attend(options, *inputs) for _ in range(3)][-1]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = [attend(options, *inputs) for _ in range(3)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(x.out, expected.out) for x in found)
+
+
+def test_a_graph_on_the_stream_of_known_launches_keeps_their_tables() -> None:
+    inputs = draw(1, 709, 709, 4, 4, 64, torch.bfloat16)
+    options = asked(NESTED, True, 0.125)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [attend(options, *inputs) for _ in range(3)][-1]
+    with torch.cuda.graph(graph, stream=stream):
+        out, _ = attend(options, *inputs)
+    for length in range(100, 140):
+        attend(options, *draw(1, length, length, 4, 4, 64, torch.bfloat16))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected.out)
+
+
 def test_memory_above_results_is_small() -> None:
     pattern = DilatedPattern([2048 * 2**k for k in range(5)], [2**k for k in range(5)])
     inputs = draw(1, 65536, 65536, 12, 12, 64, torch.bfloat16)
@@ -345,6 +397,11 @@ def test_the_operators_pass_opcheck() -> None:
     tensors = [x.requires_grad_() for x in draw(1, 100, 100, 4, 2, 16, torch.float32)]
     arguments = (*tensors, None, None, None, PLAIN.code, True, 0.25, 0.0)
     torch.library.opcheck(_operators.OPERATORS.forward, arguments, atol=1e-4, rtol=1e-4)
+    q, k, v, *rest = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    out, lse = _operators.OPERATORS.forward(q, k, v, *rest)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    given = (*grads, q, k, v, out, lse, *rest)
+    torch.library.opcheck(_operators.OPERATORS.backward, given, atol=1e-4, rtol=1e-4)
 
 
 def test_strided_inputs_are_read_in_place() -> None:
