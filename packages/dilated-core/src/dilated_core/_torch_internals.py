@@ -1,5 +1,7 @@
 """What this package uses of torch that has no public name."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
@@ -15,6 +17,7 @@ __all__ = [
     "flash_backward",
     "has_tangents",
     "is_eager",
+    "unrelated_views",
 ]
 
 # They compute whole rows on the CPU, and take and give the log-sum-exp.
@@ -25,6 +28,12 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 disable_dynamo = _disable_dynamo
 # A context in which nothing that autograd registers takes part.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def unrelated_views() -> AbstractContextManager[object]:
+    """A context in which a view is a tensor like any other: a change is not one of its base."""
+    return torch._C._ExcludeDispatchKeyGuard(_VIEWS)
 
 
 def is_eager(*inputs: Tensor) -> bool:

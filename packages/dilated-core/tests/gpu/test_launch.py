@@ -247,4 +247,6 @@ def test_gradients_are_contiguous_aligned_and_apart(monkeypatch, dtype, most, wi
     for number, x in enumerate(found):
         x.fill_(number)
     assert all((x == number).all() for number, x in enumerate(found))
+    # A change of one is not one of the others to autograd.
+    assert [x._version for x in found] == [1] * 4
     assert len({x.untyped_storage().data_ptr() for x in found}) == (1 if most else 4)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_core import _dropout
+from dilated_core import _dropout, _torch_internals
 from dilated_core._branches import Branches
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
@@ -275,13 +275,14 @@ def empty_grads(
         return make(query), make(key), make(key), torch.empty_like(lse, dtype=torch.int64)
     words, strides, key_strides, starts = rooms
     whole = query.new_empty(words, dtype=torch.int64)
-    grads = whole.view(dtype)
-    return (
-        grads.as_strided(query.shape, strides, starts[0]),
-        grads.as_strided(key.shape, key_strides, starts[1]),
-        grads.as_strided(key.shape, key_strides, starts[2]),
-        whole.as_strided(lse.shape, lse.stride(), 0),
-    )
+    with _torch_internals.unrelated_views():
+        grads = whole.view(dtype)
+        return (
+            grads.as_strided(query.shape, strides, starts[0]),
+            grads.as_strided(key.shape, key_strides, starts[1]),
+            grads.as_strided(key.shape, key_strides, starts[2]),
+            whole.as_strided(lse.shape, lse.stride(), 0),
+        )
 
 
 @lru_cache(maxsize=1024)
