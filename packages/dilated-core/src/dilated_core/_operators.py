@@ -100,18 +100,42 @@ def define(
         " -> (Tensor, Tensor, Tensor)",
         run_backward, fake_backward,
     )  # fmt: skip
+    traced = _torch_internals.disable_dynamo(_traced(form, forward_op, backward_op))
+    namespace, short = forward_op.name().split("::")
+    _library(namespace).impl(short, traced, "Autograd")
+
+    def run(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+        with _torch_internals.below_autograd(), _without_autocast(query):
+            return forward(call, query, key, value)
+
+    eager = _eager(form, run, backward, backward_op)
+
+    def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+        if not _torch_internals.is_eager(query, key, value):
+            packed = *form.tensors(call), *form.values(call)
+            return Partial(*forward_op(query, key, value, *packed))
+        if _wants_grads(query, key, value):
+            return Partial(*eager(call, query, key, value))
+        return run(call, query, key, value)
+
+    return Operators(attend, forward_op, backward_op)
+
+
+def _traced(
+    form: OperatorForm[Call], forward_op: Any, backward_op: Any
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward's operator with gradients by the backward's.
+
+    As `torch.library.register_autograd` would make it, without its conversions of a schema.
+    """
     count = form.schema.count("Tensor")
 
     class Traced(torch.autograd.Function):
-        """The operators, with gradients.
-
-        As `torch.library.register_autograd` would, without its conversions of a schema.
-        """
+        """The operators, with gradients."""
 
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            with _torch_internals.below_autograd():
-                out, lse = forward_op(*arguments)
+            out, lse = below(*arguments)
             ctx.save_for_backward(*arguments[:3], out, lse, *arguments[3 : 3 + count])
             ctx.rest = arguments[3 + count :]
             ctx.set_materialize_grads(False)
@@ -127,17 +151,26 @@ def define(
             grads = backward_op(grad_out, grad_lse, query, *saved, *ctx.rest)
             return (*grads, *(None for _ in range(count + len(ctx.rest))))
 
-    traced: Callable[..., tuple[Tensor, Tensor]] = Traced.apply
-
-    def differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
-        if _wants_grads(*arguments[:3]):
-            return traced(*arguments)
+    def below(*arguments: Any) -> tuple[Tensor, Tensor]:
         with _torch_internals.below_autograd():
             out, lse = forward_op(*arguments)
         return out, lse
 
-    namespace, short = forward_op.name().split("::")
-    _library(namespace).impl(short, _torch_internals.disable_dynamo(differentiable), "Autograd")
+    with_gradients: Callable[..., tuple[Tensor, Tensor]] = Traced.apply
+
+    def differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return (with_gradients if _wants_grads(*arguments[:3]) else below)(*arguments)
+
+    return differentiable
+
+
+def _eager(
+    form: OperatorForm[Call],
+    run: Callable[[Call, Tensor, Tensor, Tensor], Partial],
+    backward: Callable[[Call, Upstream], Gradients],
+    backward_op: Any,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The backend itself with gradients; a backward that is traced goes through the operator."""
 
     def compute(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         # Reading them tells whether a tensor was changed since the forward.
@@ -175,21 +208,8 @@ def define(
         def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
             return (refuse_second if torch.is_grad_enabled() else compute)(ctx, grad_out, grad_lse)
 
-    def run(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-        with _torch_internals.below_autograd(), _without_autocast(query):
-            return forward(call, query, key, value)
-
     eager: Callable[..., tuple[Tensor, Tensor]] = Eager.apply
-
-    def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-        if not _torch_internals.is_eager(query, key, value):
-            packed = *form.tensors(call), *form.values(call)
-            return Partial(*forward_op(query, key, value, *packed))
-        if _wants_grads(query, key, value):
-            return Partial(*eager(call, query, key, value))
-        return run(call, query, key, value)
-
-    return Operators(attend, forward_op, backward_op)
+    return eager
 
 
 def _wants_grads(query: Tensor, key: Tensor, value: Tensor) -> bool:
