@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 
-from dilated_core.extending import BlockSizes, Config, Pair, Sizes
+from dilated_core.extending import BlockSizes, Config, Pair, Scores, Sizes
 from dilated_sparse import layouts
-from dilated_sparse._triton_backend import LayoutTiling, fit
+from dilated_sparse._call import BlockCall
+from dilated_sparse._triton_backend import LayoutTiling, fit, forward
 
 PAIR = Pair(Config(128, 128, 4, 3, 64), Config(64, 64, 4, 3, 64))
 
@@ -53,3 +54,26 @@ def test_plans_are_gone_with_their_layout():
     del layout
     gc.collect()
     assert table() is None
+
+
+def test_launches_are_kept_with_the_plans_of_their_layout(monkeypatch):
+    pytest.importorskip("triton")
+    from dilated_core._triton import _launch
+
+    plans = []
+
+    class Stub:
+        def __init__(self, kernel, grid, plan, *rest):
+            self.plan, self.stream = plan, plan.stream
+
+        def __call__(self, *arguments):
+            plans.append(self.plan)
+
+    monkeypatch.setattr(_launch, "Launch", Stub)
+    one, other, again = (layouts.sliding_window(37, w, block_size=16) for w in (3, 9, 9))
+    x, scores = torch.zeros(1, 37, 2, 16), Scores(False, 0.25)
+    for layout in (one, one, other, other, one, again):
+        forward(BlockCall(layout, scores), x, x, x)
+    assert plans[0] is plans[1] is plans[4]
+    assert plans[2] is plans[3]
+    assert len({id(plan) for plan in plans}) == 3
