@@ -200,21 +200,32 @@ def narrowed(plan: TilePlan) -> TilePlan:
     return plan if plan.mask == 2 else replace(plan, full=plan.full[:, :FULL_FIELDS].contiguous())
 
 
-def tables(
-    request: Request, template: Template, tiles: Tiles, length: Tensor | int, *, exact: bool
-) -> TilePlan:
-    """Fill in the runs of tiles; `length` is that of the columns, per tile or for all.
+class _Shown(NamedTuple):
+    """The columns that each slot shows each tile, (classes, tiles, slots) int64 or bool.
 
-    With `exact` the tables are cut to the widest tile, which needs to read its width back.
+    Attributes:
+        first: the first one.
+        columns: how many there are before `end`.
+        later_first: where `split`, the first one after `end`.
+        later_columns: how many there are after it.
+        end: of the first row's segment.
+        split: whether rows and columns before `end` and after it are apart, and both have some.
+        segment: of which rows and columns must be the same; ANY_SEGMENT if all are.
     """
-    unit = request.blocks.columns
-    slots = template.recipes[tiles.recipe]
-    outer, inner, side, residue, step, weight, row_residue, row_step, member, zero = slots.unbind(
-        -1
-    )
+
+    first: Tensor
+    columns: Tensor
+    later_first: Tensor
+    later_columns: Tensor
+    end: Tensor
+    split: Tensor
+    segment: Tensor
+
+
+def _shown(request: Request, tiles: Tiles, slots: Sequence[Tensor], length: Tensor | int) -> _Shown:
+    """Clip what slots show to what tiles, causal order and the sequence leave of it."""
+    outer, inner, side, residue, step, _, row_residue, row_step, _, zero = slots
     first_row, last_row = _bounds(tiles)
-    if isinstance(length, Tensor):
-        length = length.unsqueeze(-1)
     low = first_row // outer * outer
     high = last_row // outer * outer + outer
     segment = torch.where(low + outer < high, outer, ANY_SEGMENT)
@@ -227,8 +238,6 @@ def tables(
     low = torch.where(side > 0, inner_low + inner, low).clamp(min=request.columns[0])
     high = torch.where(side < 0, inner_low, high)
     high = torch.minimum(high, torch.as_tensor(length, device=high.device))
-    divisor = step.clamp(min=1)
-
     if request.causal == "before":
         high = torch.minimum(high, last_row + 1)
     if request.causal == "after":
@@ -236,67 +245,67 @@ def tables(
     usable = (step > 0) & (zero == 0) & (tiles.rows.unsqueeze(-1) > 0)
     # Where few rows of a leaf are kept, most of its tiles have none.
     usable &= first_row + (row_residue - first_row) % row_step <= last_row
-    first = low + (residue - low) % divisor
-    stop = torch.where(split, torch.minimum(end, high), high)
-    count = torch.where(usable, _count(low, stop, residue, divisor), 0)
-    later = torch.maximum(end, low)
-    later_first = later + (residue - later) % divisor
-    later_count = torch.where(usable & split, _count(later, high, residue, divisor), 0)
+    step = step.clamp(min=1)
+    stop, later = torch.where(split, torch.minimum(end, high), high), torch.maximum(end, low)
+    return _Shown(
+        low + (residue - low) % step,
+        torch.where(usable, _count(low, stop, residue, step), 0),
+        later + (residue - later) % step,
+        torch.where(usable & split, _count(later, high, residue, step), 0),
+        end, split, segment,
+    )  # fmt: skip
 
+
+def tables(
+    request: Request, template: Template, tiles: Tiles, length: Tensor | int, *, exact: bool
+) -> TilePlan:
+    """Fill in the runs of tiles; `length` is that of the columns, per tile or for all.
+
+    With `exact` the tables are cut to the widest tile, which needs to read its width back.
+    """
+    unit, narrow = request.blocks.columns, request.blocks.masked
+    slots = template.recipes[tiles.recipe].unbind(-1)
+    outer, _, _, residue, step, weight, row_residue, row_step, member, zero = slots
+    if isinstance(length, Tensor):
+        length = length.unsqueeze(-1)
+    shown = _shown(request, tiles, slots, length)
+    first, count, later_first, later_count, end, split, segment = shown
     masked_only = ((segment != ANY_SEGMENT) & ~split) | (row_step > 1)
-    head = torch.zeros_like(count)
-    seen = count
-    if request.causal == "before":
-        seen = torch.minimum((first_row - first) // divisor + 1, count).clamp(min=0)
-    if request.causal == "after":
-        diagonal = ((last_row - first + divisor - 1) // divisor).clamp(min=0)
-        head = torch.minimum((diagonal + unit - 1) // unit * unit, count)
-    full = torch.where(masked_only, 0, (seen - head).clamp(min=0) // unit * unit)
-    head = torch.where(full == 0, 0, head)
-    tail = count - head - full
+    full, head = _full(request, tiles, shown, step.clamp(min=1), masked_only)
     later_full = later_count // unit * unit
-
     log_weight = weight.to(torch.float32).log2()
     rows_seen = member, segment, row_residue, row_step
-    masked = [_records(first + (head + full) * step, step, tail, log_weight, *rows_seen)]
-    masked.append(
-        _records(
-            later_first + later_full * step, step, later_count - later_full, log_weight, *rows_seen
-        )
-    )
+    runs = [
+        (first + (head + full) * step, step, count - head - full, log_weight, *rows_seen),
+        (later_first + later_full * step, step, later_count - later_full, log_weight, *rows_seen),
+    ]
     if request.causal == "after":
-        masked.append(_records(first, step, head, log_weight, *rows_seen))
+        runs.append((first, step, head, log_weight, *rows_seen))
+    none = torch.zeros_like(end)
     if request.zero_keys:
-        start, missing = _zero_keys(tiles, outer, residue, divisor, length)
+        start, missing = _zero_keys(tiles, outer, residue, step.clamp(min=1), length)
         missing = torch.where(zero > 0, missing, 0)
         # Past the last key all segments are alike.
-        rows_seen = (
-            member,
-            torch.where(start >= length, ANY_SEGMENT, segment),
-            row_residue,
-            row_step,
-        )
-        one, none = (missing > 0).to(torch.int64), torch.zeros_like(step)
-        masked.append(_records(start, none, one, missing.to(torch.float32).log2(), *rows_seen))
-    none, every = torch.zeros_like(end), torch.full_like(end, ANY_SEGMENT)
+        alike = torch.where(start >= length, ANY_SEGMENT, segment)
+        one = (missing > 0).to(torch.int64)
+        weights = missing.to(torch.float32).log2()
+        runs.append((start, none, one, weights, member, alike, row_residue, row_step))
+    every = torch.full_like(end, ANY_SEGMENT)
     until = torch.where(split, end, every)
-    full_records = torch.cat(
-        [
-            _records(first + head * step, step, full, log_weight, member, none, until),
-            _records(later_first, step, later_full, log_weight, member, end, every),
-        ],
-        dim=2,
+    full_runs = [
+        (first + head * step, step, full, log_weight, member, none, until),
+        (later_first, step, later_full, log_weight, member, end, every),
+    ]
+    full_records, masked_records = (
+        torch.cat([_records(*run) for run in each], dim=2) for each in (full_runs, runs)
     )
-    masked_records = torch.cat(masked, dim=2)
-    narrow = request.blocks.masked
     masked_steps = ((masked_records[..., 2] + narrow - 1) // narrow).sum(-1)
     full_records, full_start = _compact(full_records, exact)
     masked_records, masked_start = _compact(masked_records, exact)
     tile_table = torch.stack(
         [
             tiles.first, tiles.step, tiles.rows, (full + later_full).sum(-1), masked_steps,
-            tiles.sequence,
-            full_start, masked_start,
+            tiles.sequence, full_start, masked_start,
         ],
         dim=-1,
     )  # fmt: skip
@@ -307,14 +316,26 @@ def tables(
         some, general, zeros = (int(x) for x in torch.stack(hidden).tolist())
         mask = 2 if general or (zeros and some) else min(some, 1)
     return TilePlan(
-        tiles=tile_table.to(torch.int32).contiguous(),
-        full=full_records,
-        masked=masked_records,
-        head_class=template.head_class,
-        bits=masked_records,
-        largest_step=template.largest_step,
-        mask=mask,
-    )
+        tile_table.to(torch.int32).contiguous(), full_records, masked_records,
+        template.head_class, masked_records, template.largest_step, mask,
+    )  # fmt: skip
+
+
+def _full(
+    request: Request, tiles: Tiles, shown: _Shown, step: Tensor, masked_only: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many columns every row sees, in whole steps, and how many before them need masks."""
+    unit = request.blocks.columns
+    first_row, last_row = _bounds(tiles)
+    head = torch.zeros_like(shown.columns)
+    seen = shown.columns
+    if request.causal == "before":
+        seen = torch.minimum((first_row - shown.first) // step + 1, seen).clamp(min=0)
+    if request.causal == "after":
+        diagonal = ((last_row - shown.first + step - 1) // step).clamp(min=0)
+        head = torch.minimum((diagonal + unit - 1) // unit * unit, seen)
+    full = torch.where(masked_only, 0, (seen - head).clamp(min=0) // unit * unit)
+    return full, torch.where(full == 0, 0, head)
 
 
 def _zero_keys(
