@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedKVCache, MultiheadDilatedAttention
+from dilated_core.extending import autocast
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
 
 # Called once for each layer of a model, so that an attention with weights has its own in each.
@@ -87,7 +89,15 @@ def check_attention(name: str, attention: object) -> None:
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and feed-forward, each pre-norm with a residual connection."""
+    """Self-attention and feed-forward, each pre-norm with a residual connection.
+
+    Attributes:
+        recompute_feed_forward: compute that part again in backward instead of keeping what is
+            inside it, which is about as large as all else that a layer keeps.
+    """
+
+    recompute_feed_forward = False
+    _compiled: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -137,14 +147,52 @@ class TransformerLayer(nn.Module):
             if isinstance(part, nn.LayerNorm | MultiheadDilatedAttention | FeedForward):
                 part.reset_parameters()
 
+    def compile_forward(self) -> None:
+        """Let torch.compile fuse the layer, but for calls with a cache; copies are not compiled.
+
+        Layers that are alike share what is compiled, so a deep model takes no longer than one.
+        """
+        self._compiled = torch.compile(type(self)._compute)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call] # torch's
+        state.pop("_compiled", None)
+        return state
+
+    def _run(self, hidden: Tensor, **options: Any) -> Tensor:
+        if self._compiled is None or options.get("cache") is not None:
+            return self._compute(hidden, **options)
+        return self._compiled(self, hidden, **options)
+
+    def _compute(self, hidden: Tensor, **options: Any) -> Tensor:
+        return self._feed(self._attend(hidden, **options))
+
     def _attend(self, hidden: Tensor, **options: Any) -> Tensor:
-        attended, _ = self.attention(self.attention_norm(hidden), **options)
+        again = torch.compiler.is_compiling() and self._recomputes()
+        attended, _ = self.attention(_call(self._normed, hidden, again=again), **options)
         output: Tensor = hidden + self.dropout(attended)
         return output
 
+    def _normed(self, hidden: Tensor) -> Tensor:
+        # Narrow here: else autocast makes it so for queries, keys and values each.
+        (normed,) = autocast(self.attention_norm(hidden))
+        return normed
+
     def _feed(self, hidden: Tensor) -> Tensor:
-        output: Tensor = hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
-        return output
+        return hidden + _call(self._fed, hidden, again=self._recomputes())
+
+    def _fed(self, hidden: Tensor) -> Tensor:
+        fed: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+        return fed
+
+    def _recomputes(self) -> bool:
+        return self.recompute_feed_forward and torch.is_grad_enabled()
+
+
+def _call(part: Callable[[Tensor], Tensor], hidden: Tensor, *, again: bool) -> Tensor:
+    """Call a part of a layer; backward calls it ``again`` instead of keeping what is inside."""
+    output: Tensor = checkpoint(part, hidden, use_reentrant=False) if again else part(hidden)
+    return output
 
 
 class TransformerEncoderLayer(TransformerLayer):
@@ -183,9 +231,7 @@ class TransformerEncoderLayer(TransformerLayer):
             key_padding_mask: (B, N) bool, True = ignore.
             positions: (N,) int64 for the position embedding; 0 to N - 1 when None.
         """
-        return self._feed(
-            self._attend(hidden, key_padding_mask=key_padding_mask, positions=positions)
-        )
+        return self._run(hidden, key_padding_mask=key_padding_mask, positions=positions)
 
 
 class TransformerDecoderLayer(TransformerLayer):
@@ -262,13 +308,24 @@ class TransformerDecoderLayer(TransformerLayer):
             )
         if memory is None and memory_key_padding_mask is not None:
             raise ValueError("memory_key_padding_mask must be None without a memory. Got a Tensor.")
-        hidden = self._attend(
+        return self._run(
             hidden,
-            is_causal=True,
+            memory=memory,
+            memory_key_padding_mask=memory_key_padding_mask,
             key_padding_mask=key_padding_mask,
             positions=positions,
             cache=cache,
         )
+
+    def _compute(
+        self,
+        hidden: Tensor,
+        *,
+        memory: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        hidden = self._attend(hidden, is_causal=True, **options)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             attended, _ = self.cross_attention(
                 self.cross_attention_norm(hidden), memory, key_padding_mask=memory_key_padding_mask

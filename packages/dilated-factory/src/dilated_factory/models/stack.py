@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, 
 from dilated_factory.models.layers import AttentionFactory, TransformerLayer, magneto_gain
 from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
+Checkpointing: TypeAlias = bool | Literal["selective"]
 ConfigT = TypeVar("ConfigT", bound=LongNetConfig | LongNetEncoderConfig)
 
 
@@ -32,13 +33,12 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         config: ConfigT,
         *,
         attention: AttentionFactory | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
         if attention is None:
             pattern, dropout = config.pattern, config.dropout
             attention = lambda: DilatedAttention(pattern, dropout=dropout)  # noqa: E731 - the default
@@ -67,14 +67,38 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
                 if vocab_size is None or not getattr(config, "head", True)
                 else nn.Linear(width, vocab_size, bias=False)
             )
+        self.activation_checkpointing = activation_checkpointing
         if dtype is not None:
             self.to(dtype)
         self._reset_ends()
 
+    @property
+    def activation_checkpointing(self) -> Checkpointing:
+        """What backward computes again: all of a layer, its feed-forward ("selective"), nothing."""
+        return self._checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: Checkpointing) -> None:
+        if value not in (False, True, "selective"):
+            raise ValueError(
+                f"activation_checkpointing must be False, True or 'selective'. Got {value!r}."
+            )
+        self._checkpointing = value
+        for block in self._layers():
+            block.recompute_feed_forward = value == "selective"
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse what is inside each layer, from the next call on.
+
+        It compiles one layer for all of them, once for each dtype and each of training and
+        inference. Calls with caches are not compiled, and neither is a copy of the model.
+        """
+        for block in self._layers():
+            block.compile_forward()
+
     def reset_parameters(self) -> None:
         """Draw all weights anew, from torch's global random state."""
-        for block in self.blocks:
-            assert isinstance(block, TransformerLayer)
+        for block in self._layers():
             block.reset_parameters()
         self.norm.reset_parameters()
         self._reset_ends()
@@ -138,19 +162,23 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         for index, block in enumerate(self.blocks):
             if caches is not None:
                 options["cache"] = caches[index]
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing is True and torch.is_grad_enabled():
                 hidden = checkpoint(block, hidden, use_reentrant=False, **options)
             else:
                 hidden = block(hidden, **options)
             yield hidden
 
+    def _layers(self) -> Iterator[TransformerLayer]:
+        for block in self.blocks:
+            assert isinstance(block, TransformerLayer)
+            yield block
+
     def _position_table(
         self, hidden: Tensor, positions: Tensor | None, start: int
     ) -> Tensor | None:
         """What the position embedding makes of positions, once for all layers."""
-        (block, *_), length = self.blocks, hidden.shape[1]
-        assert isinstance(block, TransformerLayer)
-        embedding = block.attention.position_embedding
+        embedding = next(self._layers()).attention.position_embedding
+        length = hidden.shape[1]
         if not isinstance(embedding, RotaryEmbedding):
             return positions
         if positions is None:
