@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_factory import LongNetConfig, LongNetLM
-from dilated_factory.models import longnet
+from dilated_factory.models import head_loss
 from dilated_factory.models.layers import TransformerDecoderLayer, magneto_gain
 
 
@@ -110,7 +110,7 @@ def test_chunks_change_neither_loss_nor_gradients(
     expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     for chunk in (7, 1000):
-        monkeypatch.setattr(longnet, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(head_loss, "LOSS_BYTES", 8 * 256 * chunk)
         loss = model.loss(batch)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         found = torch.autograd.grad(loss, list(model.parameters()))

@@ -29,7 +29,8 @@ from dilated_factory.interop.unserved import (
     refuse_options,
     refuse_packed_positions,
 )
-from dilated_factory.models.longnet import IGNORED, LongNetLM
+from dilated_factory.models.head_loss import IGNORED
+from dilated_factory.models.longnet import LongNetLM
 
 # What the installed version calls a model's cache: `cache`, in older ones `past_key_values`.
 CACHE = (

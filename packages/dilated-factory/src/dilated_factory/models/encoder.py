@@ -18,7 +18,7 @@ class LongNetEncoder(LongNetStack[LongNetEncoderConfig]):
             pattern, count_padding and dropout; called once a layer.
         activation_checkpointing: True recomputes each layer in backward instead of keeping what it
             computed; memory then grows with N * E * num_layers only. "selective" recomputes the
-            feed-forward part: a sixth more products for about half of the memory.
+            feed-forward part: about a ninth more products for half of the memory.
         device, dtype: as in torch.nn; with ``device="meta"`` nothing is allocated, and
             ``model.to_empty(device=...)`` followed by ``reset_parameters()`` makes it real.
     """

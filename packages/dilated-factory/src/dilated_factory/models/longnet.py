@@ -4,21 +4,13 @@
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedAttention, DilatedKVCache
 from dilated_factory.configs.models import LongNetConfig
+from dilated_factory.models.head_loss import IGNORED, head_loss
 from dilated_factory.models.layers import TransformerDecoderLayer
 from dilated_factory.models.stack import LongNetStack
-
-# Logits of so many positions exist at once in `loss`; 64 MB in float32 for a vocabulary of 256.
-LOSS_CHUNK = 65536
-
-# A target that is left out, as in torch's cross_entropy.
-IGNORED = -100
 
 
 class LongNetLM(LongNetStack[LongNetConfig]):
@@ -33,7 +25,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             pattern and dropout; called once a layer.
         activation_checkpointing: True recomputes each layer in backward instead of keeping what it
             computed; memory then grows with N * E * num_layers only. "selective" recomputes the
-            feed-forward part: a sixth more products for about half of the memory.
+            feed-forward part: about a ninth more products for half of the memory.
         device, dtype: as in torch.nn; with ``device="meta"`` nothing is allocated, and
             ``model.to_empty(device=...)`` followed by ``reset_parameters()`` makes it real.
     """
@@ -110,8 +102,8 @@ class LongNetLM(LongNetStack[LongNetConfig]):
     ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from those before each.
 
-        Logits are made chunk by chunk and recomputed in backward, so a long sequence never holds
-        all of them. Divide by log(2) for bits per byte.
+        Logits are made chunk by chunk, gradients with them, so a long sequence never holds all of
+        them. The head is used by its weight, not called. Divide by log(2) for bits per byte.
 
         Args:
             tokens: (B, N + 1) int64, or (B, N) with targets.
@@ -134,18 +126,6 @@ class LongNetLM(LongNetStack[LongNetConfig]):
                 f"targets must have tokens' shape {tuple(tokens.shape)}. "
                 f"Got {tuple(targets.shape)}."
             )
-        hidden = self.hidden_states(
-            tokens, key_padding_mask=key_padding_mask, positions=positions
-        ).flatten(0, 1)
-        targets = targets.flatten()
-        count = (targets != IGNORED).sum()
-        if len(hidden) <= LOSS_CHUNK:
-            return self._summed_loss(hidden, targets) / count
-        parts = zip(torch.split(hidden, LOSS_CHUNK), torch.split(targets, LOSS_CHUNK), strict=True)
-        sums = [checkpoint(self._summed_loss, *part, use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum() / count
-
-    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED)
+        hidden = self.hidden_states(tokens, key_padding_mask=key_padding_mask, positions=positions)
+        total = head_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        return total / (targets != IGNORED).sum()

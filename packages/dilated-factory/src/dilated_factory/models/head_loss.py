@@ -1,0 +1,71 @@
+"""Cross-entropy of a head's logits, which exist for a few positions at a time only."""
+
+# Shapes: T positions, E embed_dim, V vocab_size.
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dilated_core.extending import autocast
+
+# Size of the logits that exist at once.
+LOSS_BYTES = 2**28
+
+# A target that is left out, as in torch's cross_entropy.
+IGNORED = -100
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy in nats of the logits hidden @ weight.T, in float32 or wider.
+
+    Gradients are made beside the loss, so backward needs no logits either. It can be called once
+    only: there are no second derivatives.
+
+    Args:
+        hidden: (T, E).
+        weight: (V, E).
+        targets: (T,) int64, below V; `IGNORED` leaves a position out.
+    """
+    wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total: Tensor = _HeadLoss.apply(hidden, weight, targets, wants)  # type: ignore[no-untyped-call] # torch's
+    return total
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, wants: bool) -> Tensor:
+        (narrow,) = autocast(weight)
+        wide = torch.promote_types(narrow.dtype, torch.float32)
+        rows = max(1, LOSS_BYTES // (len(weight) * wide.itemsize))
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden, dtype=narrow.dtype) if wants else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants else None
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows].to(narrow.dtype)
+            aim = targets[start : start + rows].unsqueeze(-1)
+            ignored = aim == IGNORED
+            aim = aim.masked_fill(ignored, 0)
+            logits = (part @ narrow.T).to(wide)
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(-1, aim)).masked_fill(ignored, 0).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                # By the logits: the probabilities, less one at the target.
+                slopes = logits.sub_(lse).exp_()
+                slopes.scatter_(-1, aim, slopes.gather(-1, aim) - 1)
+                slopes = slopes.masked_fill_(ignored, 0).to(narrow.dtype)
+                grad_hidden[start : start + rows] = slopes @ narrow
+                grad_weight += slopes.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = (
+            (saved * grad).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return grad_hidden, grad_weight, None, None
