@@ -43,7 +43,8 @@ SECONDS = 2.0  # of measuring a row, about
 KINDS = {
     "attention": r"forward_kernel|query_gradient|key_gradient|flash|fmha|sdpa|attention|triton::",
     "products": r"gemm|cutlass|nvjet|cublas|xmma|splitk|addmm|aten::mm|aten::bmm",
-    "fused": r"^triton_|cpp_fused",
+    "fused, rows": r"^triton_(red|per)_",
+    "fused, pointwise": r"^triton_|cpp_fused",
     "norms": r"layer_?norm|gammabeta",
     "copies": r"memcpy|memset|copy",
     "pointwise": r"elementwise|vectorized|unrolled|index|gather|scatter|cat",
@@ -95,7 +96,8 @@ def main() -> None:
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(row)
             print("  ".join(f"{k}={v}" for k, v in row.items() if k != "kernels"), flush=True)
-            print("    ", row.get("kernels"), flush=True)
+            for kind, ms in row.get("kernels", {}).items():
+                print("     ", kind, ms, flush=True)
             torch._dynamo.reset()
             if arguments.device == "cuda":
                 torch.cuda.empty_cache()
@@ -317,23 +319,21 @@ def operations(setting: Setting, model: nn.Module, dense: bool) -> float:
 
 
 def kernels(step: Callable[[], None], is_cuda: bool) -> Row:
-    """Milliseconds of a step by kind of kernel, and the longest kernels of no known kind."""
+    """Milliseconds of a step by kind of kernel, and of the longest (with their number)."""
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         step()
         if is_cuda:
             torch.cuda.synchronize()
     totals: dict[str, float] = {}
-    others: dict[str, float] = {}
+    longest: list[tuple[float, int, str]] = []
     for event in profiler.key_averages():
         micros = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         kind = next((k for k, p in KINDS.items() if re.search(p, event.key, re.I)), "other")
         totals[kind] = totals.get(kind, 0) + micros / 1e3
-        if kind in ("other", "pointwise"):
-            others[event.key[:80]] = round(micros / 1e3, 3)
-    longest = sorted(others.items(), key=lambda item: -item[1])[:5]
-    ordered = sorted(totals.items(), key=lambda item: -item[1])
-    return {**{kind: round(ms, 2) for kind, ms in ordered if ms >= 0.01}, "longest": dict(longest)}
+        longest.append((round(micros / 1e3, 2), event.count, event.key[:100]))
+    table = {kind: round(ms, 2) for kind, ms in sorted(totals.items(), key=lambda item: -item[1])}
+    return {**table, "all": round(sum(totals.values()), 2), "longest": sorted(longest)[:-16:-1]}
 
 
 def draw(rows: list[Row], machine: Row, path: str) -> None:
