@@ -1,20 +1,25 @@
 """What ranks run in the tests of training on several processes."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dilated_factory.configs.models import TrainConfig
+from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
-from dilated_factory.training.parallel import DataParallel, join
+from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.sharded import ShardedMuon, whole
 from process_ranks import device
@@ -135,3 +140,42 @@ def muon_is_the_same(shape: tuple[int, int], nesterov: bool) -> bool:
     assert momentum.placements == (Shard(0),)
     pairs = (parts.detach(), one), (momentum, expected["momentum_buffer"])
     return all(torch.equal(whole(found), wanted) for found, wanted in pairs)
+
+
+def compiled_losses(
+    config: TrainConfig, sequence_parallel: int, data_parallel: DataParallel, checkpointing: Any
+) -> dict[str, Any]:
+    """Losses of three steps in float64, eager and compiled, and how often the latter compiled."""
+    warnings.simplefilter("ignore")  # the tracer hides its own in a way that errors get through
+    torch._dynamo.reset()
+    counters.clear()
+    shape = (dist.get_world_size() // sequence_parallel, sequence_parallel)
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("data", "sequence"))
+    parallel = Parallel(device(), mesh, data_parallel)
+    found: dict[str, Any] = {}
+    for kind in ("eager", "compiled"):
+        torch.manual_seed(0)
+        model = LongNetLM(config.model, attention=parallel.attention(config), dtype=torch.float64)
+        model.activation_checkpointing = checkpointing
+        if kind == "compiled":
+            without_code = partial(torch.compile, backend="aot_eager")
+            with mock.patch.object(torch, "compile", without_code):
+                model.compile_blocks()
+        loss_of_share = parallel.loss_of(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            length = config.model.context + 1
+            windows = torch.randint(256, (config.batch_size, length), generator=generator)
+            loss = loss_of_share(*parallel.share(windows))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(parallel.mean([loss.item()])[0])
+            if step == 0:
+                graphs = counters["stats"]["unique_graphs"]
+        found[kind] = losses
+    found["graphs"] = graphs
+    found["more"] = counters["stats"]["unique_graphs"] - graphs
+    return found

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import factory_programs as programs
 from dilated_core import DilatedAttention
-from dilated_factory import LongNetConfig, LongNetEncoder, LongNetEncoderConfig, LongNetLM
+from dilated_factory import (
+    LongNetConfig,
+    LongNetEncoder,
+    LongNetEncoderConfig,
+    LongNetLM,
+    TrainConfig,
+)
 from dilated_factory.models.stack import Checkpointing
+from process_ranks import Ranks
 
 # The tracer looks at it, and hides the warning in a way that an error gets through.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -168,6 +176,32 @@ def test_attention_that_cannot_be_traced_stands_between_graphs(
         assert counters["graph_break"]
         found.append(counters["stats"]["unique_graphs"])
     assert found[0] == found[1] < 6
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2, group_timeout=120.0) as ranks:
+        yield ranks
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("factory_distributed")
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "data_parallel"), [(1, "ddp"), (1, "fsdp"), (2, "ddp")]
+)
+def test_processes_that_train_together_compile_no_more_than_one(
+    two: Ranks, sequence_parallel: int, data_parallel: Any, checkpointing: Checkpointing
+) -> None:
+    model = LongNetConfig.model_validate({**SHAPE, "num_layers": 3})
+    config = TrainConfig(model=model, steps=3, batch_size=4)
+    told = config, sequence_parallel, data_parallel, checkpointing
+    for found in two.run(programs.compiled_losses, *told, timeout=200):
+        assert found["compiled"] == pytest.approx(found["eager"], rel=1e-10)
+        # Attention that speaks with other processes is not traced: it parts a graph.
+        assert (found["graphs"] == 1) == (sequence_parallel == 1)
+        assert found["graphs"] < 8
+        assert found["more"] == 0
 
 
 @pytest.mark.parametrize("value", ["all", None, 2])
