@@ -14,6 +14,7 @@ from dilated_factory import (
     generate_tokens,
     register_with_transformers,
 )
+from dilated_factory.models.stack import Checkpointing
 from dilated_testing import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -45,6 +46,63 @@ def test_loss_and_gradients_are_those_of_the_cpu(
         error = (one.cpu().double() - two).norm() / two.norm()
         # A key bias moves all scores of a query alike but for xPos: its gradient is nearly zero.
         assert error < 4 * bound or "k_proj.bias" in name, name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_compiled_layers_are_eager_ones_and_no_step_waits(
+    model: LongNetLM, checkpointing: Checkpointing
+) -> None:
+    torch._dynamo.reset()
+    eager, compiled = model.cuda(), copy.deepcopy(model)
+    compiled.activation_checkpointing = checkpointing
+    compiled.compile_blocks()
+    batches = torch.randint(61, (3, 2, 302), device="cuda")
+
+    def step(one: LongNetLM, tokens: torch.Tensor) -> list[torch.Tensor]:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = one.loss(tokens)
+        return [loss.detach(), *torch.autograd.grad(loss, list(one.parameters()))]
+
+    for one in (eager, compiled):
+        step(one, batches[0])
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pairs = [(step(eager, tokens), step(compiled, tokens)) for tokens in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for expected, found in pairs:
+        for name, one, two in zip(names, found, expected, strict=True):
+            assert relative_error(one, two) < 5e-2 or "k_proj.bias" in name, name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_selective_recomputation_halves_what_compiled_layers_keep() -> None:
+    torch._dynamo.reset()
+    config = LongNetConfig(
+        embed_dim=512, num_heads=8, num_layers=4, segment_lengths=(512, 4096),
+        dilation_rates=(1, 4), context=16384,
+    )  # fmt: skip
+    tokens, kept = torch.randint(256, (1, 16385), device="cuda"), []
+    choices: tuple[Checkpointing, ...] = (False, "selective")
+    for checkpointing in choices:
+        model = LongNetLM(config, activation_checkpointing=checkpointing, device="cuda")
+        model.compile_blocks()
+        for _ in range(2):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                before = torch.cuda.memory_allocated()
+                loss = model.loss(tokens)
+            kept.append(torch.cuda.memory_allocated() - before)
+            loss.backward()
+            model.zero_grad()
+    # 18 tensors of N * E in bfloat16 a layer, and 8; the weights in bfloat16 beside them.
+    unit = 2 * 16384 * 512
+    assert kept[1] < 4 * 19 * unit + 2**26
+    assert kept[3] < 4 * 9 * unit + 2**26
 
 
 def test_the_cache_changes_no_likeliest_token(model: LongNetLM) -> None:
