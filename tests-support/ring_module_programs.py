@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -163,6 +164,32 @@ def sampled(what: str) -> Tensor:
         own if what == "not compared" else x, key_padding_mask=mask, validate=validate
     )
     return rows.cpu()
+
+
+def through_a_file(how: str) -> tuple[str, float]:
+    """What a module from a file says without a group, and how far it is off with one."""
+    world = dist.get_world_size()
+    size = {"ring of one": 1, "ring": world}.get(how)
+    group = {"world": dist.group.WORLD}.get(how)
+    if how == "group":
+        group = dist.new_group(list(range(world)))
+    module = RingMultiheadDilatedAttention(
+        EMBED, HEADS, PATTERN, num_kv_heads=KV_HEADS, ring_size=size, group=group
+    ).to(device())
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=False)
+    x = torch.randn(
+        1, 4, EMBED, device=device(), generator=torch.Generator(device()).manual_seed(1)
+    )
+    said = ""
+    try:
+        found(x)
+    except RuntimeError as error:
+        said = str(error)
+        found.attention.use_group(group)
+    return said, (found(x)[0] - module(x)[0]).abs().max().item()
 
 
 def outside() -> str:

@@ -1,5 +1,8 @@
 """Modules and shards: what a model needs to train on a sequence that no rank has whole."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -140,6 +143,14 @@ def test_a_comparison_can_be_left_out(ranks: GetRanks, world: World) -> None:
 def test_a_rank_outside_of_a_new_group_is_told_so(ranks: GetRanks, world: World) -> None:
     for rank, said in enumerate(ranks(world).run(programs.outside)):
         assert (f"group must hold this process, rank {rank}" in said) == (rank > 1)
+
+
+@pytest.mark.parametrize("world", worlds(1, 2, 4))
+@pytest.mark.parametrize("how", ["all ranks", "world", "ring of one", "ring", "group"])
+def test_a_module_goes_through_a_file(ranks: GetRanks, world: World, how: str) -> None:
+    for said, off in ranks(world).run(programs.through_a_file, how):
+        assert ("which cannot hold its group of ranks" in said) == (how == "group")
+        assert off == 0
 
 
 @pytest.mark.parametrize("world", worlds(4))
@@ -286,6 +297,24 @@ def test_bad_options_are_named(options, message) -> None:
     x = torch.randn(1, 4, 2, 8)
     with pytest.raises((TypeError, ValueError), match=message):
         ring_attention(x, x, x, DilatedPattern([4], [1]), **options)
+
+
+def test_calls_do_not_import_the_compiler() -> None:
+    program = """
+import sys, torch
+from dilated_core import DilatedPattern
+from dilated_ring import _functional, _topology, ring_attention, shard_sequence, unshard_sequence
+torch.distributed.init_process_group(
+    "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+)
+ring = _topology.Ring(torch.distributed.group.WORLD, 0, 1)
+_functional.find_ring = lambda group: ring
+x = torch.randn(1, 8, 2, 8, requires_grad=True)
+x = unshard_sequence(shard_sequence(x).rows)
+ring_attention(x, x, x, DilatedPattern([4], [1])).sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_the_layers_print_their_arguments() -> None:

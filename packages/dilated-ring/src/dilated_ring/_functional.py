@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core.extending import Scores, autocast, check_call, pick
@@ -23,6 +22,7 @@ from dilated_ring._routes import Problem, gather_routes, ring_routes
 from dilated_ring._strategy import STRATEGIES, Strategy, check_strategy, choose_strategy
 from dilated_ring._topology import Ring, find_ring
 from dilated_ring._trade import make_trade, obstacle
+from dilated_ring._uncompiled import uncompiled
 
 
 class _Given(NamedTuple):
@@ -42,9 +42,8 @@ class _Given(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-# Collectives that run beside other work cannot be traced. This is torch.compiler.disable without
-# the import of torch's compiler, which takes a second.
-@_disable_dynamo
+# Collectives that run beside other work cannot be traced.
+@uncompiled
 def ring_attention(
     query: Tensor,
     key: Tensor,

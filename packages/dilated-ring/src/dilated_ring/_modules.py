@@ -1,5 +1,6 @@
 """Modules: drop-ins for those of dilated-core where each rank has a shard of the sequence."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -106,6 +107,10 @@ class RingDilatedAttention(HeadAttention):
         group = self.ranks.group
         return local_positions(length, group=group, device=device, cu_seqlens=cu_seqlens)
 
+    def use_group(self, group: dist.ProcessGroup | DeviceMesh | None) -> None:
+        """Attend over other ranks from now on; for a module from a file, whose group it lacks."""
+        self.ranks = _Ranks(group)
+
     def shown(self) -> str:
         """The pattern."""
         return repr(self.pattern)
@@ -169,16 +174,44 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
 
 
 class _Ranks:
-    """A group that copies of a module share."""
+    """A group that copies of a module share.
+
+    A file holds of it what a process can find again: all ranks, or how many form a ring. Another
+    group is to be given anew.
+    """
 
     def __init__(
-        self, group: dist.ProcessGroup | DeviceMesh | None, *, alone: bool = False
+        self, group: dist.ProcessGroup | DeviceMesh | None, *, ring_size: int | None = None
     ) -> None:
-        self.group, self.alone = group, alone
+        self._group, self._ring_size, self._lost = group, ring_size, False
 
     @classmethod
     def of_size(cls, ring_size: int) -> "_Ranks":
-        return cls(ring_group(ring_size), alone=ring_size == 1)
+        return cls(ring_group(ring_size), ring_size=ring_size)
+
+    @classmethod
+    def of_file(cls, ring_size: int | None, *, lost: bool) -> "_Ranks":
+        ranks = cls(None) if ring_size is None else cls.of_size(ring_size)
+        ranks._lost = lost
+        return ranks
+
+    @property
+    def alone(self) -> bool:
+        return self._ring_size == 1
+
+    @property
+    def group(self) -> dist.ProcessGroup | DeviceMesh | None:
+        if self._lost:
+            raise RuntimeError(
+                "the module comes from a file, which cannot hold its group of ranks. "
+                "Give one with use_group(group)."
+            )
+        return self._group
+
+    def __reduce__(self) -> tuple[object, ...]:
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        lost = self._ring_size is None and self._group is not None and self._group is not world
+        return partial(_Ranks.of_file, lost=lost or self._lost), (self._ring_size,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Ranks":
         return self

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_ring._agreement import Fact, agree
 from dilated_ring._faults import Call
 from dilated_ring._topology import Ring, device_of, find_ring
+from dilated_ring._uncompiled import uncompiled
 
 
 class Shard(NamedTuple):
@@ -30,6 +31,7 @@ class Shard(NamedTuple):
     key_padding_mask: Tensor | None
 
 
+@uncompiled
 def shard_sequence(
     x: Tensor,
     *,
@@ -94,6 +96,7 @@ def shard_sequence(
     return Shard(rows, key_padding_mask)
 
 
+@uncompiled
 def unshard_sequence(
     x: Tensor,
     *,
