@@ -14,14 +14,17 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from dilated_factory.configs.models import TrainConfig
+from dilated_core import DilatedPattern
+from dilated_factory.configs.models import LongNetConfig, TrainConfig
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
-from dilated_factory.training.sharded import ShardedMuon, whole
+from dilated_factory.training.sharded import ShardedMuon, shard_weights, whole
+from dilated_ring import RingDilatedAttention
 from process_ranks import device
 
 
@@ -51,6 +54,56 @@ def train_exactly(
         return _losses(trainer, stop_at)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+CAUSAL = DilatedPattern([4, 24], [1, 2])
+LM = LongNetConfig(
+    vocab_size=23, embed_dim=16, num_heads=2, num_layers=2, segment_lengths=CAUSAL.segment_lengths,
+    dilation_rates=CAUSAL.dilation_rates, context=24, positions="rotary",
+)  # fmt: skip
+
+
+class Shares(torch.nn.Module):
+    """A model whose loss is taken over the targets of all ranks of a group, or of this one."""
+
+    def __init__(self, *, ring: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        attention = (lambda: RingDilatedAttention(CAUSAL)) if ring else None
+        self.model, self.group = LongNetLM(LM, attention=attention), None
+        if ring:
+            self.group = dist.group.WORLD
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Its loss."""
+        return self.model.loss(tokens, targets, positions=positions, group=self.group)
+
+
+def train_shares(
+    tokens: torch.Tensor, targets: torch.Tensor, data_parallel: DataParallel
+) -> tuple[float, list[torch.Tensor]]:
+    """This rank's share of the loss, and the gradients averaged over ranks, whole."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        shares: Any = Shares(ring=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    parameters = list(shares.parameters())
+    if data_parallel == "fsdp":
+        shard_weights(
+            shares, shares.model.blocks, init_device_mesh("cpu", (dist.get_world_size(),))
+        )
+        parameters = list(shares.parameters())
+    elif dist.get_world_size() > 1:
+        shares = DistributedDataParallel(shares)
+    n = tokens.shape[1] // dist.get_world_size()
+    here = torch.arange(n * dist.get_rank(), n * dist.get_rank() + n)
+    loss = shares(tokens[:, here], targets[:, here], here)
+    loss.backward()
+    grads = [parameter.grad for parameter in parameters]
+    return loss.item(), [whole(x) if isinstance(x, DTensor) else x for x in grads]
 
 
 def _sgd(trainer: Trainer) -> None:

@@ -35,6 +35,7 @@ from dilated_ring import (
     local_positions,
     ring_attention,
     shard_sequence,
+    shared_loss,
     unshard_sequence,
 )
 from dilated_ring._topology import Nodes, Ring
@@ -164,6 +165,25 @@ def sampled(what: str) -> Tensor:
         own if what == "not compared" else x, key_padding_mask=mask, validate=validate
     )
     return rows.cpu()
+
+
+def share_loss(x: Tensor, holders: str) -> tuple[float, Tensor]:
+    """This rank's share of a loss, and the gradient to its rows."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n = x.shape[1] // world
+    rows = x[:, rank * n : rank * n + n].to(device()).requires_grad_()
+    out = RingDilatedAttention(PATTERN)(rows, rows, rows, is_causal=True)
+    loss, weight = None, 1
+    if holders == "last" and rank == world - 1:
+        loss, weight = out[:, -1].square().sum(), 3
+    if holders == "all":
+        loss, weight = out.square().sum() * (rank + 1), rank + 1
+    if holders == "none":
+        loss, weight = out.square().sum(), 0
+    share = shared_loss(loss, out, weight=weight)
+    share.backward()
+    assert rows.grad is not None
+    return share.item(), rows.grad.cpu()
 
 
 def through_a_file(how: str) -> tuple[str, float]:

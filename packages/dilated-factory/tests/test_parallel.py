@@ -141,6 +141,34 @@ def assert_same_run(four_run: RunFolder, one_run: RunFolder) -> None:
             torch.testing.assert_close(found_tensors[name], tensor, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("first_target", [0, 5, 23, 24])
+@both_kinds
+def test_the_loss_of_ranks_is_the_mean_over_the_targets_of_all(
+    get_ranks: Callable[[int], Ranks], world_size: int, first_target: int, data_parallel: str
+) -> None:
+    """However the targets are divided: evenly, unevenly, on one rank only, or none at all."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, targets = (torch.randint(23, (2, 24), generator=generator) for _ in range(2))
+    targets[:, :first_target] = -100
+    targets[0, first_target + 3 :] = -100
+    torch.set_default_dtype(torch.float64)
+    one = programs.Shares(ring=False)
+    torch.set_default_dtype(torch.float32)
+    true = one(tokens, targets, torch.arange(24))
+    true.backward()
+    found = get_ranks(world_size).run(programs.train_shares, tokens, targets, data_parallel)
+    shares = [share for share, _ in found]
+    assert sum(shares) / world_size == pytest.approx(true.item(), rel=1e-10)
+    n = 24 // world_size
+    for rank, share in enumerate(shares):
+        empty = bool((targets[:, rank * n : rank * n + n] == -100).all())
+        assert (share == 0) == empty
+    for _, grads in found:
+        for found_grad, parameter in zip(grads, one.parameters(), strict=True):
+            torch.testing.assert_close(found_grad, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 KINDS = [
     (Kind(4, 2, "fsdp"), Kind(1)),
     (Kind(4, 4), Kind(1)),

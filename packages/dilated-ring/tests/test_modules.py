@@ -16,6 +16,7 @@ from dilated_ring import (
     plan,
     ring_attention,
     shard_sequence,
+    shared_loss,
     unshard_sequence,
 )
 from dilated_ring._sharding import digest
@@ -151,6 +152,42 @@ def test_a_module_goes_through_a_file(ranks: GetRanks, world: World, how: str) -
     for said, off in ranks(world).run(programs.through_a_file, how):
         assert ("which cannot hold its group of ranks" in said) == (how == "group")
         assert off == 0
+
+
+@pytest.mark.parametrize("world", worlds(1, 2, 3, 4))
+@pytest.mark.parametrize("holders", ["last", "all", "none"])
+def test_a_loss_that_one_rank_has_is_the_loss_of_all(
+    ranks: GetRanks, world: World, holders: str
+) -> None:
+    """The mean of shares and of their gradients is what one process has."""
+    x = torch.randn(1, 12, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x.requires_grad_()
+    out = RingDilatedAttention(PATTERN)(x, x, x, is_causal=True)
+    n = 12 // world.size
+    parts = [out[:, rank * n : rank * n + n].square() for rank in range(world.size)]
+    if holders == "last":
+        true = parts[-1][:, -1].sum() / 3
+    else:  # each has as many targets as its number says
+        total = sum(range(1, world.size + 1))
+        true = sum(part.sum() * (rank + 1) for rank, part in enumerate(parts)) / total
+    (expected,) = torch.autograd.grad(true, x)
+    found = ranks(world).run(programs.share_loss, x.detach(), holders)
+    if holders == "none":
+        assert all(share == 0 and not grad.any() for share, grad in found)
+        return
+    mean = sum(share for share, _ in found) / world.size
+    assert mean == pytest.approx(true.item(), rel=1e-12)
+    # Each rank has the gradient to its rows, of the sum over ranks of the shares.
+    grad = torch.cat([grad for _, grad in found], 1) / world.size
+    assert relative_error(grad, expected) < 1e-12
+
+
+def test_a_shared_loss_is_one_number() -> None:
+    with pytest.raises(ValueError, match=r"loss must have shape \(\). Got \(3,\)"):
+        shared_loss(torch.ones(3), torch.ones(2))
+    rows = torch.full((2,), torch.nan, requires_grad=True)
+    shared_loss(None, rows).backward()
+    assert rows.grad.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("world", worlds(4))

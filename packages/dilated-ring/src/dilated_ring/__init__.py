@@ -4,6 +4,7 @@ from dilated_ring.__about__ import __version__
 from dilated_ring._agreement import Validate
 from dilated_ring._errors import RankMismatchError, RingError
 from dilated_ring._functional import ring_attention
+from dilated_ring._loss import shared_loss
 from dilated_ring._modules import RingDilatedAttention, RingMultiheadDilatedAttention
 from dilated_ring._planner import Memory, Plan, Seconds, Traffic, plan
 from dilated_ring._sharding import Shard, local_positions, shard_sequence, unshard_sequence
@@ -28,5 +29,6 @@ __all__ = [
     "ring_attention",
     "ring_group",
     "shard_sequence",
+    "shared_loss",
     "unshard_sequence",
 ]

@@ -4,7 +4,9 @@
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core import DilatedAttention, DilatedKVCache
 from dilated_factory.configs.models import LongNetConfig
@@ -99,6 +101,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         *,
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from those before each.
 
@@ -111,6 +114,14 @@ class LongNetLM(LongNetStack[LongNetConfig]):
                 sequence, whose last target is the next rank's; -100 leaves a token out.
             key_padding_mask: (B, N) bool, as in `forward`.
             positions: (N,) int64, as in `forward`.
+            group: the ranks among which targets are divided, unevenly or not; a mesh of one
+                dimension, or a process group. Each then returns its share of the mean over all
+                their targets: the mean of the shares is that mean, and the mean of their gradients,
+                which DistributedDataParallel and FSDP take, is its gradient. All must make the
+                call.
+
+        Returns:
+            A number; 0, with gradients of 0, where there is no target.
 
         Raises:
             ValueError: ``tokens`` holds fewer than two positions, or targets of another shape.
@@ -127,5 +138,18 @@ class LongNetLM(LongNetStack[LongNetConfig]):
                 f"Got {tuple(targets.shape)}."
             )
         hidden = self.hidden_states(tokens, key_padding_mask=key_padding_mask, positions=positions)
+        count, ranks = _count_targets(targets, group)
         total = head_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten())
-        return total / (targets != IGNORED).sum()
+        return total * ranks / count
+
+
+def _count_targets(
+    targets: Tensor, group: dist.ProcessGroup | DeviceMesh | None
+) -> tuple[Tensor, int]:
+    """The targets of all ranks of a group, at least 1, and how many ranks these are."""
+    count = (targets != IGNORED).sum()
+    if group is None:
+        return count.clamp(min=1), 1
+    ranks = group.get_group() if isinstance(group, DeviceMesh) else group
+    dist.all_reduce(count, group=ranks)
+    return count.clamp(min=1), dist.get_world_size(ranks)

@@ -113,7 +113,7 @@ class Parallel:
         Its backward averages gradients over the ranks. Where the weights are sharded, the model's
         parameters are others afterwards (DTensors): make optimizers later.
         """
-        loss = _Loss(model)
+        loss = _Loss(model, None if self.mesh is None else dist.group.WORLD)
         if self.is_sharded:
             # To import DTensors takes half as long as to import torch; other training needs none.
             from dilated_factory.training.sharded import shard_weights
@@ -198,12 +198,12 @@ class Parallel:
 class _Loss(nn.Module):
     """`LongNetLM.loss` as a forward, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: LongNetLM) -> None:
+    def __init__(self, model: LongNetLM, group: dist.ProcessGroup | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.group = model, group
 
     def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
-        return self.model.loss(tokens, targets, positions=positions)
+        return self.model.loss(tokens, targets, positions=positions, group=self.group)
 
 
 def join(

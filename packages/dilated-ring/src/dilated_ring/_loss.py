@@ -1,0 +1,75 @@
+"""One loss of ranks that each have a part of the targets, or none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_ring._agreement import agree
+from dilated_ring._faults import Call
+from dilated_ring._topology import device_of, find_ring
+from dilated_ring._uncompiled import uncompiled
+
+
+@uncompiled
+def shared_loss(
+    loss: Tensor | None,
+    rows: Tensor,
+    *,
+    weight: Tensor | float = 1,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> Tensor:
+    """This rank's share of the mean loss over the targets of all ranks; call `backward` on each.
+
+    The mean of the shares over the ranks is the loss that one process would have, and so is the
+    mean of their gradients, which DistributedDataParallel and FSDP take. A rank without targets has
+    a share of 0 whose backward goes through `rows`, for every rank must run the backward of its
+    attention.
+
+    Args:
+        loss: () the sum over this rank's targets, or None where it has none: for a classifier or
+            a preference loss of one rank, the loss there and None elsewhere.
+        rows: what this rank's part of the model returned, of any shape.
+        weight: how many targets, or what they weigh, in all of `loss`; nothing where that is None.
+        group: as in `ring_attention`; alone, a rank has all targets.
+
+    Raises:
+        ValueError: loss is not of one number.
+        RingError: a rank failed, died or stalled.
+    """
+    if loss is not None and loss.ndim:
+        raise ValueError(f"loss must have shape (). Got {tuple(loss.shape)}.")
+    mine = 0.0 if loss is None else float(weight)
+    ring, size, total = find_ring(group), 1, mine
+    if ring is not None:
+        size = ring.world_size
+        with Call(ring.group, device_of(ring.group, rows), "shared_loss") as call:
+            agree(call, {})
+            call.step = "sum of weights"
+            weights = torch.tensor(mine, dtype=torch.float64, device=call.device)
+            work = dist.all_reduce(weights, group=ring.group, async_op=True)
+            assert work is not None
+            call.wait(work)
+            total = weights.item()
+    apply: Callable[..., Tensor] = _Nothing.apply
+    nothing = apply(rows)
+    if loss is None or not mine:
+        return nothing
+    return loss * (size / total) + nothing
+
+
+class _Nothing(torch.autograd.Function):
+    """0, with a gradient of 0 to rows that may hold anything."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return torch.zeros_like(rows)
