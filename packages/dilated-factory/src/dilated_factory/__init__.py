@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dilated_factory.configs.pool import PoolConfig, create_pool
     from dilated_factory.interop import register_with_transformers
     from dilated_factory.interop.gigapath import SlideEncoder, SlideEncoderConfig
+    from dilated_factory.interop.over_ranks import shard_for_transformers
     from dilated_factory.interop.torchscale import load_torchscale
     from dilated_factory.kinds.default import default_registry
     from dilated_factory.kinds.registry import Registry, Runtime, create_attention
@@ -83,6 +84,7 @@ __all__ = [
     "parse_any",
     "read_config",
     "register_with_transformers",
+    "shard_for_transformers",
     "to_toml",
 ]
 
@@ -112,6 +114,7 @@ _HOMES = {
     "generate": "models.generation",
     "generate_tokens": "models.generation",
     "register_with_transformers": "interop",
+    "shard_for_transformers": "interop.over_ranks",
     "SlideEncoder": "interop.gigapath",
     "SlideEncoderConfig": "interop.gigapath",
     "load_torchscale": "interop.torchscale",

@@ -2,11 +2,19 @@
 
 from importlib.util import find_spec
 
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
 from dilated_core import DilatedPattern
 from dilated_factory.errors import missing_package
 
 
-def register_with_transformers(pattern: DilatedPattern, name: str = "dilated") -> None:
+def register_with_transformers(
+    pattern: DilatedPattern,
+    name: str = "dilated",
+    *,
+    group: ProcessGroup | DeviceMesh | None = None,
+) -> None:
     """Make dilated attention available to transformers' models as ``attn_implementation=name``.
 
     Then ``AutoModelForCausalLM.from_pretrained(..., attn_implementation=name)``, or
@@ -21,17 +29,22 @@ def register_with_transformers(pattern: DilatedPattern, name: str = "dilated") -
     Args:
         pattern: which keys a query sees.
         name: what the implementation is called.
+        group: the ranks that share each sequence, each with a contiguous part, as in
+            `ring_attention`; `shard_for_transformers` makes what a model takes on each. There is no
+            cache then, and no padding on the left. Without a group each rank has whole sequences.
 
     Raises:
         TypeError: ``pattern`` is not a DilatedPattern.
         ValueError: the name is taken. Later, from the model: it asks for what dilated attention
             does not serve, which the message names (sliding windows, chunks, packed sequences,
             caches of fixed size, biases and sinks, attention weights).
-        MissingPackageError: transformers is not installed.
+        MissingPackageError: transformers is not installed, or dilated-ring with a group.
     """
+    if group is not None and find_spec("dilated_ring") is None:
+        raise missing_package("register_with_transformers(group=...)", "dilated-ring")
     if find_spec("transformers") is None:
         raise missing_package("register_with_transformers", "transformers")
     # Only now: it takes seconds to import.
     from dilated_factory.interop.transformers import register
 
-    register(pattern, name)
+    register(pattern, name, group)

@@ -8,10 +8,13 @@ Importing this module imports transformers; `dilated_factory` itself does not.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -23,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_factory.configs.models import LongNetConfig
+from dilated_factory.interop.over_ranks import Misplaced, fault_in_share, rank_in, refuse_share
 from dilated_factory.interop.unserved import (
     described,
     features,
@@ -38,11 +42,20 @@ CACHE = (
 )
 
 
-def register(pattern: DilatedPattern, name: str = "dilated") -> None:
+def register(
+    pattern: DilatedPattern,
+    name: str = "dilated",
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> None:
     """Make dilated attention available as ``attn_implementation=name``; see the public name."""
     if not isinstance(pattern, DilatedPattern):
         raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
     attention = DilatedAttentionFunction(pattern)
+    mask: Callable[..., Tensor | None] = padding_mask
+    if group is not None:
+        attention = RingAttentionFunction(pattern, group)
+        # Ranks have a mask or none of them has, whether or not it hides a token of theirs.
+        mask = partial(padding_mask, keep=True)
     known = AttentionInterface()
     if name in known.valid_keys() and known[name] != attention:
         raise ValueError(
@@ -50,7 +63,7 @@ def register(pattern: DilatedPattern, name: str = "dilated") -> None:
             f"{known[name]!r}."
         )
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, padding_mask)
+    AttentionMaskInterface.register(name, mask)
 
 
 def padding_mask(
@@ -61,9 +74,13 @@ def padding_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    *,
+    keep: bool = False,
     **_: Any,
 ) -> Tensor | None:
     """The mask for `DilatedAttentionFunction`: bool (B, M), True = attend, or None if all do.
+
+    With ``keep`` also where all do.
 
     Raises:
         ValueError: the model asks for something else than causal or full attention to all positions
@@ -81,7 +98,7 @@ def padding_mask(
             f"DynamicCache does. Got {kv_length} keys from position {kv_offset} on, for queries "
             f"{int(q_offset)} to {int(q_offset) + q_length - 1}."
         )
-    if attention_mask is None or attention_mask.all():
+    if attention_mask is None or (attention_mask.all() and not keep):
         return None
     if attention_mask.shape != (batch_size, kv_length):
         raise ValueError(
@@ -100,6 +117,7 @@ class DilatedAttentionFunction:
     """
 
     pattern: DilatedPattern
+    cuts_padding: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -131,25 +149,67 @@ class DilatedAttentionFunction:
         queries, keys = query.shape[2], key.shape[2]
         other = not is_causal and queries != keys  # keys of another sequence
         positions = options.get("position_ids")
-        if positions is not None and positions.ndim == 2 and not other:
-            refuse_packed_positions(positions, attention_mask, keys - queries)
+        if positions is not None and (positions.ndim != 2 or other):
+            positions = None
+        fault = self._fault(positions, attention_mask, queries, keys)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            out = dilated_attention(
-                q, k, v, self.pattern,
-                is_causal=is_causal, scale=scaling, dropout_p=dropout, enable_gqa=True,
-                key_padding_mask=mask,
+            return self._attend(
+                fault, q, k, v, is_causal=is_causal, scale=scaling, dropout_p=dropout,
+                enable_gqa=True, key_padding_mask=mask,
             )  # fmt: skip
-            assert isinstance(out, Tensor)
-            return out
 
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attention_mask is None:
             return attend(q, k, v, None), None
         ignored = ~attention_mask
-        if other:
+        if other or not self.cuts_padding:
             return attend(q, k, v, ignored), None
         return _without_leading_padding(attend, q, k, v, ignored), None
+
+    def _fault(
+        self, positions: Tensor | None, mask: Tensor | None, queries: int, keys: int
+    ) -> str | None:
+        """What is wrong on this rank alone; what is wrong everywhere is raised."""
+        if positions is not None:
+            refuse_packed_positions(positions, mask, keys - queries)
+            if mask is None:
+                refuse_share(positions, keys - queries)
+        return None
+
+    def _attend(
+        self, fault: str | None, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        assert fault is None
+        out = dilated_attention(query, key, value, self.pattern, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@dataclass(frozen=True)
+class RingAttentionFunction(DilatedAttentionFunction):
+    """The same where ranks of a group share each sequence, each with a contiguous part.
+
+    Padding that leads is refused, not cut off: it would move the segments of other ranks.
+    """
+
+    group: dist.ProcessGroup | DeviceMesh
+    cuts_padding: ClassVar[bool] = False
+
+    def _fault(
+        self, positions: Tensor | None, mask: Tensor | None, queries: int, keys: int
+    ) -> str | None:
+        return fault_in_share(positions, mask, queries, keys, rank_in(self.group)[0])
+
+    def _attend(
+        self, fault: str | None, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        from dilated_ring import ring_attention
+
+        pattern = self.pattern if fault is None else Misplaced(self.pattern, fault)
+        out = ring_attention(query, key, value, pattern, group=self.group, **options)
+        assert isinstance(out, Tensor)
+        return out
 
 
 def _without_leading_padding(
