@@ -122,8 +122,10 @@ def refuse_share(positions: Tensor, past: int) -> None:
     Raises:
         ValueError: there are several ranks, and the first position is that of a later part.
     """
+    if torch.compiler.is_compiling() or rank_in(None)[1] == 1 or not positions.numel():
+        return
     first = int(positions[0, 0]) - past
-    if first <= 0 or first % positions.shape[1] or rank_in(None)[1] == 1:
+    if first <= 0 or first % positions.shape[1]:
         return
     raise ValueError(
         "position_ids must count from 0 where each rank has whole sequences. Got the first at "
