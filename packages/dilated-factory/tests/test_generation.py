@@ -62,6 +62,70 @@ def test_the_cache_changes_no_token(
     assert torch.equal(*found)
 
 
+@settings(max_examples=10)
+@given(
+    sides=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=3),
+    positions=st.sampled_from(["rotary", "xpos", "none"]),
+    chunk=st.sampled_from([7, 65536]),
+    use_cache=st.booleans(),
+    stop=st.booleans(),
+)
+def test_each_prompt_of_a_batch_is_continued_as_alone(
+    sides: list[tuple[int, int]], positions: str, chunk: int, use_cache: bool, stop: bool
+) -> None:
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=23, embed_dim=32, num_heads=4, num_layers=2, segment_lengths=(5, 12, 40),
+        dilation_rates=(1, 2, 3), context=37, positions=positions,  # type: ignore[arg-type]
+    )  # fmt: skip
+    model = LongNetLM(config, dtype=torch.float64)
+    tokens = torch.randint(23, (len(sides), 41))
+    columns = torch.arange(41)
+    mask = torch.stack([(columns < a) | (columns >= 41 - b) for a, b in sides])
+    stops = range(4) if stop else ()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "PREFILL_CHUNK", chunk)
+        found = generate_tokens(
+            model, tokens, max_new_tokens=13, key_padding_mask=mask, temperature=0,
+            stop_tokens=stops, use_cache=use_cache,
+        )  # fmt: skip
+    for row, (a, b) in enumerate(sides):
+        alone = generate_tokens(
+            model, tokens[row : row + 1, a : 41 - b], max_new_tokens=13, temperature=0
+        )[0].tolist()
+        if stop:
+            end = next((i for i, token in enumerate(alone) if token < 4), 13)
+            alone = alone[: end + 1] + alone[end : end + 1] * (12 - end)
+        assert found[row].tolist() == alone
+
+
+def test_draws_follow_the_probabilities_of_the_model() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]]).expand(20000, 4)
+    chances = torch.rand(20000, dtype=torch.float64)
+
+    def shares(**options: Any) -> list[float]:
+        counts = generation.Draw(**options)(logits, chances).bincount(minlength=4)
+        return (counts / 20000).tolist()
+
+    expected = torch.tensor([0.0, -torch.inf, 1.0, 2.0]).softmax(0)
+    assert shares() == pytest.approx(expected.tolist(), abs=0.02)
+    assert shares(top_k=2) == pytest.approx([0, 0, 0.2689, 0.7311], abs=0.02)
+    # The likeliest has 0.665, the two likeliest 0.91.
+    assert shares(top_p=0.6) == [0, 0, 0, 1]
+    assert shares(top_p=0.7) == pytest.approx([0, 0, 0.2689, 0.7311], abs=0.02)
+    assert shares(top_p=1.0) == shares()
+    last = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert generation.Draw()(logits[:1].flip(1), last).tolist() == [3]
+    assert generation.Draw()(torch.tensor([[1.0, 1.0, -torch.inf]]), last).tolist() == [1]
+
+
+def test_logits_that_are_no_numbers_are_refused(model: LongNetLM) -> None:
+    model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="model must predict finite logits"):
+        generate(model, b"a", max_bytes=3)
+    assert model.training
+
+
 def test_the_states_with_a_cache_are_those_without(tiny_model: LongNetConfig) -> None:
     model = LongNetLM(tiny_model, dtype=torch.float64).eval()
     tokens = torch.randint(256, (2, 71))
@@ -157,6 +221,8 @@ def test_the_whole_prompt_is_seen_past_the_context(model: LongNetLM) -> None:
         ({"temperature": -0.1}, "temperature must be finite and not negative. Got -0.1"),
         ({"temperature": float("nan")}, "temperature must be finite and not negative. Got nan"),
         ({"top_k": 0}, "top_k must be at least 1. Got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1. Got 0.0"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1. Got nan"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*63\). Got -1"),
     ],
 )
@@ -175,6 +241,21 @@ def test_arguments_out_of_range_are_named(
         (torch.zeros(3, dtype=torch.int64), {}, r"shape \(B, N\) with N >= 1.*\(3,\)"),
         (torch.zeros(2, 3), {}, r"tokens must be int64.*torch.float32"),
         (torch.zeros(2, 3, dtype=torch.int64), {"max_new_tokens": -3}, "not be negative. Got -3"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            {"stop_tokens": [3, 256]},
+            r"stop_tokens must be in \[0, 256\)\. Got 256",
+        ),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            {"key_padding_mask": torch.tensor([[False] * 3, [True] * 3])},
+            "key_padding_mask must leave a token in each row",
+        ),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            {"key_padding_mask": torch.zeros(2, 4, dtype=torch.bool)},
+            "key_padding_mask must have shape",
+        ),
     ],
 )
 def test_tokens_that_cannot_be_continued_are_named(

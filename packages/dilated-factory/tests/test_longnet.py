@@ -219,3 +219,79 @@ def test_wrong_tokens_are_named(
 def test_a_loss_needs_two_tokens(tiny_model: LongNetConfig) -> None:
     with pytest.raises(ValueError, match=r"tokens must have shape \(B, N \+ 1\).*\(2, 1\)"):
         build(tiny_model).loss(tokens(1))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "xpos", "none"])
+def test_padding_on_either_side_leaves_a_row_what_it_is_alone(
+    tiny_model: LongNetConfig, positions: str
+) -> None:
+    config = tiny_model.model_copy(update={"positions": positions})
+    model = LongNetLM(config, dtype=torch.float64).eval()
+    ranges = [(0, 53), (7, 53), (0, 31), (19, 38), (52, 53)]
+    tokens = torch.randint(256, (len(ranges), 53))
+    columns = torch.arange(53)
+    mask = torch.stack([(columns < first) | (columns >= end) for first, end in ranges])
+    caches = model.new_caches()
+    with torch.no_grad():
+        found = model(tokens, key_padding_mask=mask)
+        cached = model(tokens, key_padding_mask=mask, caches=caches)
+        states = model.layer_states(tokens, key_padding_mask=mask)
+        more = torch.randint(256, (len(ranges), 9))
+        after = model(more, caches=caches)
+        for row, (first, end) in enumerate(ranges):
+            whole = torch.cat((tokens[row, first:end], more[row]))[None]
+            alone = model(whole)[0]
+            for some in (found, cached):
+                torch.testing.assert_close(
+                    some[row, first:end], alone[: end - first], rtol=1e-9, atol=1e-10
+                )
+            torch.testing.assert_close(after[row], alone[end - first :], rtol=1e-9, atol=1e-10)
+            for one, some in zip(model.layer_states(whole), states, strict=True):
+                torch.testing.assert_close(
+                    some[row, first:end], one[0, : end - first], rtol=1e-9, atol=1e-10
+                )
+    assert caches[0].lengths.tolist() == [end - first + 9 for first, end in ranges]
+
+
+def test_padding_between_real_tokens_keeps_its_positions(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model, dtype=torch.float64).eval()
+    tokens = torch.randint(256, (2, 41))
+    mask = torch.zeros(2, 41, dtype=torch.bool)
+    mask[0, :5] = mask[0, 17] = mask[1, 3] = True
+    caches = model.new_caches()
+    with torch.no_grad():
+        found = model(tokens, key_padding_mask=mask)
+        cached = model(tokens, key_padding_mask=mask, caches=caches)
+        alone = model(tokens[:1, 5:], key_padding_mask=mask[:1, 5:])
+    torch.testing.assert_close(found[:1, 5:], alone, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(cached[~mask], found[~mask], rtol=1e-9, atol=1e-10)
+    assert caches[0].lengths.tolist() == [36, 41]
+
+
+def test_rows_of_nothing_but_padding_are_numbers_and_add_nothing(
+    tiny_model: LongNetConfig,
+) -> None:
+    model = LongNetLM(tiny_model).eval()
+    tokens = torch.randint(256, (2, 13))
+    mask = torch.tensor([[True] * 13, [False] * 13])
+    caches = model.new_caches()
+    with torch.no_grad():
+        assert model(tokens, key_padding_mask=mask).isfinite().all()
+        assert model(tokens, key_padding_mask=mask, caches=caches).isfinite().all()
+    assert caches[1].lengths.tolist() == [0, 13]
+    with pytest.raises(ValueError, match=r"key_padding_mask must have shape .*\(2, 13\)"):
+        model(tokens, key_padding_mask=mask[:1])
+
+
+def test_a_padded_row_trains_as_it_does_alone(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model, dtype=torch.float64)
+    tokens = torch.randint(256, (1, 30))
+    padded = torch.cat((torch.zeros(1, 11, dtype=torch.int64), tokens), 1)
+    mask = torch.arange(40)[None] < 11
+    targets = padded[:, 1:].clone()
+    targets[:, :11] = -100
+    losses = model.loss(tokens), model.loss(padded[:, :-1], targets, key_padding_mask=mask)
+    torch.testing.assert_close(*losses)
+    parameters = list(model.parameters())
+    for one, other in zip(*(torch.autograd.grad(x, parameters) for x in losses), strict=True):
+        torch.testing.assert_close(one, other)

@@ -153,7 +153,11 @@ def test_copies_and_pickles_hold_no_tensor_of_a_device() -> None:
 @pytest.mark.parametrize(
     ("positions", "error", "says"),
     [
-        (torch.zeros(2, 3, dtype=torch.int64), ValueError, r"shape \(N,\). Got \(2, 3\)"),
+        (
+            torch.zeros(2, 3, 1, dtype=torch.int64),
+            ValueError,
+            r"shape \(N,\) or \(B, N\). Got \(2, 3, 1\)",
+        ),
         (torch.zeros(3, dtype=torch.int32), TypeError, "int64. Got torch.int32"),
     ],
 )
@@ -162,3 +166,15 @@ def test_other_positions_are_named(
 ) -> None:
     with pytest.raises(error, match=f"positions must (be|have) {says}"):
         RotaryEmbedding(8).table(positions, torch.float32)
+
+
+@pytest.mark.parametrize("make", [RotaryEmbedding, XPosEmbedding])
+def test_each_row_may_have_positions_of_its_own(make: type[RotaryEmbedding]) -> None:
+    embedding = make(10)
+    query, key = torch.randn(3, 7, 5, 10), torch.randn(3, 7, 2, 10)
+    positions = torch.randint(1000, (3, 7))
+    found = embedding(query, key, positions, positions)
+    for b in range(3):
+        alone = embedding(query[b : b + 1], key[b : b + 1], positions[b], positions[b])
+        for one, row in zip(alone, found, strict=True):
+            torch.testing.assert_close(row[b : b + 1], one)

@@ -61,6 +61,21 @@ class DilatedKVCache:
         """Bytes held: 0 before the first call, then constant."""
         return 0 if self._held is None else sum(x.nbytes for x in self._held.tensors)
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold `attend` of one new row: a first call says of what kind."""
+        return self._held is not None and self._held.has_kernel
+
+    def next_positions(self, count: int, device: torch.device) -> Tensor:
+        """Positions of the next rows: (count,) int64, or (B, count) where batch rows differ.
+
+        In a CUDA graph they are (B, count), read from the device.
+        """
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._position is not None and not captured:
+            return torch.arange(self._position, self._position + count, device=device)
+        return self.lengths[:, None] + torch.arange(count, device=device)
+
     def attend(
         self,
         query: Tensor,
@@ -110,7 +125,7 @@ class DilatedKVCache:
         else:
             held.check_fits(query, key)
         captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
-        if held.can_decode(query, key):
+        if query.shape[1] == 1 and held.has_kernel:
             out = held.decode(scores, lengths, query, key, value)
         elif captured:
             raise RuntimeError(

@@ -267,9 +267,10 @@ class HeldRows:
         out = v.masked_fill((lse == -math.inf)[..., None], 0.0)
         return Partial(out, lse.transpose(1, 2))
 
-    def can_decode(self, query: Tensor, key: Tensor) -> bool:
+    @property
+    def has_kernel(self) -> bool:
         """Whether the kernel of one new row serves these."""
-        return query.shape[1] == 1 and _triton.unsupported(query, key) is None
+        return _triton.unsupported(self.key, self.key) is None
 
     def decode(
         self, scores: Scores, real: Tensor | None, query: Tensor, key: Tensor, value: Tensor

@@ -216,6 +216,7 @@ class MultiheadDilatedAttention(nn.Module):
         need_weights: bool = False,
         cache: DilatedKVCache | None = None,
         positions: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -229,8 +230,10 @@ class MultiheadDilatedAttention(nn.Module):
             cache: decoding state that the new rows are appended to; causal self-attention of
                 rows that follow those in the cache.
             positions: (M,) int64 positions of the keys for the position embedding, or what it made
-                of them (M, ...) in floating point; when None they count from 0, or from the
-                cache's length. The queries take the last N when causal, otherwise the first N.
+                of them (M, ...) in floating point; (B, M) where batch rows differ. When None they
+                count from 0, or from where the cache is. The queries take the last N when causal,
+                otherwise the first N.
+            lengths: (B,) int64, how many rows of each batch row are real, as in the cache's attend.
 
         Returns:
             (output (B, N, embed_dim), weights or None).
@@ -243,6 +246,8 @@ class MultiheadDilatedAttention(nn.Module):
                 dropout, or as `dilated_attention`.
         """
         self._check_input("query", query)
+        if cache is None and lengths is not None:
+            raise ValueError("lengths must be None without a cache. Got a Tensor.")
         if cache is not None:
             self._check_cached(cache, key, value, is_causal, need_weights)
         key = query if key is None else key
@@ -253,13 +258,16 @@ class MultiheadDilatedAttention(nn.Module):
         k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.position_embedding is not None:
-            start = 0 if cache is None else cache.length
-            q, k = self.position_embedding(q, k, *_positions(positions, start, q, k, is_causal))
+            if cache is not None and positions is None:
+                positions = cache.next_positions(q.shape[1], q.device)
+            q, k = self.position_embedding(q, k, *_positions(positions, q, k, is_causal))
         elif positions is not None:
             raise ValueError("positions must be None without a position_embedding. Got a Tensor.")
         if cache is not None:
             scale = cast(DilatedAttention, self.attention).scale
-            out = cache.attend(q, k, v, scale=scale, key_padding_mask=key_padding_mask)
+            out = cache.attend(
+                q, k, v, scale=scale, key_padding_mask=key_padding_mask, lengths=lengths
+            )
         else:
             out = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
         out = out.flatten(-2)
@@ -340,17 +348,22 @@ def _attention(
 
 
 def _positions(
-    positions: Tensor | None, start: int, q: Tensor, k: Tensor, is_causal: bool
+    positions: Tensor | None, q: Tensor, k: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The positions of queries and keys."""
     length, key_length = q.shape[1], k.shape[1]
     if positions is None:
         count = key_length if is_causal else max(length, key_length)
-        positions = torch.arange(start, start + count, device=q.device)
-    elif positions.shape[: 1 if positions.is_floating_point() else None] != (key_length,):
-        raise ValueError(
-            f"positions must have shape (key length,)={(key_length,)}. "
-            f"Got {tuple(positions.shape)}."
-        )
+        positions = torch.arange(count, device=q.device)
+    else:
+        # What an embedding made of positions has more dimensions after theirs.
+        shape = positions.shape[: 2 if positions.is_floating_point() else None]
+        if shape == (q.shape[0], key_length) and length == key_length:
+            return positions, positions
+        if shape[:1] != (key_length,) or (len(shape) > 1 and not positions.is_floating_point()):
+            raise ValueError(
+                f"positions must have shape (key length,)={(key_length,)}. "
+                f"Got {tuple(positions.shape)}."
+            )
     first = key_length - length if is_causal else 0
     return positions[first : first + length], positions[:key_length]

@@ -40,7 +40,8 @@ class PositionEmbedding(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Queries (B, N, H, D) and keys (B, M, H_kv, D) at positions (N,) and (M,) to new ones.
 
-        Positions are int64, or what the embedding itself made of them (N, ...), (M, ...).
+        Positions are int64, or what the embedding itself made of them (N, ...), (M, ...). They are
+        (B, N) and (B, M) where batch rows are at different ones.
         """
         ...
 

@@ -283,9 +283,12 @@ class LongNetForCausalLM(PreTrainedModel):
         logits = self.longnet.head(hidden)
         loss = None
         if labels is not None:
+            targets = labels[:, 1:]
+            if ignored is not None:
+                targets = targets.masked_fill(ignored[:, :-1], IGNORED)
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(),
-                labels[:, 1:].flatten(),
+                targets.flatten(),
                 ignore_index=IGNORED,
             )
         return CausalLMOutput(loss=loss, logits=logits)

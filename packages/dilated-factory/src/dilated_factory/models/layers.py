@@ -286,6 +286,7 @@ class TransformerDecoderLayer(TransformerLayer):
         memory_key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: DilatedKVCache | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """(B, N, E) to (B, N, E); position n sees only positions up to n, and the whole memory.
 
@@ -297,6 +298,7 @@ class TransformerDecoderLayer(TransformerLayer):
             positions: (N,) int64 for the position embedding; when None they count from 0, or from
                 the cache's length.
             cache: decoding state that the rows of ``hidden`` follow.
+            lengths: (B,) int64, of each batch row the cache is to keep so many; all when None.
 
         Raises:
             ValueError: a memory without cross attention, or the other way round.
@@ -315,6 +317,7 @@ class TransformerDecoderLayer(TransformerLayer):
             key_padding_mask=key_padding_mask,
             positions=positions,
             cache=cache,
+            lengths=lengths,
         )
 
     def _compute(

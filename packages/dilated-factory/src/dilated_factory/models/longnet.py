@@ -2,17 +2,50 @@
 
 # Shapes: B batch, N length, E embed_dim, V vocab_size.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core import DilatedAttention, DilatedKVCache
+from dilated_core.extending import check_padding_mask
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.models.head_loss import IGNORED, head_loss
 from dilated_factory.models.layers import TransformerDecoderLayer
 from dilated_factory.models.stack import LongNetStack
+
+
+class LeftAligned:
+    """Rows without their leading padding, which goes to their ends; no host waits for it.
+
+    Args:
+        key_padding_mask: (B, N) bool, True = padding; N >= 1.
+
+    Attributes:
+        lengths: (B,) int64, from the first real token of a row to its last.
+        index: (B, N) int64, where the tokens of an aligned row come from.
+        between: (B, N) bool, padding between the real tokens of aligned rows; None where none is.
+    """
+
+    def __init__(self, key_padding_mask: Tensor) -> None:
+        length = key_padding_mask.shape[1]
+        columns = torch.arange(length, device=key_padding_mask.device)
+        first = torch.where(key_padding_mask, length, columns).amin(1, keepdim=True)
+        last = torch.where(key_padding_mask, -1, columns).amax(1)
+        self.lengths = (last - first[:, 0] + 1).clamp(min=0)
+        self.index = (columns + first) % length
+        self._back = (columns - first) % length
+        between = key_padding_mask.gather(1, self.index) & (columns < self.lengths[:, None])
+        known = between.is_cpu and not torch.compiler.is_compiling()
+        none = length < 3 or (known and not between.any())
+        self.between = None if none else between
+
+    def back(self, states: Tensor) -> Tensor:
+        """Put aligned states (B, N, E) where their tokens were."""
+        return states.gather(1, self._back.unsqueeze(-1).expand(states.shape))
 
 
 class LongNetLM(LongNetStack[LongNetConfig]):
@@ -61,11 +94,32 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         caches: Sequence[DilatedKVCache] | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
-        """States after the last norm (B, N, E); arguments as in `forward`."""
+        """States after the last norm (B, N, E); all arguments but one as in `forward`.
+
+        With ``lengths``, (B,) int64, only so many tokens of a row are real, the first, and go into
+        the caches, which must be given; the mask then moves no row.
+        """
         return self._normed(
-            tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches
-        )
+            tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches,
+            lengths=lengths,
+        )  # fmt: skip
+
+    def _placed(
+        self, inputs: Tensor, **options: Any
+    ) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
+        mask, lengths = options.get("key_padding_mask"), options.get("lengths")
+        stays = options.get("positions") is not None or lengths is not None
+        if mask is None or stays or inputs.ndim != 2 or not inputs.numel():
+            return super()._placed(inputs, **options)
+        batch, length = inputs.shape
+        check_padding_mask(mask, batch, length, inputs.device)
+        rows = LeftAligned(mask)
+        options["key_padding_mask"] = rows.between
+        if options.get("caches") is not None:
+            options["lengths"] = rows.lengths
+        return self._states(inputs.gather(1, rows.index), **options), rows.back
 
     def forward(
         self,
@@ -79,7 +133,10 @@ class LongNetLM(LongNetStack[LongNetConfig]):
 
         Args:
             tokens: (B, N) int64.
-            key_padding_mask: (B, N) bool, True = no position looks at this one.
+            key_padding_mask: (B, N) bool, True = no position looks at this one. Where it hides the
+                first or last tokens of a row, the row gives what it gives alone: positions and
+                segments count from its first real token, unless ``positions`` are given. Between
+                real tokens, hidden ones keep their positions.
             positions: (N,) int64 for the position embedding, e.g. of a rank's share of a sequence;
                 when None they count from 0, or from the length of the caches.
             caches: of `new_caches`; the tokens follow those in them, and are added.
@@ -112,7 +169,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             tokens: (B, N + 1) int64, or (B, N) with targets.
             targets: (B, N) int64, what to predict at each token, e.g. in a rank's share of a
                 sequence, whose last target is the next rank's; -100 leaves a token out.
-            key_padding_mask: (B, N) bool, as in `forward`.
+            key_padding_mask: (B, N) bool, as in `forward`; hidden tokens predict nothing.
             positions: (N,) int64, as in `forward`.
             group: the ranks among which targets are divided, unevenly or not; a mesh of one
                 dimension, or a process group. Each then returns its share of the mean over all
@@ -138,6 +195,8 @@ class LongNetLM(LongNetStack[LongNetConfig]):
                 f"Got {tuple(targets.shape)}."
             )
         hidden = self.hidden_states(tokens, key_padding_mask=key_padding_mask, positions=positions)
+        if key_padding_mask is not None:
+            targets = targets.masked_fill(key_padding_mask, IGNORED)
         count, ranks = _count_targets(targets, group)
         total = head_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten())
         return total * ranks / count

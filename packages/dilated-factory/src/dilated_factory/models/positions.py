@@ -41,43 +41,45 @@ class RotaryEmbedding(nn.Module):
         return state
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """What `forward` needs of int64 positions (N,), to be made once for all layers of a model.
+        """What `forward` needs of int64 positions, to be made once for all layers of a model.
 
         Args:
-            positions: (N,) int64.
+            positions: (N,) int64, or (B, N).
             dtype: of the features to be turned.
 
         Returns:
-            Cosine and sine of each pair (N, 1 or 2, D / 2, 2) in dtype, or in float32 if that is
-            wider; the second of two is for keys.
+            Cosine and sine of each pair (..., N, 1 or 2, D / 2, 2) in dtype, or in float32 if that
+            is wider; the second of two is for keys.
 
         Raises:
-            ValueError, TypeError: ``positions`` is not (N,) or not int64.
+            ValueError, TypeError: ``positions`` is neither (N,) nor (B, N), or not int64.
         """
-        if positions.ndim != 1:
-            raise ValueError(f"positions must have shape (N,). Got {tuple(positions.shape)}.")
+        if positions.ndim not in (1, 2):
+            raise ValueError(
+                f"positions must have shape (N,) or (B, N). Got {tuple(positions.shape)}."
+            )
         if positions.dtype != torch.int64:
             raise TypeError(f"positions must be int64. Got {positions.dtype}.")
         dtype = torch.promote_types(dtype, torch.float32)
-        columns = torch.stack(self._columns(positions.unsqueeze(-1), dtype), dim=1)
-        pairs: Tensor = columns.unflatten(1, (-1, 2))
-        return pairs.transpose(2, 3).contiguous()
+        columns = torch.stack(self._columns(positions.unsqueeze(-1), dtype), dim=-2)
+        pairs: Tensor = columns.unflatten(-2, (-1, 2))
+        return pairs.transpose(-1, -2).contiguous()
 
     def forward(
         self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Turn queries (B, N, H, D) and keys (B, M, H, D).
 
-        Positions are int64 (N,) and (M,), or what `table` made of them.
+        Positions are int64 (N,) and (M,), or (B, N) and (B, M), or what `table` made of them.
         """
         of_queries, of_keys = (
             positions if positions.is_floating_point() else self.table(positions, query.dtype)
             for positions in (query_positions, key_positions)
         )
-        return _turn(query, of_queries[:, 0]), _turn(key, of_keys[:, -1])
+        return _turn(query, of_queries[..., 0, :, :]), _turn(key, of_keys[..., -1, :, :])
 
     def _columns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Columns of a table (N, D / 2) for positions (N, 1)."""
+        """Columns of a table (..., N, D / 2) for positions (..., N, 1)."""
         (turns,) = self._on(positions.device)
         return _cosine_and_sine(positions * turns, dtype)
 
@@ -172,9 +174,9 @@ def _cosine_and_sine(turns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def _turn(features: Tensor, table: Tensor) -> Tensor:
-    """Turn the feature pairs of (B, N, H, D) by cosines and sines (N, D / 2, 2)."""
+    """Turn the feature pairs of (B, N, H, D) by cosines and sines ([B,] N, D / 2, 2)."""
     wide = features.to(torch.promote_types(features.dtype, table.dtype))
-    pairs, factors = wide.reshape(*wide.shape[:-1], -1, 2), table.unsqueeze(1)
+    pairs, factors = wide.reshape(*wide.shape[:-1], -1, 2), table.unsqueeze(-3)
     if torch.compiler.is_compiling():
         (even, odd), (cosine, sine) = pairs.unbind(-1), factors.unbind(-1)
         turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1)

@@ -4,7 +4,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
@@ -135,13 +135,20 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
 
         None of them has gone through the last norm; arguments as in `forward`.
         """
-        states = self._states(inputs, key_padding_mask=key_padding_mask, positions=positions)
-        return list(states)
+        states, back = self._placed(inputs, key_padding_mask=key_padding_mask, positions=positions)
+        return [back(state) for state in states]
 
     def _normed(self, inputs: Tensor, **options: Any) -> Tensor:
+        states, back = self._placed(inputs, **options)
         # A queue of one: a list of all states would keep them alive.
-        normed: Tensor = self.norm(deque(self._states(inputs, **options), maxlen=1).pop())
+        normed: Tensor = self.norm(back(deque(states, maxlen=1).pop()))
         return normed
+
+    def _placed(
+        self, inputs: Tensor, **options: Any
+    ) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
+        """The states of inputs, wherever they are put for that, and what puts states back."""
+        return self._states(inputs, **options), lambda state: state
 
     def _states(
         self,
@@ -150,15 +157,16 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         key_padding_mask: Tensor | None,
         positions: Tensor | None,
         caches: Sequence[DilatedKVCache] | None = None,
+        lengths: Tensor | None = None,
     ) -> Iterator[Tensor]:
         if caches is not None and len(caches) != len(self.blocks):
             raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
         hidden: Tensor = self.dropout(self._embed(inputs))
         yield hidden
         options: dict[str, Any] = {"key_padding_mask": key_padding_mask}
-        options["positions"] = self._position_table(
-            hidden, positions, caches[0].length if caches else 0
-        )
+        options["positions"] = self._position_table(hidden, positions, caches)
+        if lengths is not None:
+            options["lengths"] = lengths
         for index, block in enumerate(self.blocks):
             if caches is not None:
                 options["cache"] = caches[index]
@@ -174,15 +182,20 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
             yield block
 
     def _position_table(
-        self, hidden: Tensor, positions: Tensor | None, start: int
+        self,
+        hidden: Tensor,
+        positions: Tensor | None,
+        caches: Sequence[DilatedKVCache] | None,
     ) -> Tensor | None:
         """What the position embedding makes of positions, once for all layers."""
         embedding = next(self._layers()).attention.position_embedding
         length = hidden.shape[1]
         if not isinstance(embedding, RotaryEmbedding):
             return positions
-        if positions is None:
-            positions = torch.arange(start, start + length, device=hidden.device)
+        if positions is None and caches:
+            positions = caches[0].next_positions(length, hidden.device)
+        elif positions is None:
+            positions = torch.arange(length, device=hidden.device)
         elif positions.shape != (length,):
             raise ValueError(
                 f"positions must have shape (N,)={(length,)}. Got {tuple(positions.shape)}."
