@@ -14,6 +14,7 @@ from dilated_factory import (
     generate_tokens,
     register_with_transformers,
 )
+from dilated_factory.models import generation
 from dilated_factory.models.stack import Checkpointing
 from dilated_testing import relative_error
 
@@ -113,6 +114,61 @@ def test_the_cache_changes_no_likeliest_token(model: LongNetLM) -> None:
     ]
     assert torch.equal(*found)
     assert found[0].device == prompt.device
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("stops", [(), tuple(range(30))], ids=["", "stops"])
+@pytest.mark.parametrize("positions", ["rotary", "xpos", "none"])
+def test_a_graph_of_a_step_generates_what_steps_do(
+    options: dict[str, float],
+    stops: tuple[int, ...],
+    positions: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    moved = LongNetLM(CONFIG.model_copy(update={"positions": positions})).cuda()
+    prompt, columns = torch.randint(61, (3, 117)), torch.arange(117)
+    mask = torch.stack([columns < 0, columns < 19, columns >= 70])
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
+    )
+
+    def added() -> torch.Tensor:
+        return generate_tokens(
+            moved, prompt, max_new_tokens=60, key_padding_mask=mask, stop_tokens=stops, seed=3,
+            **options,  # type: ignore[arg-type] # they fit
+        )  # fmt: skip
+
+    found = added()
+    assert replays
+    replays.clear()
+    monkeypatch.setattr(generation, "_STEPS_WORTH_A_GRAPH", 1000)
+    assert torch.equal(added(), found)
+    assert not replays
+    moved.cpu()
+    assert (added() == found).float().mean() > 0.9  # float32: a draw may fall on the other side
+
+
+def test_bytes_of_state_stay_with_the_context_and_a_graph() -> None:
+    moved = LongNetLM(CONFIG).to("cuda", torch.bfloat16)
+    caches = moved.new_caches()
+    sizes = set()
+    with torch.no_grad():
+        for length in (300, 8192 - 300):
+            moved.hidden_states(torch.randint(61, (1, length)).cuda(), caches=caches)
+            sizes.add(sum(cache.nbytes for cache in caches))
+        token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+        moved.hidden_states(token, caches=caches)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            moved.hidden_states(token, caches=caches)
+        for _ in range(300):
+            graph.replay()
+        sizes.add(sum(cache.nbytes for cache in caches))
+    assert {cache.length for cache in caches} == {8493}
+    assert len(sizes) == 1
 
 
 def test_a_slide_encoder_is_that_of_the_cpu() -> None:
