@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dilated_core import DilatedPattern
-from dilated_factory import LongNetConfig, LongNetLM, register_with_transformers
+from dilated_factory import LongNetConfig, LongNetLM, generate_tokens, register_with_transformers
 from dilated_testing import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -612,3 +612,172 @@ def test_our_model_saves_and_loads_as_one_of_theirs(tied: bool, tmp_path: Path) 
     targets = batch.masked_fill(~mask, -100)[:, 1:]
     expected = plain.loss(batch[:, :-1], targets, key_padding_mask=~mask[:, :-1])
     torch.testing.assert_close(out.loss, expected)
+
+
+def longnet(seed: int = 0) -> Any:
+    from dilated_factory.interop.transformers import LongNetForCausalLM, LongNetPreTrainedConfig
+
+    config = LongNetConfig(
+        vocab_size=61, embed_dim=32, num_heads=4, num_layers=2, segment_lengths=(5, 12, 40),
+        dilation_rates=(1, 2, 3), context=37,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model: Any = LongNetForCausalLM(LongNetPreTrainedConfig(config.model_dump()))
+    model.generation_config.pad_token_id = 0
+    return model.eval().double().requires_grad_(False)
+
+
+RAGGED = torch.stack([torch.arange(17) >= first for first in (4, 0)]).long()
+
+
+def test_our_model_generates_what_our_own_generation_does() -> None:
+    model, batch = longnet(), tokens(17)
+    found = model.generate(batch, attention_mask=RAGGED, max_new_tokens=30, do_sample=False)
+    expected = generate_tokens(
+        model.longnet, batch, key_padding_mask=RAGGED == 0, max_new_tokens=30, temperature=0
+    )
+    assert torch.equal(found[:, 17:], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 7},
+        {"num_beams": 3},
+        {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 2, "eos_token_id": list(range(1, 20))},
+        {"eos_token_id": list(range(1, 20)), "repetition_penalty": 1.3},
+        {"do_sample": True, "num_return_sequences": 3, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_their_generation_is_the_same_with_our_state_and_without(options: dict[str, Any]) -> None:
+    model, found = longnet(), []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        found.append(
+            model.generate(
+                tokens(17), attention_mask=RAGGED, max_new_tokens=30, use_cache=use_cache, **options
+            )
+        )
+    assert torch.equal(*found)
+
+
+def test_a_returned_state_is_continued_and_its_bytes_stay() -> None:
+    from dilated_factory.interop.transformers import CACHE, LongNetCache
+
+    model, batch = longnet(), tokens(17)
+    whole = model.generate(batch, attention_mask=RAGGED, max_new_tokens=30, do_sample=False)
+    first = model.generate(
+        batch, attention_mask=RAGGED, max_new_tokens=11, do_sample=False,
+        return_dict_in_generate=True, output_hidden_states=True, output_logits=True,
+    )  # fmt: skip
+    cache = getattr(first, CACHE)
+    assert isinstance(cache, LongNetCache)
+    assert cache.get_seq_length() == 27
+    nbytes = cache.nbytes
+    mask = torch.cat((RAGGED, torch.ones(2, 11, dtype=torch.int64)), 1)
+    rest = model.generate(
+        first.sequences, attention_mask=mask, max_new_tokens=19, do_sample=False, **{CACHE: cache}
+    )
+    assert torch.equal(rest, whole)
+    assert cache.nbytes == nbytes > 0
+    assert [tuple(x.shape) for x in first.hidden_states[1]] == [(2, 1, 32)] * 3
+    logits = model.longnet.head(first.hidden_states[1][-1][:, 0])
+    torch.testing.assert_close(logits.float(), first.logits[1])
+
+    chunks = model.generate(
+        batch, attention_mask=torch.ones_like(batch), max_new_tokens=5, do_sample=False,
+        prefill_chunk_size=6, **{CACHE: LongNetCache(model)},
+    )  # fmt: skip
+    assert torch.equal(chunks, model.generate(batch, max_new_tokens=5, do_sample=False))
+
+
+def test_streamers_and_stopping_criteria_are_theirs() -> None:
+    model, batch, seen = longnet(), tokens(17)[:1], []
+
+    class Streamer(transformers.generation.BaseStreamer):  # type: ignore[misc] # it has no types
+        def put(self, value: Tensor) -> None:
+            seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append([])
+
+    class Ends(transformers.StoppingCriteria):  # type: ignore[misc] # it has no types
+        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 21)
+
+    found = model.generate(
+        batch, max_new_tokens=30, do_sample=False, streamer=Streamer(), stopping_criteria=[Ends()]
+    )
+    assert found.shape == (1, 21)
+    assert [token for part in seen[1:] for token in part] == found[0, 17:].tolist()
+    assert seen[-1] == []
+
+
+def test_the_state_follows_what_transformers_does_to_a_cache() -> None:
+    from dilated_factory.interop.transformers import CACHE, LongNetCache
+
+    model, batch = longnet(), tokens(30)
+    cache = LongNetCache(model)
+
+    def step(rows: Tensor) -> Tensor:
+        logits: Tensor = model(rows, **{CACHE: cache}).logits
+        return logits
+
+    step(batch[:, :23])
+    cache.crop(-2)
+    assert cache.get_seq_length() == 21
+    assert cache.get_mask_sizes(3, 0) == (24, 0)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, False, True, True]))
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    rows = batch[torch.tensor([1, 0, 1])]
+    torch.testing.assert_close(step(rows[:, 21:]), model(rows).logits[:, 21:], rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="no longer held"):
+        cache.crop(-8)
+    assert cache.get_seq_length() == 30
+    cache.reset()
+    torch.testing.assert_close(step(rows), model(rows).logits, rtol=1e-9, atol=1e-9)
+    with pytest.raises(NotImplementedError, match="serves LongNetForCausalLM alone"):
+        cache.update(batch, batch, 0)
+
+
+def test_what_our_model_cannot_do_is_named() -> None:
+    from dilated_factory.interop import transformers as ours
+
+    model, batch = longnet(), tokens(17)
+    with pytest.raises(TypeError, match=rf"{ours.CACHE} must be a LongNetCache. Got DynamicCache"):
+        model(batch, **{ours.CACHE: transformers.DynamicCache()})
+    if ours.CACHE == "cache":
+        with pytest.warns(FutureWarning, match="past_key_values is now called cache"):
+            model(batch, past_key_values=ours.LongNetCache(model))
+        # Assisted generation takes tokens back.
+        with pytest.raises(RuntimeError, match=r"(?i)assisted decoding requires a cache"):
+            model.generate(batch[:1], max_new_tokens=9, prompt_lookup_num_tokens=3)
+
+
+def test_logits_of_some_positions_and_tuples() -> None:
+    model, batch = longnet(), tokens(17)
+    whole = model(batch).logits
+    last = torch.tensor([3, 16])
+    torch.testing.assert_close(model(batch, logits_to_keep=2).logits, whole[:, -2:])
+    torch.testing.assert_close(model(batch, logits_to_keep=last).logits, whole[:, last])
+    assert torch.equal(model(batch, return_dict=False)[0], whole)
+
+
+def test_auto_classes_know_our_model_after_one_call(tmp_path: Path) -> None:
+    from dilated_factory.interop.transformers import LongNetForCausalLM, register_longnet
+
+    longnet().save_pretrained(tmp_path)
+    register_longnet()
+    register_longnet()
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LongNetForCausalLM
+    assert transformers.AutoConfig.from_pretrained(tmp_path).longnet == loaded.config.longnet
+    batch = tokens(17)
+    assert torch.equal(
+        loaded.generate(batch, max_new_tokens=5, do_sample=False),
+        longnet().generate(batch, max_new_tokens=5, do_sample=False),
+    )

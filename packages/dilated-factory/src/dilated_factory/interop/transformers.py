@@ -6,6 +6,7 @@ Importing this module imports transformers; `dilated_factory` itself does not.
 # Shapes, transformers' layout: B batch, H heads, N queries, M keys, D head_dim.
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     create_causal_mask,
 )
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from dilated_core import DilatedPattern, dilated_attention
+from dilated_core import DilatedKVCache, DilatedPattern, dilated_attention
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.interop.over_ranks import Misplaced, fault_in_share, rank_in, refuse_share
 from dilated_factory.interop.unserved import (
@@ -245,14 +254,111 @@ class LongNetPreTrainedConfig(PreTrainedConfig):
         config = LongNetConfig.model_validate(longnet or {})
         self.longnet = config.model_dump(mode="json")
         options["tie_word_embeddings"] = config.tie_embeddings
+        # Names by which transformers asks every configuration.
+        self.vocab_size, self.hidden_size = config.vocab_size, config.embed_dim
+        self.num_hidden_layers, self.num_attention_heads = config.num_layers, config.num_heads
         super().__init__(**options)
 
 
-class LongNetForCausalLM(PreTrainedModel):
-    """`LongNetLM` as one of transformers' models, with save_pretrained and from_pretrained.
+class _StateOfLayer(CacheLayerMixin):
+    """A `DilatedKVCache` as a layer of transformers' cache.
+
+    Attributes:
+        state: what is kept.
+        columns: columns of input ids seen, padding included, which is what transformers counts.
+    """
+
+    # Rows that the start of a segment wrote over do not come back.
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, state: DilatedKVCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # it has no types
+        self.state, self.columns, self.is_initialized = state, 0, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the first call takes the memory."""
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """There are no keys of all positions to hand out."""
+        raise NotImplementedError("a LongNetCache serves LongNetForCausalLM alone.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns with the new ones, and where they begin."""
+        return self.columns + int(query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Columns seen."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """There is no end."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # in older versions
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state.reset()
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows of beams."""
+        self.state.reorder(beam_idx.to(self.state.lengths.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        rows = torch.arange(len(self.state.lengths), device=self.state.lengths.device)
+        self.state.reorder(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last -tokens columns, all of real tokens, or all after the first tokens.
+
+        Raises:
+            ValueError: rows that are needed again are no longer held.
+        """
+        # Before crops were counted from the end, 0 took back all.
+        after = self.columns + tokens if tokens < 0 or CACHE == "cache" else tokens
+        gone = self.columns - min(after, self.columns)
+        if gone:
+            self.state.truncate(self.state.lengths - gone)
+            self.columns -= gone
+
+
+class LongNetCache(Cache):
+    """State of constant size behind transformers' cache: what `LongNetForCausalLM` decodes with.
+
+    Args:
+        model: the `LongNetForCausalLM`.
+    """
+
+    def __init__(self, model: "LongNetForCausalLM") -> None:
+        self.of_layers = [_StateOfLayer(state) for state in model.longnet.new_caches()]
+        super().__init__(layers=list(self.of_layers))
+
+    @property
+    def states(self) -> list[DilatedKVCache]:
+        """The state of each layer."""
+        return [layer.state for layer in self.of_layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, however long the context is."""
+        return sum(state.nbytes for state in self.states)
+
+
+class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
+    """`LongNetLM` as one of transformers' models: save_pretrained, from_pretrained, generate.
 
     ``LongNetForCausalLM(LongNetPreTrainedConfig(config.model_dump()))``; the model itself is in
-    ``.longnet``, and `dilated_factory.models.generation.generate_tokens` generates with it.
+    ``.longnet``. It decodes with a `LongNetCache`. Assisted generation, which takes tokens back,
+    cannot: rows that the start of a segment wrote over are gone.
     """
 
     config_class = LongNetPreTrainedConfig
@@ -265,30 +371,92 @@ class LongNetForCausalLM(PreTrainedModel):
         self.longnet = LongNetLM(LongNetConfig.model_validate(config.longnet))
         self.post_init()  # type: ignore[no-untyped-call] # it has no types
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.longnet.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.longnet.head
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Its own is made by the first forward.
+        return False
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> CausalLMOutput:
+        cache: LongNetCache | None = None,
+        past_key_values: LongNetCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, N, V), and with labels the mean loss of the next token in nats.
 
         Args:
             input_ids: (B, N) int64.
-            attention_mask: (B, N), 0 = ignore.
-            labels: (B, N) int64, as ``input_ids``; -100 leaves a token out.
+            attention_mask: (B, N) or, with a cache, (B, columns so far + N), 0 = ignore. A row with
+                padding on either side gives what it gives alone.
+            labels: (B, N) int64, as ``input_ids``; -100 leaves a token out, and tokens that the
+                mask hides predict nothing.
+            cache: what earlier calls left, which the input follows and is added to.
+            past_key_values: its older name.
+            use_cache: return a new cache where none is given; False when None.
+            output_hidden_states: also return what enters the first layer and what leaves each, the
+                last after the last norm.
+            logits_to_keep: of so many last positions, or of these; 0 means all.
+            return_dict: False returns a tuple.
+
+        Raises:
+            TypeError: the cache is no `LongNetCache`.
         """
-        ignored = None if attention_mask is None else ~attention_mask.to(torch.bool)
-        hidden = self.longnet.hidden_states(input_ids, key_padding_mask=ignored)
-        logits = self.longnet.head(hidden)
+        if past_key_values is not None:
+            if CACHE == "cache":
+                warnings.warn("past_key_values is now called cache.", FutureWarning, stacklevel=2)
+            cache = past_key_values
+        if cache is None and use_cache:
+            cache = LongNetCache(self)
+        if cache is not None and not isinstance(cache, LongNetCache):
+            raise TypeError(f"{CACHE} must be a LongNetCache. Got {type(cache).__name__}.")
+        length = input_ids.shape[1]
+        options: dict[str, Any] = {}
+        if attention_mask is not None:
+            options["key_padding_mask"] = ~attention_mask[:, -length:].to(torch.bool)
+        if cache is not None:
+            options["caches"] = cache.states
+        if output_hidden_states:
+            states = self.longnet.layer_states(input_ids, **options)
+            states[-1] = hidden = self.longnet.norm(states[-1])
+        else:
+            hidden = self.longnet.hidden_states(input_ids, **options)
+        for layer in () if cache is None else cache.of_layers:
+            layer.columns += length
+        if isinstance(logits_to_keep, Tensor):
+            logits = self.longnet.head(hidden[:, logits_to_keep])
+        else:
+            logits = self.longnet.head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             targets = labels[:, 1:]
-            if ignored is not None:
-                targets = targets.masked_fill(ignored[:, :-1], IGNORED)
+            if attention_mask is not None:
+                targets = targets.masked_fill(options["key_padding_mask"][:, :-1], IGNORED)
             loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(),
-                targets.flatten(),
-                ignore_index=IGNORED,
+                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
             )
-        return CausalLMOutput(loss=loss, logits=logits)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        if cache is not None:
+            setattr(output, CACHE, cache)
+        if output_hidden_states:
+            output.hidden_states = tuple(states)
+        return output.to_tuple() if return_dict is False else output
+
+
+def register_longnet() -> None:
+    """Make AutoConfig and AutoModelForCausalLM know `LongNetForCausalLM`; again changes nothing."""
+    AutoConfig.register(LongNetPreTrainedConfig.model_type, LongNetPreTrainedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LongNetPreTrainedConfig, LongNetForCausalLM, exist_ok=True)

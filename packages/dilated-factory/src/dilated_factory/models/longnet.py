@@ -106,6 +106,23 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             lengths=lengths,
         )  # fmt: skip
 
+    def layer_states(
+        self,
+        inputs: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: Sequence[DilatedKVCache] | None = None,
+    ) -> list[Tensor]:
+        """What enters the first layer and what leaves each: num_layers + 1 tensors (B, N, E).
+
+        None of them has gone through the last norm; arguments as in `forward`.
+        """
+        states, back = self._placed(
+            inputs, key_padding_mask=key_padding_mask, positions=positions, caches=caches
+        )
+        return [back(state) for state in states]
+
     def _placed(
         self, inputs: Tensor, **options: Any
     ) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
