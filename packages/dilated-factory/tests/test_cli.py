@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from dilated_factory.cli import main
 from dilated_factory.cli.evaluate import evaluation_table
+from dilated_factory.cli.generate import Continuation
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
 from dilated_factory.training import corpus as corpus_module
 from dilated_factory.training.corpus import load_corpus, standard_library
@@ -69,6 +71,50 @@ def test_train_evaluate_generate(capsys: Captured, corpus_folder: Path, tmp_path
     assert code == 0
     assert said.startswith("def ")
     assert run(capsys, *generate)[1] == said
+
+
+def test_prompts_of_files_and_options_are_continued_together(
+    capsys: Captured, finished_run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompt"
+    file.write_bytes("né ".encode() + b"\xff\x1b[2J")
+    options = ("--max-bytes", 40, "--temperature", 0, "--prompt-file", file, "--prompt", "def ")
+    code, said, told = run(capsys, "generate", finished_run, *options)
+    assert code == 0
+    assert said.startswith("def ")  # options come first, then files
+    assert "né \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[2J" in said
+    assert re.fullmatch(r"prompt \d+\.\d\d s, then [\d,]+ bytes/s\n", told)
+    alone = [
+        run(capsys, "generate", finished_run, "--max-bytes", 40, "--temperature", 0, *one)[1]
+        for one in (("--prompt", "def "), ("--prompt-file", file))
+    ]
+    assert said == "".join(alone)
+    default = run(capsys, "generate", finished_run, "--max-bytes", 1)
+    assert default[0] == 0
+    assert default[1].startswith("import ")
+    assert default[2] == ""  # one byte has no rate
+
+
+def test_a_stop_ends_a_continuation_and_is_not_printed(
+    capsys: Captured, finished_run: Path
+) -> None:
+    greedy = ("generate", finished_run, "--temperature", 0, "--prompt", "def ")
+    added = run(capsys, *greedy, "--max-bytes", 40)[1][len("def ") : -1]
+    assert len(added) == 40
+    stop = added[7:10]
+    said = run(capsys, *greedy, "--max-bytes", 40, "--stop", "no such text", "--stop", stop)[1]
+    assert said == "def " + added[: added.index(stop)] + "\n"
+
+
+def test_text_comes_as_soon_as_no_stop_can_begin_in_it() -> None:
+    text = Continuation(b"p", [b"abc", b"bd"])
+    seen = []
+    for byte in "xabé".encode() + b"aabd.":
+        text.add(byte)
+        seen.append(text.ready)
+        text.ready = ""
+    assert seen == ["px", "", "", "ab", "é", "", "a", "", "a\n", ""]
+    assert text.stopped
 
 
 def test_evaluate_scores_files_of_the_users_choice(
@@ -200,6 +246,17 @@ def test_bad_requests_to_a_good_run_are_one_line(capsys: Captured, finished_run:
     assert "temperature" in complaint(capsys, "generate", finished_run, "--temperature", "nan")
     assert "seed must be in" in complaint(capsys, "generate", finished_run, "--seed", 2**63)
     assert "--top-k" in complaint(capsys, "generate", finished_run, "--top-k", 0)
+    assert "top_p must be" in complaint(capsys, "generate", finished_run, "--top-p", 0)
+    assert "--stop" in complaint(capsys, "generate", finished_run, "--stop", "")
+    missing = finished_run / "missing"
+    assert "--prompt-file must be" in complaint(
+        capsys, "generate", finished_run, "--prompt-file", missing
+    )
+    (finished_run / "empty").touch()
+    assert "which is empty" in complaint(
+        capsys, "generate", finished_run, "--prompt-file", finished_run / "empty"
+    )
+    (finished_run / "empty").unlink()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

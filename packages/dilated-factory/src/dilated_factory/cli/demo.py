@@ -63,7 +63,7 @@ def demo(
     prompt = _PROMPT.encode()
     sample = generate(trained.model, prompt, max_bytes=240, temperature=0.7, seed=seed)
     console.print("sample, after a prompt of four lines:")
-    console.print(printable(prompt + sample), soft_wrap=True)
+    console.print(printable((prompt + sample).decode("utf-8", "replace")), soft_wrap=True)
     at_training = {score.context: score.bits_per_byte for score in evaluation.scores}
     bits = at_training[DEMO_MODEL.context]
     return _verdict(bits, evaluation.baselines, console)
