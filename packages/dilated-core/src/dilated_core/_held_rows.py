@@ -63,6 +63,20 @@ class BranchRows(NamedTuple):
     kv_heads: Tensor
 
 
+class Places(NamedTuple):
+    """Where new rows go, each (B or 1, places) int64.
+
+    Attributes:
+        to: the slot, or the last row for those that nothing keeps.
+        row: which of the new rows.
+        kv_head: its key head.
+    """
+
+    to: Tensor
+    row: Tensor
+    kv_head: Tensor
+
+
 class RowTable:
     """Where rows go, for a pattern and numbers of heads.
 
@@ -80,6 +94,7 @@ class RowTable:
         self.pattern, self.heads, self.kv_heads = pattern, heads, kv_heads
         self.branches: list[BranchRows] = []
         self._counts: dict[tuple[int, ...], Tensor] = {}
+        self._recent: tuple[tuple[int, int], Places] | None = None
         group, self.rows = heads // kv_heads, 0
         head_rows, head_offsets = [], []
         for (w, r), found in zip(pattern.branches, pattern.streams(heads), strict=True):
@@ -123,6 +138,38 @@ class RowTable:
             at = self.head_offsets.new_tensor(offsets)[:, None]
             known = self._counts[offsets] = (self.head_offsets == at).sum(0).double().log()
         return known.to(dtype)
+
+    def places_after(self, position: int, count: int) -> "Places":
+        """`places` where all batch rows are at one position; kept for the next layers."""
+        if self._recent is not None and self._recent[0] == (position, count):
+            return self._recent[1]
+        old = torch.full((1, 1), position, device=self.sizes.device)
+        places = self.places(old, old + count, count)
+        if not torch.compiler.is_compiling():
+            self._recent = (position, count), places
+        return places
+
+    def places(self, old: Tensor, new: Tensor, count: int) -> "Places":
+        """Where new rows go, of which each batch row has at most `count`.
+
+        Args:
+            old: (B, 1) int64, how many positions were seen before.
+            new: (B, 1) int64, and after.
+            count: the most new rows.
+        """
+        found = []
+        for branch in self.branches:
+            w, r = branch.segment_length, branch.dilation_rate
+            # Of so many positions no two share a slot.
+            at = new - 1 - torch.arange(min(count, w), device=old.device)
+            inside = at % w
+            kept = (at >= old) & (at - inside == (new - 1) // w * w)
+            first = branch.first[inside % r]  # (B, positions, streams)
+            there = kept.unsqueeze(-1) & (first >= 0)
+            to = torch.where(there, first + (inside // r).unsqueeze(-1), self.rows)
+            row = (at - old).clamp_(min=0).unsqueeze(-1).expand(to.shape)
+            found.append([x.flatten(1) for x in (to, row, branch.kv_heads[inside % r])])
+        return Places(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
 @lru_cache(maxsize=64)
@@ -308,7 +355,7 @@ class HeldRows:
         if key.shape[1] == 1 and position is not None and lengths is None:
             writes = self._writes_of_one(position, key, value, padding)
         else:
-            writes = self._writes(lengths, key, value, padding)
+            writes = self._writes(position, lengths, key, value, padding)
         # All that takes memory is done before the first row changes.
         for write in list(writes):
             write()
@@ -327,28 +374,22 @@ class HeldRows:
                 yield partial(self.padding[:, rows].copy_, padding)
 
     def _writes(
-        self, lengths: Tensor | None, key: Tensor, value: Tensor, padding: Tensor | None
-    ) -> Iterator[Callable[[], object]]:
-        device, count = key.device, key.shape[1]
-        old = self.lengths[:, None]
-        new = old + (count if lengths is None else lengths[:, None])
-        batch = torch.arange(len(old), device=device)[:, None, None]
-        for branch in self.table.branches:
-            w, r = branch.segment_length, branch.dilation_rate
-            # Of so many positions no two share a slot.
-            at = new - 1 - torch.arange(min(count, w), device=device)
-            inside = at % w
-            kept = (at >= old) & (at - inside == (new - 1) // w * w)
-            first = branch.first[inside % r]  # (B, positions, streams)
-            there = kept.unsqueeze(-1) & (first >= 0)
-            to = torch.where(there, first + (inside // r).unsqueeze(-1), self.table.rows)
-            row = (at - old).clamp_(min=0).unsqueeze(-1)
-            kv_head = branch.kv_heads[inside % r]
-            for mine, rows in ((self.key, key), (self.value, value)):
-                yield partial(mine.index_put_, (batch, to), rows[batch, row, kv_head])
-            if padding is not None:
-                ignored = padding[batch, row].expand(to.shape)
-                yield partial(self.padding.index_put_, (batch, to), ignored)
+        self, position: int | None, lengths: Tensor | None, key: Tensor, value: Tensor,
+        padding: Tensor | None,
+    ) -> Iterator[Callable[[], object]]:  # fmt: skip
+        if position is not None and lengths is None:
+            places = self.table.places_after(position, key.shape[1])
+        else:
+            old = self.lengths[:, None]
+            new = old + (key.shape[1] if lengths is None else lengths[:, None])
+            places = self.table.places(old, new, key.shape[1])
+        batch = torch.arange(len(key), device=key.device)[:, None]
+        to, row, kv_head = places
+        for mine, rows in ((self.key, key), (self.value, value)):
+            yield partial(mine.index_put_, (batch, to), rows[batch, row, kv_head])
+        if padding is not None:
+            ignored = padding[batch, row]
+            yield partial(self.padding.index_put_, (batch, to), ignored)
 
 
 def _attend_new(
