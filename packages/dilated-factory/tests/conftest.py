@@ -3,12 +3,14 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dilated_factory import LongNetConfig, TrainConfig
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
+from dilated_factory.training.run_folder import RunFolder
 
 WORDS = b"def return import class self for while if else lambda yield pass".split()
 TINY_OPTIONS = [
@@ -52,10 +54,19 @@ def finished_run(tiny_train: TrainConfig, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def start(config: TrainConfig, path: Path, *, checkpoint_every: int = 100) -> Trainer:
+def start(config: TrainConfig, path: Path, **options: Any) -> Trainer:
     """A trainer at step 0 in a new run folder."""
     corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
-    return Trainer.start(path, config, corpus, checkpoint_every=checkpoint_every)
+    return Trainer.start(path, config, corpus, **options)
+
+
+def resume(path: Path, **options: Any) -> Trainer:
+    """A trainer at the newest checkpoint of a run folder."""
+    run = RunFolder.open(path)
+    corpus = load_corpus(run.config.paths, validation_fraction=run.config.validation_fraction)
+    trainer = Trainer(run, corpus, **options)
+    trainer.restore()
+    return trainer
 
 
 def losses(metrics: Sequence[dict[str, float]]) -> list[float]:

@@ -14,16 +14,15 @@ import torch
 
 from dilated_factory import LongNetConfig, RunError, TrainConfig
 from dilated_factory.cli.signals import SIGNALS, StopRequest
-from dilated_factory.training.corpus import load_corpus
-from dilated_factory.training.loop import Trainer, initial_model, select_device
+from dilated_factory.training.loop import initial_model, select_device
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.schedule import learning_rate_factor
 
-from .conftest import TINY_OPTIONS, losses, start
+from .conftest import TINY_OPTIONS, losses, resume, start
 
 # Trains until step 30, then dies as by `kill -9`: no handler runs, nothing is flushed.
 KILLED_AT_30 = """
-import os, signal, sys
+import os, signal, sys, time
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
 from dilated_factory import TrainConfig
@@ -31,16 +30,11 @@ config = TrainConfig.model_validate_json(sys.argv[2])
 trainer = Trainer.start(sys.argv[1], config, load_corpus(config.paths), checkpoint_every=20)
 def die(metrics):
     if metrics.step == 30:
+        while not trainer.run.checkpoints():  # it is written beside the training
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 trainer.train(on_step=die)
 """
-
-
-def resume(path: Path) -> Trainer:
-    run = RunFolder.open(path)
-    trainer = Trainer(run, load_corpus(run.config.paths))
-    trainer.restore()
-    return trainer
 
 
 def test_the_loss_falls(finished_run: Path) -> None:
@@ -261,15 +255,39 @@ def test_metrics_are_json_lines_with_the_stated_fields(finished_run: Path) -> No
     assert last["bits_per_byte"] == pytest.approx(last["loss"] * 1.4426950408889634)
 
 
-def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
-    factors = [learning_rate_factor(step / 100, 0.2) for step in range(101)]
-    assert factors[0] > 0
-    assert factors[:21] == sorted(factors[:21])
-    assert factors[20] == max(factors) == 1.0
-    assert factors[20:] == sorted(factors[20:], reverse=True)
-    assert factors[60] == pytest.approx(0.5)
-    assert factors[100] == 0.0
-    assert learning_rate_factor(0.0, 0.0) == 1.0
+def factors(**fields: Any) -> list[float]:
+    """The share of the peak that each of 100 steps has, and the one past the last."""
+    config = TrainConfig(steps=100, **fields)
+    return [learning_rate_factor(config, step, step / 100) for step in range(101)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [{"warmup": 0.2}, {"warmup_steps": 20}])
+def test_the_learning_rate_warms_up_and_decays_to_nothing(
+    schedule: str, warmup: dict[str, float]
+) -> None:
+    found = factors(schedule=schedule, **warmup)
+    assert found[0] > 0
+    assert found[:21] == sorted(found[:21])
+    assert found[20] == max(found) == 1.0
+    assert found[20:] == sorted(found[20:], reverse=True)
+    assert found[10] == pytest.approx(0.5)
+    assert found[60] == pytest.approx(1.0 if schedule == "wsd" else 0.5)
+    assert found[100] == pytest.approx(0.0, abs=1e-12)
+    assert factors(schedule=schedule, warmup=0)[0] == 1.0
+
+
+def test_schedules_have_their_shapes() -> None:
+    assert factors(warmup=0, schedule="cosine")[25] == pytest.approx((1 + 0.5**0.5) / 2)
+    stable = factors(warmup=0, schedule="wsd", decay=0.4)
+    assert stable[60] == 1.0
+    assert stable[80] == pytest.approx(0.5)
+
+
+def test_a_run_by_the_clock_warms_up_by_steps_too() -> None:
+    config = TrainConfig(minutes=1, warmup_steps=10)
+    assert learning_rate_factor(config, 5, 0.0) == pytest.approx(0.5)
+    assert learning_rate_factor(config, 50, 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -32,22 +32,26 @@ class StackConfig(FrozenConfig):
     `default_pattern(context)`; a configuration in a file carries its own.
     """
 
-    embed_dim: int = Field(default=128, ge=1)
-    num_heads: int = Field(default=4, ge=1)
-    num_layers: int = Field(default=3, ge=1)
-    ffn_dim: int | None = Field(default=None, ge=1, description="None means 4 * embed_dim")
+    embed_dim: int = Field(default=128, ge=1, description="width of the model")
+    num_heads: int = Field(default=4, ge=1, description="attention heads")
+    num_layers: int = Field(default=3, ge=1, description="blocks")
+    ffn_dim: int | None = Field(
+        default=None, ge=1, description="width of the feed-forward layer; none means 4 * embed_dim"
+    )
     segment_lengths: tuple[int, ...] = Field(
         default=(), description="of each branch; none means those of `default_pattern(context)`"
     )
-    dilation_rates: tuple[int, ...] = Field(default=(), description="given with segment_lengths")
-    head_offsets: HeadOffsets = "interleaved"
+    dilation_rates: tuple[int, ...] = Field(
+        default=(), description="of each branch; given with segment_lengths"
+    )
+    head_offsets: HeadOffsets = Field(default="interleaved", description="which rows a head keeps")
     count_padding: bool = Field(default=False, description="torchscale's habit, not causal only")
     context: int = Field(default=8192, ge=1, description="length that the model is trained at")
-    positions: Positions = "rotary"
-    rotary_base: float = Field(default=10000.0, gt=1)
-    xpos_scale_base: int = Field(default=512, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    positions: Positions = Field(default="rotary", description="position embedding")
+    rotary_base: float = Field(default=10000.0, gt=1, description="base of the rotary angles")
+    xpos_scale_base: int = Field(default=512, ge=1, description="distance over which xPos decays")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate")
+    layer_norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of all norms")
     float32_gelu: bool = Field(default=False, description="torchscale's habit, even in float64")
 
     @model_validator(mode="after")
@@ -109,9 +113,9 @@ class LongNetConfig(StackConfig):
     """
 
     kind: Literal["longnet"] = "longnet"
-    vocab_size: int = Field(default=256, ge=1)
-    scale_embedding: bool = Field(default=True, description="times sqrt(embed_dim)")
-    tie_embeddings: bool = True
+    vocab_size: int = Field(default=256, ge=1, description="different tokens; 256 are bytes")
+    scale_embedding: bool = Field(default=True, description="embedding times sqrt(embed_dim)")
+    tie_embeddings: bool = Field(default=True, description="one weight for embedding and head")
 
 
 class LongNetEncoderConfig(StackConfig):
@@ -135,6 +139,13 @@ class LongNetEncoderConfig(StackConfig):
         return self
 
 
+class Parent(FrozenConfig):
+    """Where a run began that goes on from another."""
+
+    run: str = Field(description="its folder")
+    step: int = Field(ge=0, description="of the checkpoint")
+
+
 class TrainConfig(FrozenConfig):
     """Everything that decides a loss curve: model, corpus, batches, optimizer, duration, seed.
 
@@ -147,26 +158,58 @@ class TrainConfig(FrozenConfig):
     """
 
     kind: Literal["train"] = "train"
-    model: LongNetConfig = LongNetConfig()
+    model: LongNetConfig = Field(default=LongNetConfig(), description="shape of the model")
     paths: tuple[str, ...] = Field(
         default=(), description="files and folders; none means the standard library of Python"
     )
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
-    steps: int | None = Field(default=None, ge=1)
-    minutes: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=1, ge=1, description="sequences per step")
-    learning_rate: float = Field(default=8e-3, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the run")
-    gradient_clip: float = Field(default=0.3, gt=0)
-    dtype: Dtype = "float32"
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    validation_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="share of the files that is held out"
+    )
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps to take")
+    minutes: float | None = Field(default=None, gt=0, description="train for this long instead")
+    batch_size: int = Field(default=1, ge=1, description="sequences per step, of all processes")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="sequences at once in a process; none means all of its share",
+    )
+    optimizer: Literal["muon", "adamw"] = Field(
+        default="muon", description="of the matrices in the blocks; all else has adamw"
+    )
+    learning_rate: float = Field(default=8e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices, times learning rate")
+    schedule: Literal["linear", "cosine", "wsd"] = Field(
+        default="linear", description="how the rate falls to zero; wsd is constant, then linear"
+    )
+    decay: float = Field(default=0.2, gt=0, le=1, description="share of the run in which wsd falls")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the run that warms up")
+    warmup_steps: int | None = Field(default=None, ge=0, description="warm up by steps instead")
+    gradient_clip: float = Field(default=0.3, gt=0, description="largest norm of all gradients")
+    validate_every: int | None = Field(
+        default=None, ge=1, description="steps between looks at held-out bytes; none means never"
+    )
+    validation_bytes: int = Field(default=65536, ge=1, description="about how many, each time")
+    recompute: Literal["none", "feed_forward", "all"] = Field(
+        default="none", description="of each block, what backward computes again to save memory"
+    )
+    dtype: Dtype = Field(default="float32", description="bfloat16 is mixed precision")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, batches and dropout")
+    parent: Parent | None = Field(default=None, description="the run whose weights this began with")
 
     @model_validator(mode="after")
-    def _one_duration(self) -> Self:
+    def _fits_together(self) -> Self:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(
                 "exactly one of steps and minutes is required. "
                 f"Got steps={self.steps}, minutes={self.minutes}."
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size must divide batch_size ({self.batch_size}). "
+                f"Got {self.micro_batch_size}."
+            )
+        if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be less than steps ({self.steps}). Got {self.warmup_steps}."
             )
         return self

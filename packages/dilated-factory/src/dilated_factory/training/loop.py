@@ -2,10 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch.optim import Optimizer
@@ -14,7 +16,9 @@ from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.layers import AttentionFactory
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.training.background import Ahead, Beside
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
+from dilated_factory.training.compiling import compile_blocks, recompute
 from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.lock import FolderLock
 from dilated_factory.training.optimizer import (
@@ -25,10 +29,12 @@ from dilated_factory.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from dilated_factory.training.parallel import Parallel
+from dilated_factory.training.parallel import Parallel, Share
+from dilated_factory.training.readback import Readback, to_host
 from dilated_factory.training.run_folder import RunFolder, RunState, read_tensors, tensor_folder
 from dilated_factory.training.schedule import learning_rate_factor
 from dilated_factory.training.shards import forms_in, load_shards, save_shards
+from dilated_factory.training.validation import validation_starts
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,33 @@ class StepMetrics:
     bytes_read: int  # in all steps so far
     elapsed_seconds: float  # of training so far
     progress: float  # share of the run that is done, 0 to 1
+    validation_bits_per_byte: float | None = None  # of held-out bytes, after steps that looked
+
+    def record(self) -> dict[str, float]:
+        """What metrics.jsonl says of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Best(NamedTuple):
+    """The least validation loss of a run."""
+
+    step: int
+    bits_per_byte: float
+
+
+class _Launched(NamedTuple):
+    """A step that the device has been told to take."""
+
+    step: int
+    learning_rate: float
+    losses: torch.Tensor  # (2,): nats per byte, norm of the gradients
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers are on their way to the host."""
+
+    launched: _Launched
+    numbers: Readback
 
 
 def select_device(name: str) -> torch.device:
@@ -74,7 +107,9 @@ class Trainer:
         run: the folder that everything is written to; its ``config`` decides the loss curve.
         corpus: what to train on.
         parallel: where to compute, and with which other processes; by default on the CPU, alone.
-        checkpoint_every: steps between checkpoints, the most that a killed run loses.
+        checkpoint_every: steps between checkpoints. A killed run loses at most these, and those
+            that were taken while the last one was written.
+        compiled: whether the blocks go through torch.compile.
     """
 
     def __init__(
@@ -84,6 +119,7 @@ class Trainer:
         *,
         parallel: Parallel = ALONE,
         checkpoint_every: int = 100,
+        compiled: bool = False,
     ) -> None:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1. Got {checkpoint_every}.")
@@ -93,15 +129,24 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.step = 0
         self.elapsed_seconds = 0.0
+        self.best: Best | None = None
         parallel.require_fit(run.config)
         parallel.require_same("corpus", corpus.digest)
         self.model = initial_model(run.config, parallel.attention(run.config))
+        recompute(self.model, run.config.recompute)
+        if compiled:
+            compile_blocks(self.model)
         self._loss = parallel.loss_of(self.model)
         self.optimizers: list[Optimizer] = build_optimizers(
             self.model, run.config, sharded=parallel.is_sharded
         )
         self._holds_folder = False
         self._lock: FolderLock | None = None  # on the main rank
+        self._stopping = False
+        # A device that works beside the host has its next step while the last one's loss arrives.
+        self._lag = 1 if parallel.device.type == "cuda" else 0
+        self._shares = Ahead[list[Share]]()
+        self._seconds = 0.0  # of this process; elapsed_seconds is what all have agreed on
 
     @classmethod
     def start(
@@ -112,14 +157,18 @@ class Trainer:
         *,
         parallel: Parallel = ALONE,
         checkpoint_every: int = 100,
+        compiled: bool = False,
     ) -> Self:
         """Make a run folder and a trainer at step 0; nothing is written if the input is unfit.
 
         Raises:
             RunError: something is already at ``path``.
             InputError: the processes cannot share the batch and its sequences.
-            CorpusError: the corpus is shorter than the context.
+            CorpusError: the corpus is shorter than the context, or what is held out of it, if the
+                run is to be validated.
         """
+        if config.validate_every is not None:
+            validation_starts(len(corpus.validation), config.model.context, 1, 1)
         first_batch = batch_offsets(
             len(corpus.train),
             context=config.model.context,
@@ -135,7 +184,9 @@ class Trainer:
             RunFolder.create(path, config)
         parallel.barrier()
         run = RunFolder.open(path)
-        trainer = cls(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
+        trainer = cls(
+            run, corpus, parallel=parallel, checkpoint_every=checkpoint_every, compiled=compiled
+        )
         trainer._hold_folder()
         return trainer
 
@@ -154,13 +205,15 @@ class Trainer:
             raise
 
     def _go_back(self) -> None:
-        self.step = 0
+        self.step, self.best = 0, None
         if self.run.checkpoints():
             folder, state = self.run.newest()
             if state.corpus_digest != self.corpus.digest:
                 raise RunError("the corpus has changed since this run was started.")
             self._load(folder)
             self.step, self.elapsed_seconds = state.step, state.elapsed_seconds
+            if state.best_step is not None and state.best_bits_per_byte is not None:
+                self.best = Best(state.best_step, state.best_bits_per_byte)
         self.parallel.barrier()
         if self.parallel.is_main:
             self.run.truncate_metrics(self.step)
@@ -175,44 +228,143 @@ class Trainer:
 
         It stops on all ranks once it should on any. The global random state of torch is left as it
         was found.
+
+        Raises:
+            RunError: the loss became infinite or no number.
+            OSError: a checkpoint could not be written.
         """
         self._hold_folder()
         self.model.train()
         device = self.parallel.device
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                while not self._agree(should_stop()) and self.progress < 1:
-                    metrics = self._take_step()
-                    if self.parallel.is_main:
-                        self.run.append_metrics(asdict(metrics))
-                    on_step(metrics)
-                    if self.step % self.checkpoint_every == 0:
-                        self.save()
-            self.save()
+            with (
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                Beside() as writing,
+            ):
+                self._agree(should_stop())
+                self._take_steps(on_step, should_stop, writing)
+                writing.wait()
+                self.save()
         finally:
+            self._shares.close()
             self._leave_folder()
         return self.progress >= 1
+
+    def _take_steps(
+        self,
+        on_step: Callable[[StepMetrics], None],
+        should_stop: Callable[[], bool],
+        writing: Beside,
+    ) -> None:
+        pending = deque[_Pending]()
+        while not self._stopping and self.progress < 1:
+            with self._clock():
+                launched = self._take_step()
+            vote = float(should_stop()), self._seconds
+            pending.append(
+                _Pending(launched, Readback(self.parallel.average(launched.losses, vote)))
+            )
+            writing.check()
+            due = self.step % self.checkpoint_every == 0
+            looks = self._looks_at(self.step)
+            while len(pending) > (0 if due or looks else self._lag):
+                with self._clock():
+                    metrics = self._read(pending.popleft())
+                if looks and not pending:
+                    metrics = replace(metrics, validation_bits_per_byte=self.validate())
+                    due |= self._is_best(metrics)
+                if self.parallel.is_main:
+                    self.run.append_metrics(metrics.record())
+                on_step(metrics)
+            if due:
+                self._save_beside(writing)
+        while pending:
+            metrics = self._read(pending.popleft())
+            if self.parallel.is_main:
+                self.run.append_metrics(metrics.record())
+            on_step(metrics)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Count what is done within it as training."""
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+
+    def _looks_at(self, step: int) -> bool:
+        every = self.run.config.validate_every
+        return every is not None and (step % every == 0 or step == self.run.config.steps)
+
+    def _is_best(self, metrics: StepMetrics) -> bool:
+        """Whether validation was never better; if so it is noted."""
+        bits = metrics.validation_bits_per_byte
+        assert bits is not None
+        if self.best is not None and self.best.bits_per_byte <= bits:
+            return False
+        self.best = Best(metrics.step, bits)
+        return True
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean bits of held-out bytes, in windows of one context; a collective call."""
+        config, data = self.run.config, self.corpus.validation
+        ranks, context = self.parallel.data_ranks, config.model.context
+        starts = validation_starts(len(data), context, config.validation_bytes, ranks)
+        rows = config.micro_batch_size or config.batch_size // ranks
+        total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
+        was_training = self.model.training
+        self.model.eval()
+        for part in starts.split(rows * ranks):
+            windows = gather_windows(data, part, context + 1)
+            (share,) = self.parallel.shares(windows)
+            with autocast(self.parallel.device, config.dtype):
+                loss = self._loss(*share.to(self.parallel.device))
+            total += loss * (len(part) / len(starts))
+        self.model.train(was_training)
+        (nats,) = self.parallel.mean([total.item()])
+        return nats / math.log(2)
 
     @property
     def progress(self) -> float:
         """Share of the run that is done, by steps or by the clock."""
+        return self._progress(self.step)
+
+    def _progress(self, step: int) -> float:
         config = self.run.config
         if config.steps is not None:
-            return self.step / config.steps
+            return step / config.steps
         assert config.minutes is not None
         return min(self.elapsed_seconds / (60 * config.minutes), 1.0)
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
+        with Beside() as writing:
+            self._save_beside(writing)
+        return self.run.checkpoints()[-1]
+
+    def _save_beside(self, writing: Beside) -> None:
+        """Copy the present state and have it written while training goes on.
+
+        Several processes wait for each other, and so until it is written.
+        """
         state = RunState(
             step=self.step,
             elapsed_seconds=self.elapsed_seconds,
             corpus_digest=self.corpus.digest,
+            best_step=self.best.step if self.best else None,
+            best_bits_per_byte=self.best.bits_per_byte if self.best else None,
+            # Now: lines of later steps are added while this checkpoint is written.
+            metrics_digest=self.run.metrics_digest() if self.parallel.is_main else None,
         )
         model, optimizer = model_tensors(self.model), optimizer_tensors(self.model, self.optimizers)
         if self.parallel.mesh is None:
-            self.run.sync_metrics()
-            return self.run.save(model, optimizer, state)
+            writing.wait()  # two copies at once would take the memory of both
+            kept, wait = to_host(
+                {f"model {name}": x for name, x in model.items()}
+                | {f"optimizer {name}": x for name, x in optimizer.items()}
+            )
+            writing.begin(lambda: self._write(kept, wait, state))
+            return
         temporary = self.run.temporary_checkpoint(self.step)
         if self.parallel.is_main:
             self.run.sync_metrics()
@@ -223,7 +375,17 @@ class Trainer:
         if self.parallel.is_main:
             self.run.finish_checkpoint(temporary, state)
         self.parallel.barrier()
-        return self.run.checkpoints()[-1]
+
+    def _write(
+        self, tensors: dict[str, torch.Tensor], wait: Callable[[], None], state: RunState
+    ) -> None:
+        wait()
+        self.run.sync_metrics()
+        model, optimizer = (
+            {key.removeprefix(kind): x for key, x in tensors.items() if key.startswith(kind)}
+            for kind in ("model ", "optimizer ")
+        )
+        self.run.save(model, optimizer, state)
 
     def _load(self, checkpoint: Path) -> None:
         """Fill model and optimizers from a checkpoint; of sharded ones, this rank's part."""
@@ -257,52 +419,63 @@ class Trainer:
             self._lock.release()
         self._lock, self._holds_folder = None, False
 
-    def _agree(self, stop: bool) -> bool:
-        """Whether any rank stops; the clock is the mean of all, so that all see the same."""
+    def _agree(self, stop: bool) -> None:
+        """Note whether any rank stops; the clock is the mean of all, so that all see the same."""
         stopping, self.elapsed_seconds = self.parallel.mean([float(stop), self.elapsed_seconds])
-        return stopping > 0
+        self._stopping, self._seconds = stopping > 0, self.elapsed_seconds
 
-    def _draw_offsets(self) -> torch.Tensor:
+    def _draw(self, step: int) -> list[Share]:
+        """This rank's part of the batch of a step."""
         config = self.run.config
-        return batch_offsets(
-            len(self.corpus.train),
-            context=config.model.context,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            step=self.step,
+        data, context = self.corpus.train, config.model.context
+        offsets = batch_offsets(
+            len(data), context=context, batch_size=config.batch_size, seed=config.seed, step=step
         )
+        windows = gather_windows(data, offsets, context + 1)
+        return self.parallel.shares(windows, config.micro_batch_size)
 
-    def _take_step(self) -> StepMetrics:
-        started = time.perf_counter()
-        config = self.run.config
+    def _take_step(self) -> _Launched:
+        """Have the device take a step, and do not wait for it."""
+        config, device = self.run.config, self.parallel.device
         torch.manual_seed(step_seed(config.seed, self.step, self.parallel.dropout_purpose))
-        rate = config.learning_rate * learning_rate_factor(self.progress, config.warmup)
+        factor = learning_rate_factor(config, self.step, self.progress)
+        rate = config.learning_rate * factor
         set_learning_rate(self.optimizers, rate)
-        windows = gather_windows(self.corpus.train, self._draw_offsets(), config.model.context + 1)
-        with autocast(self.parallel.device, config.dtype):
-            loss = self._loss(*self.parallel.share(windows))
-        (nats,) = self.parallel.mean([loss.item()])
-        if not math.isfinite(nats):
-            raise RunError(
-                f"the loss became {nats} at step {self.step + 1}; the last checkpoint is kept. "
-                "Try a lower learning rate."
-            )
-        loss.backward()
+        shares = self._shares.get(self._draw, self.step)
+        losses = []
+        for index, share in enumerate(shares, start=1):
+            with self.parallel.gathering(self._loss, last=index == len(shares)):
+                with autocast(device, config.dtype):
+                    loss = self._loss(*share.to(device)) / len(shares)
+                loss.backward()
+            losses.append(loss.detach())
         norm = self.parallel.clip_gradients(self.model, config.gradient_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        self.elapsed_seconds += time.perf_counter() - started
+        nats = torch.stack(losses).sum()
+        return _Launched(self.step, rate, torch.stack([nats, norm.to(nats)]))
+
+    def _read(self, pending: _Pending) -> StepMetrics:
+        """The numbers of a step, once they are here; what the ranks agreed on with it is noted."""
+        nats, norm, stopping, self.elapsed_seconds = pending.numbers.numbers()
+        self._stopping |= stopping > 0
+        config, (step, rate, _) = self.run.config, pending.launched
+        if not math.isfinite(nats):
+            raise RunError(
+                f"the loss became {nats} at step {step}; the last checkpoint is kept. "
+                "Try a lower learning rate."
+            )
         return StepMetrics(
-            step=self.step,
+            step=step,
             loss=nats,
             bits_per_byte=nats / math.log(2),
             learning_rate=rate,
             gradient_norm=norm,
-            bytes_read=self.step * config.batch_size * config.model.context,
+            bytes_read=step * config.batch_size * config.model.context,
             elapsed_seconds=self.elapsed_seconds,
-            progress=self.progress,
+            progress=self._progress(step),
         )
 
 

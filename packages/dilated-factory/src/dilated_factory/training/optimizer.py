@@ -1,7 +1,7 @@
 """Optimizers of a LongNetLM and their state as flat tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Form(NamedTuple):
 def build_optimizers(
     model: LongNetLM, config: TrainConfig, *, sharded: bool = False
 ) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks; AdamW for embedding, head, norms and biases.
+    """Muon, or AdamW, for the matrices in the blocks; AdamW for embedding, head, norms and biases.
 
     Muon (Jordan 2024) orthogonalises the update of a matrix; its step is scaled to the root mean
     square of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both. Only
@@ -37,21 +37,25 @@ def build_optimizers(
         config: of the run.
         sharded: whether the parameters are DTensors.
     """
-    muon = Muon
-    if sharded:
-        from dilated_factory.training.sharded import ShardedMuon as muon  # noqa: N813 - either one
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
-    return [
-        muon(
-            matrices,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    inner: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    outer = inner | {"weight_decay": 0.0}
+    adam: dict[str, Any] = {"betas": (0.9, 0.95), "fused": matrices[0].device.type == "cuda"}
+    rest = AdamW(others, **outer, **adam)
+    if config.optimizer == "adamw":
+        return [AdamW(matrices, **inner, **adam), rest]
+    muon: type[Muon]
+    if sharded:
+        from dilated_factory.training.sharded import ShardedMuon
+
+        muon = ShardedMuon
+    else:
+        from dilated_factory.training.muon import GroupedMuon
+
+        muon = GroupedMuon
+    return [muon(matrices, **inner, adjust_lr_fn="match_rms_adamw"), rest]
 
 
 def set_learning_rate(optimizers: Sequence[Optimizer], learning_rate: float) -> None:
@@ -115,11 +119,12 @@ def make_room(
         if (shape, dtype) != expected:
             wanted = f"{expected.dtype} of shape {tuple(expected.shape)}"
             raise _unfit(full_name, f"must be {wanted}. Got {dtype} of {tuple(shape)}")
-        # AdamW counts steps in a tensor that stays on the CPU.
+        # AdamW counts steps in a tensor that stays on the CPU, unless it is fused.
+        counter = parameter.device if optimizer.defaults.get("fused") else "cpu"
         place = (
             torch.empty_like(parameter, dtype=dtype, requires_grad=False)
             if shape
-            else torch.empty(shape, dtype=dtype)
+            else torch.empty(shape, dtype=dtype, device=counter)
         )
         made[full_name] = optimizer.state[parameter][key] = place
     return made

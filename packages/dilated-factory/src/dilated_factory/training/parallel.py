@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -47,6 +48,10 @@ class Share(NamedTuple):
     tokens: Tensor
     targets: Tensor
     positions: Tensor
+
+    def to(self, device: torch.device) -> "Share":
+        """The same on a device, which need not have it yet when this returns."""
+        return Share(*(part.to(device, non_blocking=True) for part in self))
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Parallel:
             raise InputError(
                 "batch_size must be a multiple of the processes that share it "
                 f"({data}). Got {config.batch_size}."
+            )
+        if config.micro_batch_size and config.batch_size // data % config.micro_batch_size:
+            raise InputError(
+                "micro_batch_size must divide the sequences of a process "
+                f"({config.batch_size // data}). Got {config.micro_batch_size}."
             )
         if config.model.context % sequence:
             raise InputError(
@@ -125,27 +135,63 @@ class Parallel:
         loss.to(self.device)
         return loss if self.mesh is None else DistributedDataParallel(loss)
 
-    def clip_gradients(self, model: LongNetLM, limit: float) -> float:
+    def clip_gradients(self, model: LongNetLM, limit: float) -> Tensor:
         """Scale all gradients down to a norm of at most `limit`; return the norm before."""
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         if self.is_sharded:
             from dilated_factory.training.sharded import whole
 
             norm = whole(norm)
-        return norm.item()
+        return norm
 
-    def share(self, windows: Tensor) -> Share:
-        """This rank's part of the windows (B, N + 1) of a step."""
+    def gathering(self, loss: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Within it, backward adds to gradients; only with the last of a step are they averaged.
+
+        Parts of weights are averaged each time, since whole gradients would not fit.
+        """
+        if last or not isinstance(loss, DistributedDataParallel):
+            return nullcontext()
+        return loss.no_sync()
+
+    def shares(self, windows: Tensor, rows: int | None = None) -> list[Share]:
+        """This rank's part of the windows (B, N + 1) of a step, so many rows at a time."""
+        mine = self._share(windows)
+        size = len(mine.tokens) if rows is None else rows
+        parts = zip(mine.tokens.split(size), mine.targets.split(size), strict=True)
+        return [Share(self._pinned(x), self._pinned(y), mine.positions) for x, y in parts]
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous().pin_memory() if self.device.type == "cuda" else tensor
+
+    def _share(self, windows: Tensor) -> Share:
         (batch, length), (row, column) = windows.shape, self._place
         data, sequence = self._sizes
         rows = slice(row * batch // data, (row + 1) * batch // data)
         n = (length - 1) // sequence
         start = column * n
         return Share(
-            windows[rows, start : start + n].to(self.device),
-            windows[rows, start + 1 : start + n + 1].to(self.device),
-            torch.arange(start, start + n, device=self.device),
+            windows[rows, start : start + n],
+            windows[rows, start + 1 : start + n + 1],
+            self._pinned(torch.arange(start, start + n)),
         )
+
+    def average(self, numbers: Tensor, mine: Sequence[float]) -> Tensor:
+        """The mean over the ranks of numbers on the device and of others, without waiting for it.
+
+        Args:
+            numbers: (n,) on the device.
+            mine: of this rank's host.
+
+        Returns:
+            (n + len(mine),) on the device, in float64 where it has that.
+        """
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        own = self._pinned(torch.tensor(mine, dtype=wide)).to(self.device, non_blocking=True)
+        total = torch.cat([numbers.to(wide), own])
+        if self.mesh is not None:
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        return total
 
     def mean(self, numbers: Sequence[float]) -> list[float]:
         """The mean of each number over the ranks: the same on all of them."""
@@ -181,6 +227,16 @@ class Parallel:
         """Names the random numbers of this rank's dropout."""
         row, column = self._place
         return "dropout" if self.mesh is None else f"dropout/{row}/{column}"
+
+    @property
+    def data_ranks(self) -> int:
+        """How many parts a batch has."""
+        return self._sizes[0]
+
+    @property
+    def shares_sequences(self) -> bool:
+        """Whether a sequence is on several ranks."""
+        return self._sizes[1] > 1
 
     @property
     def _sizes(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ Layout::
     lock                             who writes here
     metrics.jsonl                    one line per step
     curves.png                       loss against bytes read
-    checkpoint-00000400/             the newest two are kept
+    checkpoint-00000400/             the newest two are kept, and the best of those validated
         model.safetensors
         optimizer.safetensors
         state.json                   step, clock, digests of the corpus and of the metrics so far,
@@ -65,6 +65,8 @@ class RunState(FrozenConfig):
     step: int = Field(ge=0, description="steps done")
     elapsed_seconds: float = Field(ge=0, description="spent on the steps done")
     corpus_digest: str
+    best_step: int | None = Field(default=None, description="of the least validation loss so far")
+    best_bits_per_byte: float | None = Field(default=None, description="what that was")
     checksums: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
     metrics_digest: str | None = Field(default=None, description="SHA-256 of the lines so far")
 
@@ -211,10 +213,11 @@ class RunFolder:
 
     def finish_checkpoint(self, temporary: Path, state: RunState) -> Path:
         """Make durable what is in the temporary folder, give it its name, drop old checkpoints."""
-        final = self.path / f"checkpoint-{state.step:08d}"
+        final = self.checkpoint(state.step)
+        assert final is not None
         files = sorted(temporary.rglob("*.safetensors"))
         checksums = {file.relative_to(temporary).as_posix(): _checksum(file) for file in files}
-        digest = self._metrics_hash().hexdigest()
+        digest = state.metrics_digest or self.metrics_digest()
         full = state.model_copy(update={"checksums": checksums, "metrics_digest": digest})
         record = temporary / "state.json"
         _write_checked(record, full.model_dump_json(indent=2) + "\n")
@@ -229,10 +232,15 @@ class RunFolder:
             sync(self.path)
         _remove(temporary)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            dropped = self.temporary_checkpoint(int(old.name.removeprefix("checkpoint-")))
-            _remove(dropped)
-            _remove(old.rename(dropped))
+            if old != self.checkpoint(state.best_step):
+                dropped = self.temporary_checkpoint(int(old.name.removeprefix("checkpoint-")))
+                _remove(dropped)
+                _remove(old.rename(dropped))
         return final
+
+    def checkpoint(self, step: int | None) -> Path | None:
+        """Where the checkpoint of a step is, if it is kept; None for None."""
+        return None if step is None else self.path / f"checkpoint-{step:08d}"
 
     def newest(self) -> tuple[Path, RunState]:
         """The folder of the newest checkpoint, whose files are undamaged, and its state.
@@ -245,9 +253,20 @@ class RunFolder:
             raise RunError(f"run folder {str(self.path)!r} holds no checkpoint yet.")
         return checkpoints[-1], _checked_state(checkpoints[-1], has_older=len(checkpoints) > 1)
 
-    def load(self) -> Checkpoint:
-        """Read the newest checkpoint; raises as `newest` and `read_tensors`."""
-        folder, state = self.newest()
+    def best(self) -> tuple[Path, RunState]:
+        """As `newest`, but of the least validation loss.
+
+        Raises:
+            RunError: the run was not validated, or the checkpoint is damaged.
+        """
+        folder = self.checkpoint(self.newest()[1].best_step)
+        if folder is None:
+            raise RunError(f"run {str(self.path)!r} was not validated: it has no best checkpoint.")
+        return folder, _checked_state(folder, has_older=False)
+
+    def load(self, *, best: bool = False) -> Checkpoint:
+        """Read the newest checkpoint, or the best; raises as `newest` and `best`."""
+        folder, state = self.best() if best else self.newest()
         return Checkpoint(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), state)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -287,6 +306,11 @@ class RunFolder:
                 raise self._damaged_metrics(f"the lines up to step {step} are not those written")
         write_text(self.metrics_path, "".join(line + "\n" for line in kept))
         self._hashed = hashed
+
+    def metrics_digest(self) -> str:
+        """SHA-256 of the lines so far."""
+        digest: str = self._metrics_hash().hexdigest()
+        return digest
 
     def _metrics_hash(self) -> Any:
         if self._hashed is None:

@@ -25,7 +25,7 @@ from dilated_factory.training.run_folder import RunFolder, RunState
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The newest checkpoint of a run, on a device and ready to evaluate."""
+    """A checkpoint of a run, on a device and ready to evaluate."""
 
     run: RunFolder
     model: LongNetLM
@@ -44,14 +44,16 @@ class Evaluation:
     baselines: dict[str, float]
 
 
-def load_trained(path: str | Path, *, device: torch.device | str = "cpu") -> TrainedModel:
-    """Load the newest checkpoint of a run folder.
+def load_trained(
+    path: str | Path, *, device: torch.device | str = "cpu", best: bool = False
+) -> TrainedModel:
+    """Load a checkpoint of a run folder: the newest, or that of the least validation loss.
 
     Raises:
-        RunError: no run folder, no checkpoint, or a damaged one.
+        RunError: no run folder, no such checkpoint, or a damaged one.
     """
     run = RunFolder.open(path)
-    checkpoint = run.load()
+    checkpoint = run.load(best=best)
     model = initial_model(run.config)
     load_model(model, checkpoint.model)
     device = torch.device(device)
