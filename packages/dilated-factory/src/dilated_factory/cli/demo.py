@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -15,6 +16,7 @@ from dilated_factory.cli.train import run_training, start_run
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
 from dilated_factory.models.generation import generate
 from dilated_factory.training.figures import save_context_curve
+from dilated_factory.training.precision import automatic_dtype
 from dilated_factory.training.trained import evaluate_run, load_trained
 
 # Small enough for two CPU cores, with a context that only cheap attention affords there.
@@ -44,7 +46,8 @@ def demo(
     """
     console = plain_console()
     folder = _free(out)
-    config = TrainConfig(model=DEMO_MODEL, minutes=minutes, seed=seed)
+    dtype = automatic_dtype(torch.device("cpu"))
+    config = TrainConfig(model=DEMO_MODEL, minutes=minutes, seed=seed, dtype=dtype)
     console.print(
         f"training for {minutes:g} minutes on the sources of Python's standard library",
     )

@@ -30,6 +30,7 @@ from dilated_factory.training.optimizer import (
     set_learning_rate,
 )
 from dilated_factory.training.parallel import Parallel, Share
+from dilated_factory.training.precision import autocast
 from dilated_factory.training.readback import Readback, to_host
 from dilated_factory.training.run_folder import RunFolder, RunState, read_tensors, tensor_folder
 from dilated_factory.training.schedule import learning_rate_factor
@@ -79,11 +80,13 @@ class _Pending(NamedTuple):
 
 
 def select_device(name: str) -> torch.device:
-    """The device of that name, if this machine has it.
+    """The device of that name, if this machine has it; "auto" is CUDA if it has that, else the CPU.
 
     Raises:
         InputError: the name is unknown to torch, or the device is absent.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -507,8 +510,3 @@ def load_model(model: LongNetLM, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(f"the weights of the checkpoint must be finite. Got others in {name}.")
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Mixed precision on a device; nothing changes for "float32"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

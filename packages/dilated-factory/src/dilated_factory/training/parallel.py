@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
-from dilated_factory.models.layers import AttentionFactory
+from dilated_factory.models.layers import AttentionFactory, dilated_attention_factory
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.training.precision import Float32Attention
 
 DataParallel = Literal["ddp", "fsdp"]
 
@@ -102,17 +103,23 @@ class Parallel:
             )
 
     def attention(self, config: TrainConfig) -> AttentionFactory | None:
-        """What makes the attention of a layer: None where each rank has whole sequences.
+        """What makes the attention of a layer; None if it is the model's own.
 
         Raises:
             MissingPackageError: sequences are shared, and dilated-ring is not installed.
         """
-        if self.mesh is None or self._sizes[1] == 1:
-            return None
+        make = self._ring_attention(config) if self.shares_sequences else None
+        if self.device.type != "cpu" or config.dtype == "float32":
+            return make
+        inner = make or dilated_attention_factory(config.model)
+        return lambda: Float32Attention(inner())
+
+    def _ring_attention(self, config: TrainConfig) -> AttentionFactory:
         try:
             from dilated_ring import RingDilatedAttention
         except ImportError:
             raise missing_package("--sequence-parallel", "dilated-ring") from None
+        assert self.mesh is not None
         pattern, dropout = config.model.pattern, config.model.dropout
         group = self.mesh["sequence"]
         return lambda: RingDilatedAttention(pattern, dropout=dropout, group=group)
