@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dilated_factory import CorpusError, RunError, TrainConfig
 from dilated_factory.training.background import Ahead, Beside
@@ -235,12 +236,8 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(
             gate.set()
 
     trainer.train(on_step=watch)
-    two, four = (RunFolder.open(tmp_path / "run").checkpoint(step) for step in (2, 4))
-    assert two is not None
-    assert four is not None
-    from safetensors.torch import load_file
-
-    for step, folder in ((2, two), (4, four)):
+    for step in (2, 4):
+        folder, _ = RunFolder.open(tmp_path / "run").at(step)
         stored = load_file(folder / "model.safetensors")["embedding.weight"]
         assert torch.equal(stored, weights[step])
 

@@ -32,15 +32,26 @@ class TrainingDisplay(Protocol):
         """Show one step."""
 
 
-def training_display(console: Console) -> TrainingDisplay:
-    """The display that suits the console."""
-    return _Bar(console) if console.is_terminal else _Lines(console)
+def training_display(
+    console: Console, *, flops_per_byte: float = 0.0, peak: float | None = None
+) -> TrainingDisplay:
+    """The display that suits the console.
+
+    Args:
+        console: where to show.
+        flops_per_byte: operations of a model for each byte.
+        peak: operations a second that the devices could do; None where that is not known.
+    """
+    smoothed = _Smoothed(flops_per_byte / peak if peak else 0.0)
+    return (_Bar if console.is_terminal else _Lines)(console, smoothed)
 
 
 class _Smoothed:
     """Loss and speed over recent steps, since a single step is noisy."""
 
-    def __init__(self) -> None:
+    def __init__(self, share_per_speed: float) -> None:
+        self._share_per_speed = share_per_speed
+        self.validation: float | None = None
         self.bits = 0.0
         self.bytes_per_second = 0.0
         self.seconds_left: float | None = None
@@ -60,23 +71,37 @@ class _Smoothed:
             done = max(now.progress - self._first.progress, 1e-9)
             spent = now.elapsed_seconds - self._first.elapsed_seconds
             self.seconds_left = spent / done * (1 - now.progress)
+        if now.validation_bits_per_byte is not None:
+            self.validation = now.validation_bits_per_byte
         self._last = now
+
+    @property
+    def loss(self) -> str:
+        """Of training, and of held-out bytes where they are looked at."""
+        held_out = "" if self.validation is None else f" ({self.validation:.3f} held out)"
+        return f"{self.bits:.3f} bits/byte{held_out}"
+
+    @property
+    def speed(self) -> str:
+        """Bytes a second, and the share of what the devices could do, where that is known."""
+        share = self._share_per_speed * self.bytes_per_second
+        return f"{self.bytes_per_second:,.0f} tokens/s" + (f", MFU {share:.0%}" if share else "")
 
 
 class _Bar:
-    def __init__(self, console: Console) -> None:
-        self._smoothed = _Smoothed()
+    def __init__(self, console: Console, smoothed: _Smoothed) -> None:
+        self._smoothed = smoothed
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
-            TextColumn("[bold]{task.fields[bits]}[/] bits/byte"),
-            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("[bold]{task.fields[loss]}[/]"),
+            TextColumn("{task.fields[speed]}"),
             TextColumn("{task.fields[left]} left"),
             console=console,
         )
         self._task = self._progress.add_task(
-            "train", total=1.0, step=0, bits="?", speed="?", left="?"
+            "train", total=1.0, step=0, loss="? bits/byte", speed="? tokens/s", left="?"
         )
 
     def __enter__(self) -> Self:
@@ -98,16 +123,16 @@ class _Bar:
             self._task,
             completed=metrics.progress,
             step=metrics.step,
-            bits=f"{smoothed.bits:.3f}",
-            speed=f"{smoothed.bytes_per_second:,.0f}",
+            loss=smoothed.loss,
+            speed=smoothed.speed,
             left=clock(smoothed.seconds_left),
         )
 
 
 class _Lines:
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, smoothed: _Smoothed) -> None:
         self._console = console
-        self._smoothed = _Smoothed()
+        self._smoothed = smoothed
         self._last_line = float("-inf")
 
     def __enter__(self) -> Self:
@@ -129,8 +154,8 @@ class _Lines:
             return
         self._last_line = now
         self._console.print(
-            f"step {metrics.step}  {metrics.progress:.0%}  {smoothed.bits:.3f} bits/byte  "
-            f"{smoothed.bytes_per_second:,.0f} tokens/s  {clock(smoothed.seconds_left)} left",
+            f"step {metrics.step}  {metrics.progress:.0%}  {smoothed.loss}  {smoothed.speed}  "
+            f"{clock(smoothed.seconds_left)} left",
         )
 
 

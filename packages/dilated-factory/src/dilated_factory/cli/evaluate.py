@@ -35,7 +35,10 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Picture; default RUN/contexts.png.", show_default=False)
     ] = None,
-    device: Device = "cpu",
+    best: Annotated[
+        bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
+    ] = False,
+    device: Device = "auto",
 ) -> int:
     """Score held-out bytes at several contexts, beside byte Markov models.
 
@@ -47,7 +50,7 @@ def evaluate(
         dilated evaluate runs/longnet
         dilated evaluate runs/longnet README.md docs --contexts 256,4096 --json
     """
-    trained = load_trained(run, device=select_device(device))
+    trained = load_trained(run, device=select_device(device), best=best)
     lengths = parse_lengths("--contexts", contexts)
     with progress_bar() as show:
         evaluation = evaluate_run(

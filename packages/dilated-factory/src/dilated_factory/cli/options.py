@@ -1,6 +1,6 @@
 """Options that several commands share, and parsers of their values."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -9,9 +9,8 @@ from dilated_factory.configs.pattern import sight
 from dilated_factory.errors import InputError
 
 Device = Annotated[
-    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...", show_default=True)
+    str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...", show_default=True)
 ]
-DtypeName = Literal["float32", "bfloat16"]
 
 
 def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:

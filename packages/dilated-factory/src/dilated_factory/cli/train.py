@@ -1,27 +1,37 @@
 """`dilated train`: train a LongNet language model on the bytes of files."""
 
 import signal
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from dilated_factory.cli.display import file_size, training_display
-from dilated_factory.cli.options import Device, DtypeName, parse_lengths, sight_warning
+from dilated_factory.cli.fields import given_fields, with_fields
+from dilated_factory.cli.options import Device, sight_warning
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
-from dilated_factory.configs.models import FrozenConfig, TrainConfig, parse_config
-from dilated_factory.errors import RunError
+from dilated_factory.configs.models import FrozenConfig, LongNetConfig, TrainConfig, parse_config
+from dilated_factory.errors import InputError, RunError
+from dilated_factory.training.compiling import Compile, decide_compile
 from dilated_factory.training.corpus import Corpus, load_corpus
 from dilated_factory.training.figures import save_loss_curve
-from dilated_factory.training.loop import ALONE, Trainer, select_device
+from dilated_factory.training.flops import flops_per_token, peak_flops
+from dilated_factory.training.loop import ALONE, StepMetrics, Trainer, select_device
 from dilated_factory.training.parallel import DataParallel, Parallel, join, leave, was_restarted
+from dilated_factory.training.precision import automatic_dtype
+from dilated_factory.training.profiling import profiling
 from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.sources import changed, child_of, values_in
+from dilated_factory.training.tensorboard import event_writer, logging_events
 
 DEFAULT_MINUTES = 10.0
 
 
+@with_fields(TrainConfig, LongNetConfig, but=("kind", "model", "paths", "parent"))
 def train(
     paths: Annotated[
         list[str] | None,
@@ -40,42 +50,35 @@ def train(
             "--resume", help="Go on from the newest checkpoint in --out, with its settings."
         ),
     ] = False,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps to take.")] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Train for this long instead; the default is 10.", show_default=False),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Bytes per training sequence; default 8192.")
-    ] = None,
-    segment_lengths: Annotated[
-        str | None,
+    config: Annotated[
+        Path | None,
         typer.Option(
-            help="Segment of each branch, as in 64,129,1024,8192; default: by the context."
+            help="Settings in a TOML or JSON file, of which options change some; its paths count "
+            "from its folder.",
+            show_default=False,
         ),
     ] = None,
-    dilation_rates: Annotated[
-        str | None, typer.Option(help="Dilation of each branch, as in 1,1,4,16.")
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin a new run with the weights and the settings of another, of which options "
+            "change some.",
+            show_default=False,
+        ),
     ] = None,
-    head_offsets: Annotated[
-        Literal["interleaved", "blocked"] | None,
-        typer.Option(help="Which rows a head keeps: interleaved (default) or blocked."),
-    ] = None,
-    embed_dim: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
-    num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    num_layers: Annotated[int | None, typer.Option(help="Decoder blocks.")] = None,
-    positions: Annotated[
-        Literal["rotary", "xpos"] | None, typer.Option(help="Position embedding.")
-    ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout rate, 0 to 1.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    dtype: Annotated[
-        DtypeName | None, typer.Option(help="float32, or bfloat16 mixed precision.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
+    compiling: Annotated[
+        Compile, typer.Option("--compile", help="torch.compile for the blocks; auto: on CUDA.")
+    ] = "auto",
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write events for TensorBoard into --out too.")
+    ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Trace some steps into --out and print where they went."),
+    ] = False,
     sequence_parallel: Annotated[
         int,
         typer.Option(
@@ -90,98 +93,128 @@ def train(
             "optimizers on each (fsdp)."
         ),
     ] = "ddp",
+    **fields: Any,
 ) -> int:
     r"""Train a LongNet language model on the bytes of files.
 
-    One file in twenty is held out for `dilated evaluate`. SIGHUP, Ctrl-C or SIGTERM saves and exits
-    with code 129, 130 or 143; `--resume` goes on as if nothing had happened. Under `torchrun` the
-    processes share the batch, or with `--sequence-parallel` its sequences, and with
-    `--data-parallel fsdp` the weights; the losses are those of one process. A folder takes one run
-    at a time.
+    One file in twenty is held out for `dilated evaluate`, and for `--validate-every`. SIGHUP,
+    Ctrl-C or SIGTERM saves and exits with code 129, 130 or 143; `--resume` goes on as if nothing
+    had happened. Under `torchrun` the processes share the batch, or with `--sequence-parallel` its
+    sequences, and with `--data-parallel fsdp` the weights; the losses are those of one process. A
+    folder takes one run at a time.
 
     Examples:
         dilated train --minutes 5
-        dilated train src docs --out runs/mine --context 16384
+        dilated train src docs --out runs/mine --context 16384 --validate-every 100
         dilated train --out runs/mine --resume
+        dilated train --from runs/mine --out runs/longer --context 65536 --steps 500
+        dilated train --config run.toml --out runs/filed --tensorboard
         torchrun --nproc-per-node 4 -m dilated_factory train --sequence-parallel 4
         torchrun --nproc-per-node 4 -m dilated_factory train --batch-size 4 \
             --data-parallel fsdp
     """
-    model = {
-        "context": context,
-        "segment_lengths": parse_lengths("--segment-lengths", segment_lengths),
-        "dilation_rates": parse_lengths("--dilation-rates", dilation_rates),
-        "head_offsets": head_offsets,
-        "embed_dim": embed_dim,
-        "num_heads": num_heads,
-        "num_layers": num_layers,
-        "positions": positions,
-        "dropout": dropout,
-    }
-    training = {
-        # Absolute, so that a run can be resumed and evaluated from another folder.
-        "paths": tuple(str(Path(path).resolve()) for path in paths) if paths else None,
-        "steps": steps,
-        "minutes": minutes,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "dtype": dtype,
-        "seed": seed,
-    }
     parallel = join(
         select_device(device), sequence_parallel=sequence_parallel, data_parallel=data_parallel
     )
     console = plain_console() if parallel.is_main else silent_console()
+    if tensorboard:
+        event_writer()  # before anything is written
+    given = given_fields(TrainConfig, fields)
+    if paths:
+        # Absolute, so that a run can be resumed and evaluated from another folder.
+        given["paths"] = tuple(str(Path(path).resolve()) for path in paths)
+    shape = given_fields(LongNetConfig, fields)
+    options: dict[str, Any] = {"parallel": parallel, "checkpoint_every": checkpoint_every}
     if resume or (was_restarted() and (out / "config.json").exists()):
+        if resume and (config or parent):
+            raise InputError("--resume takes its settings from --out: no --config and no --from.")
         run = RunFolder.open(out)
-        _require_same(run.config.model, _given(model))
-        _require_same(run.config, _given(training))
+        _require_same(run.config.model, shape)
+        _require_same(run.config, {k: v for k, v in given.items() if v != "auto"})
+        options["compiled"] = decide_compile(compiling, parallel, console.print)
         corpus = _corpus(run.config, console, run.corpus_digest())
-        trainer = Trainer(run, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
+        trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
-        if steps is None and minutes is None:
-            training["minutes"] = DEFAULT_MINUTES
-        config = parse_config(TrainConfig, {"model": _given(model), **_given(training)})
-        trainer = start_run(
-            out, config, console, parallel=parallel, checkpoint_every=checkpoint_every
-        )
-    code = run_training(trainer, console)
+        settings = _settings(config, parent, given, shape, parallel)
+        options["compiled"] = decide_compile(compiling, parallel, console.print)
+        trainer = start_run(out, settings, console, **options)
+    code = run_training(trainer, console, tensorboard=tensorboard, profile=profile)
     if code == 0:
         console.print(f"next: dilated evaluate {trainer.run.path}", soft_wrap=True)
     leave()
     return code
 
 
-def start_run(
-    out: Path,
-    config: TrainConfig,
-    console: Console,
-    *,
-    parallel: Parallel = ALONE,
-    checkpoint_every: int = 100,
-) -> Trainer:
-    """Check everything, then make the run folder and a trainer at step 0."""
+def _settings(
+    file: Path | None,
+    parent: Path | None,
+    given: dict[str, Any],
+    shape: dict[str, Any],
+    parallel: Parallel,
+) -> TrainConfig:
+    """What a new run is to do: what a file or another run says, changed by what was given."""
+    if file and parent:
+        raise InputError("--config and --from must not be given together.")
+    values = values_in(file) if file else child_of(parent) if parent else {}
+    values = changed(values, given, shape)
+    if values.get("dtype", "auto") == "auto":
+        values["dtype"] = automatic_dtype(parallel.device)
+    if not {"steps", "minutes"} & values.keys():
+        values["minutes"] = DEFAULT_MINUTES
+    return parse_config(TrainConfig, values)
+
+
+def start_run(out: Path, config: TrainConfig, console: Console, **options: Any) -> Trainer:
+    """Check everything, then make the run folder and a trainer at step 0.
+
+    Options are those of `Trainer.start`.
+    """
     RunFolder.require_new(out)
-    corpus = _corpus(config, console)
-    return Trainer.start(out, config, corpus, parallel=parallel, checkpoint_every=checkpoint_every)
+    options = {"parallel": ALONE, **options}
+    return Trainer.start(out, config, _corpus(config, console), **options)
 
 
-def run_training(trainer: Trainer, console: Console) -> int:
+def run_training(
+    trainer: Trainer, console: Console, *, tensorboard: bool = False, profile: bool = False
+) -> int:
     """Train with a display until the end or a signal; return the exit code."""
-    run = trainer.run
+    run, parallel = trainer.run, trainer.parallel
+    config = run.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(
-        f"{parameters:,} parameters, context {run.config.model.context:,} bytes, "
-        f"{trainer.parallel.device}, from step {trainer.step}",
+        f"{parameters:,} parameters, context {config.model.context:,} bytes, "
+        f"{config.dtype} on {parallel.device}, from step {trainer.step}",
     )
-    if warning := sight_warning(run.config.model, run.config.model.context):
+    if warning := sight_warning(config.model, config.model.context):
         console.print(warning, soft_wrap=True)
-    with StopRequest() as stop, training_display(console) as display:
-        done = trainer.train(on_step=display.show, should_stop=lambda: stop.requested)
-        metrics = run.read_metrics() if trainer.parallel.is_main else []
+    peak = peak_flops(parallel.device, config.dtype)
+    with StopRequest() as stop, ExitStack() as stack:
+        told: list[Callable[[StepMetrics], None]] = []
+        if tensorboard and parallel.is_main:
+            told.append(stack.enter_context(logging_events(run.path / "tensorboard")))
+        if profile:
+            trace = run.path / f"trace-{trainer.step}.json"
+            show = console.print if parallel.is_main else lambda table: None
+            told.append(stack.enter_context(profiling(trace, parallel.device, show)))
+        told.append(
+            stack.enter_context(
+                training_display(
+                    console,
+                    flops_per_byte=flops_per_token(trainer.model),
+                    peak=peak and peak * parallel.ranks,
+                )
+            ).show
+        )
+        done = trainer.train(
+            on_step=lambda metrics: _tell(told, metrics), should_stop=lambda: stop.requested
+        )
+        metrics = run.read_metrics() if parallel.is_main else []
         if metrics:
             save_loss_curve(run.curves_path, metrics)
+    if trainer.best is not None:
+        best = f"{trainer.best.bits_per_byte:.3f} bits/byte after step {trainer.best.step}"
+        console.print(f"least on held-out bytes: {best}, kept")
     if done:
         console.print(f"done: {trainer.step} steps. Loss curve: {run.curves_path}", soft_wrap=True)
         return 0
@@ -189,6 +222,11 @@ def run_training(trainer: Trainer, console: Console) -> int:
     console.print(f"to go on: dilated train --resume --out {run.path}", soft_wrap=True)
     # On several ranks the signal may have come to another one.
     return stop.exit_code if stop.requested else 128 + signal.SIGTERM
+
+
+def _tell(told: list[Callable[[StepMetrics], None]], metrics: StepMetrics) -> None:
+    for each in told:
+        each(metrics)
 
 
 def _corpus(config: TrainConfig, console: Console, digest: str | None = None) -> Corpus:
@@ -205,15 +243,11 @@ def _corpus(config: TrainConfig, console: Console, digest: str | None = None) ->
     return corpus
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _require_same(config: FrozenConfig, given: dict[str, Any]) -> None:
-    changed = [
+    differing = [
         f"{name} is {getattr(config, name)!r} there and {value!r} here"
         for name, value in given.items()
         if getattr(config, name) != value
     ]
-    if changed:
-        raise RunError(f"the run folder is from another configuration: {'; '.join(changed)}.")
+    if differing:
+        raise RunError(f"the run folder is from another configuration: {'; '.join(differing)}.")

@@ -1,11 +1,44 @@
 """torch.compile for a model's blocks, one graph for all of them, and whether it can be had."""
 
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dilated_factory.errors import InputError
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.training.parallel import Parallel
+
+Compile = Literal["auto", "on", "off"]
+
+
+def decide_compile(
+    wanted: Compile, parallel: Parallel, tell: Callable[[str], None] = lambda line: None
+) -> bool:
+    """Whether the blocks are to be compiled; where that was wanted and cannot be, a line says why.
+
+    Args:
+        wanted: "auto" is on CUDA and where it works.
+        parallel: where it would run.
+        tell: is given the line.
+
+    Raises:
+        InputError: "on", and nothing can be compiled here.
+    """
+    if wanted == "off" or (wanted == "auto" and parallel.device.type != "cuda"):
+        return False
+    if parallel.shares_sequences:
+        tell("not compiled: processes that share a sequence exchange rows within each block")
+        return False
+    fault = compiler_fault(parallel.device)
+    if fault is None:
+        return True
+    if wanted == "on":
+        raise InputError(f"--compile on: nothing can be compiled here: {fault}")
+    tell(f"not compiled, and slower for it: {fault}")
+    return False
 
 
 def compile_blocks(model: LongNetLM) -> None:

@@ -13,15 +13,41 @@ _TITLE_CHARACTERS = 80  # in a line as wide as a figure
 
 
 def save_loss_curve(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Plot bits per byte against bytes read, each step and a running mean."""
+    """Plot bits per byte against bytes read: each step, a running mean, and held-out bytes."""
     figure, axes = _new_figure()
-    read = [record["bytes_read"] / 1e6 for record in metrics]
-    bits = [record["bits_per_byte"] for record in metrics]
+    read, bits = megabytes(metrics), [record["bits_per_byte"] for record in metrics]
     axes.plot(read, bits, color="0.75", linewidth=0.8, label="each step")
-    axes.plot(read, _running_mean(bits), color="C0", label="running mean")
-    axes.set(xlabel="training bytes read, MB", ylabel="training loss, bits per byte")
+    axes.plot(read, running_mean(bits), color="C0", label="running mean")
+    _plot_validation(axes, metrics, "C1", "held out")
+    axes.set(xlabel="training bytes read, MB", ylabel="loss, bits per byte")
     axes.legend()
     _save(figure, path)
+
+
+def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Plot the running means of several runs over each other, held-out bytes as points."""
+    figure, axes = _new_figure()
+    for index, (name, metrics) in enumerate(runs.items()):
+        bits = running_mean([record["bits_per_byte"] for record in metrics])
+        axes.plot(megabytes(metrics), bits, color=f"C{index}", label=name)
+        _plot_validation(axes, metrics, f"C{index}", None)
+    axes.set(xlabel="training bytes read, MB", ylabel="loss, bits per byte; points: held out")
+    axes.legend()
+    _save(figure, path)
+
+
+def megabytes(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """What was read up to each step, in MB."""
+    return [record["bytes_read"] / 1e6 for record in metrics]
+
+
+def _plot_validation(
+    axes: Any, metrics: Sequence[Mapping[str, Any]], color: str, label: str | None
+) -> None:
+    looked = [record for record in metrics if "validation_bits_per_byte" in record]
+    bits = [record["validation_bits_per_byte"] for record in looked]
+    if looked:
+        axes.plot(megabytes(looked), bits, "o:", color=color, markersize=4, label=label)
 
 
 def save_context_curve(
@@ -57,7 +83,7 @@ def save_timings(path: Path, seconds: Mapping[str, Sequence[float]], title: str)
     _save(figure, path)
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """Mean of the last twentieth of the values up to each, so that the end is not blurred."""
     width = max(1, len(values) // 20)
     means = []

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch.optim import Optimizer
 
-from dilated_factory.configs.models import TrainConfig
+from dilated_factory.configs.models import Parent, TrainConfig
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.layers import AttentionFactory
 from dilated_factory.models.longnet import LongNetLM
@@ -167,6 +167,7 @@ class Trainer:
         Raises:
             RunError: something is already at ``path``.
             InputError: the processes cannot share the batch and its sequences.
+            RunError: the run that this one goes on from is gone, or its weights do not fit.
             CorpusError: the corpus is shorter than the context, or what is held out of it, if the
                 run is to be validated.
         """
@@ -181,6 +182,8 @@ class Trainer:
         )
         assert len(first_batch) == config.batch_size
         parallel.require_fit(config)
+        if config.parent is not None:
+            _require_heir(config, config.parent)
         RunFolder.require_new(path)
         parallel.barrier()
         if parallel.is_main:
@@ -191,7 +194,19 @@ class Trainer:
             run, corpus, parallel=parallel, checkpoint_every=checkpoint_every, compiled=compiled
         )
         trainer._hold_folder()
+        if config.parent is not None:
+            trainer._inherit(config.parent)
         return trainer
+
+    def _inherit(self, parent: Parent) -> None:
+        """Begin with the weights of another run, and with the state of its optimizers if it fits.
+
+        They are saved at once, so that this run no longer needs the other.
+        """
+        run = RunFolder.open(parent.run)
+        folder, _ = run.at(parent.step)
+        self._load(folder, optimizers=run.config.optimizer == self.run.config.optimizer)
+        self.save()
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run, or to the start if it has none.
@@ -390,14 +405,18 @@ class Trainer:
         )
         self.run.save(model, optimizer, state)
 
-    def _load(self, checkpoint: Path) -> None:
+    def _load(self, checkpoint: Path, *, optimizers: bool = True) -> None:
         """Fill model and optimizers from a checkpoint; of sharded ones, this rank's part."""
         if self.parallel.mesh is None:
             load_model(self.model, read_tensors(checkpoint, "model"))
+            if not optimizers:
+                return
             found = read_tensors(checkpoint, "optimizer")
             load_optimizer_tensors(self.model, self.optimizers, found)
             return
         load_shards(tensor_folder(checkpoint, "model"), model_tensors(self.model))
+        if not optimizers:
+            return
         folder = tensor_folder(checkpoint, "optimizer")
         forms = {name: form for name, form in forms_in(folder).items() if is_optimizer_name(name)}
         load_shards(folder, make_room(self.model, self.optimizers, forms))
@@ -480,6 +499,24 @@ class Trainer:
             elapsed_seconds=self.elapsed_seconds,
             progress=self._progress(step),
         )
+
+
+# What decides the shapes of the weights.
+_SHAPES = ("embed_dim", "num_layers", "hidden_dim", "vocab_size", "tie_embeddings")
+
+
+def _require_heir(config: TrainConfig, parent: Parent) -> None:
+    """Refuse a run that cannot begin with the weights of its parent."""
+    run = RunFolder.open(parent.run)
+    run.at(parent.step)
+    there, here = run.config.model, config.model
+    differing = [
+        f"{name} is {getattr(there, name)!r} there and {getattr(here, name)!r} here"
+        for name in _SHAPES
+        if getattr(there, name) != getattr(here, name)
+    ]
+    if differing:
+        raise RunError(f"the weights of {parent.run!r} do not fit: {'; '.join(differing)}.")
 
 
 def initial_model(config: TrainConfig, attention: AttentionFactory | None = None) -> LongNetLM:

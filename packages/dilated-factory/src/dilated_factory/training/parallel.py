@@ -9,6 +9,7 @@ are on every rank (DistributedDataParallel), or each rank has a part of them (FS
 # Shapes: B batch, N length; b and n are those of a share.
 
 import json
+import math
 import os
 import time
 import uuid
@@ -234,6 +235,11 @@ class Parallel:
         """Names the random numbers of this rank's dropout."""
         row, column = self._place
         return "dropout" if self.mesh is None else f"dropout/{row}/{column}"
+
+    @property
+    def ranks(self) -> int:
+        """How many processes train together."""
+        return math.prod(self._sizes)
 
     @property
     def data_ranks(self) -> int:

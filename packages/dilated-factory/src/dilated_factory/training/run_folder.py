@@ -213,8 +213,7 @@ class RunFolder:
 
     def finish_checkpoint(self, temporary: Path, state: RunState) -> Path:
         """Make durable what is in the temporary folder, give it its name, drop old checkpoints."""
-        final = self.checkpoint(state.step)
-        assert final is not None
+        final = self._checkpoint(state.step)
         files = sorted(temporary.rglob("*.safetensors"))
         checksums = {file.relative_to(temporary).as_posix(): _checksum(file) for file in files}
         digest = state.metrics_digest or self.metrics_digest()
@@ -231,16 +230,16 @@ class RunFolder:
             temporary.rename(final)
             sync(self.path)
         _remove(temporary)
+        best = None if state.best_step is None else self._checkpoint(state.best_step)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            if old != self.checkpoint(state.best_step):
+            if old != best:
                 dropped = self.temporary_checkpoint(int(old.name.removeprefix("checkpoint-")))
                 _remove(dropped)
                 _remove(old.rename(dropped))
         return final
 
-    def checkpoint(self, step: int | None) -> Path | None:
-        """Where the checkpoint of a step is, if it is kept; None for None."""
-        return None if step is None else self.path / f"checkpoint-{step:08d}"
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step:08d}"
 
     def newest(self) -> tuple[Path, RunState]:
         """The folder of the newest checkpoint, whose files are undamaged, and its state.
@@ -259,9 +258,20 @@ class RunFolder:
         Raises:
             RunError: the run was not validated, or the checkpoint is damaged.
         """
-        folder = self.checkpoint(self.newest()[1].best_step)
-        if folder is None:
+        step = self.newest()[1].best_step
+        if step is None:
             raise RunError(f"run {str(self.path)!r} was not validated: it has no best checkpoint.")
+        return self.at(step)
+
+    def at(self, step: int) -> tuple[Path, RunState]:
+        """As `newest`, but of a step.
+
+        Raises:
+            RunError: the checkpoint is not there, or it is damaged.
+        """
+        folder = self._checkpoint(step)
+        if not folder.exists():
+            raise RunError(f"run folder {str(self.path)!r} holds no checkpoint of step {step}.")
         return folder, _checked_state(folder, has_older=False)
 
     def load(self, *, best: bool = False) -> Checkpoint:
