@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from dilated_factory import LongNetConfig, TrainConfig
-from dilated_factory.training.corpus import load_corpus
-from dilated_factory.training.loop import Trainer
-from dilated_factory.training.run_folder import RunFolder
+try:
+    from dilated_factory import LongNetConfig, TrainConfig
+    from dilated_factory.training.corpus import load_corpus
+    from dilated_factory.training.loop import Trainer
+    from dilated_factory.training.run_folder import RunFolder
+except ModuleNotFoundError as error:
+    # No exception of pytest's would do: from here it shows all of them with their traceback.
+    raise SystemExit(
+        f"the tests of dilated-factory need {error.name}, which is not installed"
+    ) from None
 
 WORDS = b"def return import class self for while if else lambda yield pass".split()
 TINY_OPTIONS = [

@@ -129,6 +129,37 @@ def test_an_empty_timeline_is_refused(tmp_path):
         plot_timeline([], tmp_path / "timeline.png")
 
 
+def complaint(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dilated_pool", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("dilated_pool", run_name="__main__")
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("python -m dilated_pool: error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"{", b"\xff", b"[" * 90_000, b'{"kind": "lease"}', b'{"kind": 7}'],
+    ids=range(6),
+)
+@pytest.mark.parametrize("command", ["replay", "plot"])
+def test_a_log_that_cannot_be_used_is_one_line(command, content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "log.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    drawn = [str(tmp_path / "x.png")] if command == "plot" else []
+    complaint(monkeypatch, capsys, command, str(path), *drawn)
+
+
+def test_a_log_that_cannot_be_replayed_is_one_line(log, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "log.jsonl"
+    log.write(path)
+    for option in (["--device", "abacus"], ["--limit-bytes", "-1"], ["--limit-bytes", "1"]):
+        complaint(monkeypatch, capsys, "replay", str(path), *option)
+
+
 def test_the_command_line_replays_and_draws(log, tmp_path, monkeypatch, capsys):
     path = tmp_path / "log.jsonl"
     log.write(path)

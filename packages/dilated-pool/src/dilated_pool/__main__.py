@@ -10,7 +10,7 @@ from dilated_pool._report import plot_timeline, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command line; what cannot be used is one line on stderr, and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m dilated_pool", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     command = commands.add_parser("replay", help="run a log against a new pool, print its counters")
@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("png", help="file to write")
     options = parser.parse_args(arguments)
 
+    try:
+        _run(options)
+    except (ImportError, MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def _run(options: argparse.Namespace) -> None:
     log = EventLog.read(options.log)
     if options.command == "plot":
         plot_timeline(log, options.png)

@@ -98,7 +98,7 @@ class EventLog:
             for number, line in enumerate(file, start=1):
                 try:
                     log._events.append(_parse(json.loads(line)))
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, RecursionError, TypeError, ValueError) as error:
                     raise ValueError(f"{path}, line {number}, is not an event: {error}") from error
         return log
 

@@ -34,11 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Usage errors: their class lives in click or inside typer, depending on typer's version.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())
+        if _is_too_large(error):
+            return _complain(f"the sizes do not fit into memory: {error}")
         invalid = _describe_validation(error)
         if invalid is None:
             raise
         return _complain(invalid)
     return result if isinstance(result, int) else 0
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether an allocator, or a conversion to what tensors count in, gave up."""
+    if isinstance(error, MemoryError | OverflowError):
+        return True
+    said = ("allocate memory", "out of memory", "Overflow", "overflow", "invalid buffer size")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def _describe_validation(error: Exception) -> str | None:

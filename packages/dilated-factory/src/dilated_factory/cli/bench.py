@@ -12,7 +12,13 @@ from rich.table import Table
 
 from dilated_factory.cli import EXIT_INTERRUPTED
 from dilated_factory.cli.display import progress_bar
-from dilated_factory.cli.options import Device
+from dilated_factory.cli.options import (
+    MOST_HEADS,
+    MOST_POSITIONS,
+    MOST_SEQUENCES,
+    MOST_WIDTH,
+    Device,
+)
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
     Causal,
@@ -26,8 +32,10 @@ from dilated_factory.cli.patterns import (
 from dilated_factory.configs.files import read_values
 from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.kinds.default import default_registry
+from dilated_factory.room import require_room
 from dilated_factory.tools.benchmark import Timing, contenders, run
 from dilated_factory.tools.planning import Workload
+from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.figures import save_timings
 from dilated_factory.training.loop import select_device
 
@@ -35,10 +43,10 @@ from dilated_factory.training.loop import select_device
 def bench(
     segment_lengths: SegmentLengths = None,
     dilation_rates: DilationRates = None,
-    length: Annotated[int, typer.Option(min=1, help="Positions.")] = 8192,
-    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    length: Annotated[int, typer.Option(min=1, max=MOST_POSITIONS, help="Positions.")] = 8192,
+    heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, max=MOST_WIDTH, help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences.")] = 1,
     head_offsets: Offsets = "interleaved",
     causal: Causal = False,
     dtype: Annotated[
@@ -86,6 +94,12 @@ def bench(
         str(select_device(device)),
         forward_only,
     )
+    if png is not None:
+        require_file_name(png)
+    if not workload.device.startswith("cuda"):
+        size = batch * length * heads * head_dim * workload.dtype.itemsize
+        # Query, key, value and output, and of a backward the gradients of all.
+        require_room("the tensors of --batch, --length, --heads, --head-dim", 4 * size)
     registry = default_registry()
     extra = None if config is None else registry.parse(read_values(config))
     timings: list[Timing] = []

@@ -14,6 +14,7 @@ from dilated_factory.cli.generate import printable
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.train import run_training, start_run
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
+from dilated_factory.errors import InputError
 from dilated_factory.models.generation import generate
 from dilated_factory.training.figures import save_context_curve
 from dilated_factory.training.precision import automatic_dtype
@@ -93,6 +94,8 @@ def _beside(bits: float, baseline: float) -> str:
 
 def _free(folder: Path) -> Path:
     """The folder itself, or the first of folder-2, folder-3, ... that does not exist."""
+    if not folder.name:
+        raise InputError(f"--out must be a folder with a name. Got {str(folder)!r}.")
     candidate, number = folder, 1
     while candidate.exists():
         number += 1

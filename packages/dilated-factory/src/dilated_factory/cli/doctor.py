@@ -24,6 +24,7 @@ from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.attention import DilatedBackend, SparseBackend
 from dilated_factory.installing import how_to_install
 from dilated_factory.kinds.default import default_registry
+from dilated_factory.room import machine_memory
 
 EXIT_BROKEN = 1
 _PACKAGES = (
@@ -111,7 +112,7 @@ def machine() -> dict[str, str]:
     facts = {
         "CPU cores": f"{cores}, of them usable {usable}, threads of torch {torch.get_num_threads()}"
     }
-    if (memory := _memory()) is not None:
+    if (memory := machine_memory()) is not None:
         facts["memory"] = f"{memory / 2**30:.1f} GiB"
     compiler = _c_compiler()
     facts["C compiler"] = compiler or "none found; Triton and torch.compile need one"
@@ -124,14 +125,6 @@ def machine() -> dict[str, str]:
     if (driver := _nvidia_driver()) is not None:
         facts["NVIDIA driver"] = driver
     return facts
-
-
-def _memory() -> int | None:
-    """Bytes of the machine, where it says so: Windows does not."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _c_compiler() -> str | None:

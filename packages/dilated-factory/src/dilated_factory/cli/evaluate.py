@@ -10,6 +10,7 @@ from rich.table import Table
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device, parse_lengths, sight_warning
 from dilated_factory.cli.output import plain_console
+from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.figures import save_context_curve
 from dilated_factory.training.loop import select_device
 from dilated_factory.training.trained import Evaluation, TrainedModel, evaluate_run, load_trained
@@ -50,13 +51,15 @@ def evaluate(
         dilated evaluate runs/longnet
         dilated evaluate runs/longnet README.md docs --contexts 256,4096 --json
     """
+    picture = out or run / "contexts.png"
+    if out is not None:
+        require_file_name(out)
     trained = load_trained(run, device=select_device(device), best=best)
     lengths = parse_lengths("--contexts", contexts)
     with progress_bar() as show:
         evaluation = evaluate_run(
             trained, paths or (), contexts=lengths, max_bytes=max_bytes, on_progress=show
         )
-    picture = out or run / "contexts.png"
     trained_at = trained.run.config.model.context
     save_context_curve(picture, evaluation.scores, evaluation.baselines, trained_at)
     if as_json:

@@ -25,7 +25,7 @@ def generate(
     prompt_file: Annotated[
         list[Path] | None, typer.Option(help="File to continue; again for more.")
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=0, help="Bytes to add.")] = 256,
+    max_bytes: Annotated[int, typer.Option(min=0, max=2**24, help="Bytes to add.")] = 256,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Text that ends a continuation and is not printed; again for more."),

@@ -11,6 +11,8 @@ from dilated_factory.errors import InputError
 Device = Annotated[
     str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...", show_default=True)
 ]
+# Beyond these no machine goes, and products of them leave what tensors count in.
+MOST_POSITIONS, MOST_HEADS, MOST_WIDTH, MOST_SEQUENCES = 2**40, 2**16, 2**20, 2**32
 
 
 def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -25,9 +27,10 @@ def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or min(values) < 1:
+    if not values or min(values) < 1 or max(values) >= 2**63:
         raise InputError(
-            f"{option} must be positive whole numbers separated by commas. Got {text!r}."
+            f"{option} must be positive whole numbers separated by commas, below 2**63. "
+            f"Got {_shown(text)!r}."
         )
     return values
 
@@ -41,3 +44,7 @@ def sight_warning(model: StackConfig, context: int) -> str | None:
         f"warning: with these segments {model.num_layers} layers see {seen:,} bytes at most, of a "
         f"context of {context:,}; without --segment-lengths and --dilation-rates a new run sees all"
     )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."

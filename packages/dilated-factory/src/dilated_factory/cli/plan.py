@@ -8,6 +8,12 @@ import torch
 import typer
 from rich.table import Table
 
+from dilated_factory.cli.options import (
+    MOST_HEADS,
+    MOST_POSITIONS,
+    MOST_SEQUENCES,
+    MOST_WIDTH,
+)
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
     Causal,
@@ -22,19 +28,28 @@ from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.errors import InputError
 from dilated_factory.tools.planning import Needs, Workload, make_plan, measure_flops_per_second
 
+MOST_DEVICES = 2**16
+
 
 def plan(
-    length: Annotated[int, typer.Argument(min=1, help="Positions N of a sequence.")],
-    devices: Annotated[int, typer.Option(min=1, help="Devices P that share it.")] = 1,
+    length: Annotated[
+        int, typer.Argument(min=1, max=MOST_POSITIONS, help="Positions N of a sequence.")
+    ],
+    devices: Annotated[
+        int, typer.Option(min=1, max=MOST_DEVICES, help="Devices P that share it.")
+    ] = 1,
     segment_lengths: SegmentLengths = None,
     dilation_rates: DilationRates = None,
     head_offsets: Offsets = "interleaved",
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 12,
+    heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads.")] = 12,
     kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Key heads; default: as many.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, max=MOST_HEADS, help="Key heads; default: as many.", show_default=False
+        ),
     ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    head_dim: Annotated[int, typer.Option(min=1, max=MOST_WIDTH, help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences.")] = 1,
     causal: Causal = False,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "float64"],

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dilated_core import DilatedPattern
+from dilated_factory.cli.options import MOST_HEADS
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
     Causal,
@@ -20,17 +21,19 @@ from dilated_factory.cli.patterns import (
 from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.errors import InputError
 from dilated_factory.tools.pattern_page import pattern_page
-from dilated_factory.training.atomic import replacing, write_text
+from dilated_factory.training.atomic import replacing, require_file_name, write_text
 
 MAX_TERMINAL = 96
 MAX_FILE = 512
+MAX_PAIRS = 2**24
+MAX_PANELS = 128
 
 
 def show(
     segment_lengths: SegmentLengths = None,
     dilation_rates: DilationRates = None,
     length: Annotated[int, typer.Option(min=1, help="Positions to show.")] = 32,
-    heads: Annotated[int, typer.Option(min=1, help="Heads of the attention.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Heads of the attention.")] = 4,
     head: Annotated[int, typer.Option(min=0, help="Head to show in the terminal.")] = 0,
     head_offsets: Offsets = "interleaved",
     head_groups: Groups = "shared",
@@ -67,6 +70,20 @@ def show(
     most = MAX_FILE if to_file or as_json else MAX_TERMINAL
     if length > most:
         raise InputError(f"--length must be at most {most} here. Got {length}.")
+    if heads * length**2 > MAX_PAIRS:
+        raise InputError(
+            f"--heads times the square of --length must be at most {MAX_PAIRS:,}. "
+            f"Got {heads} and {length}."
+        )
+    panels = heads * (1 + len(pattern.segment_lengths))
+    if png is not None and (panels > MAX_PANELS or panels * length**2 > MAX_PAIRS):
+        raise InputError(
+            f"--png draws at most {MAX_PANELS} panels, one for each head and branch, of at most "
+            f"{MAX_PAIRS:,} points in all. Got {panels} of {length} x {length}."
+        )
+    for path in (png, html):
+        if path is not None:
+            require_file_name(path)
     if png is not None:
         save_pattern(png, pattern, length, heads, is_causal=causal)
     if html is not None:

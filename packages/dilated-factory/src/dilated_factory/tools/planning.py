@@ -10,6 +10,7 @@ import torch
 
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_factory.errors import missing_package
+from dilated_factory.room import require_room
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def _spread(
 def measure_flops_per_second(work: Workload, *, positions: int = 4096) -> float:
     """What this machine's CPU reaches in a forward of one sequence, cut to some positions."""
     one = replace(work, length=min(work.length, positions), batch=1)
+    rows = one.length * one.heads * one.head_dim
+    require_room("what is measured without --tflops", 2 * rows * one.dtype.itemsize)
     query = torch.randn(1, one.length, one.heads, one.head_dim, dtype=one.dtype)
     seconds = []
     for _ in range(4):

@@ -5,10 +5,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dilated_factory.errors import InputError
+
+
+def require_file_name(path: Path) -> None:
+    """Raise an `InputError` where a file of that name cannot be."""
+    if not path.name or path.is_dir() or not path.parent.is_dir():
+        raise InputError(
+            f"a file to write must have a name, in a folder that exists. Got {str(path)!r}."
+        )
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is made durable and renamed to it."""
+    """Yield a temporary path beside ``path``; on success it is made durable and renamed to it.
+
+    Raises:
+        InputError: the path names no file.
+    """
+    require_file_name(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

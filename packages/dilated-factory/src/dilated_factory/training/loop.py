@@ -16,6 +16,7 @@ from dilated_factory.configs.models import Parent, TrainConfig
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.layers import AttentionFactory
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.room import require_room
 from dilated_factory.training.background import Ahead, Beside
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
 from dilated_factory.training.compiling import compile_blocks, recompute
@@ -90,8 +91,8 @@ def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torch asks a backend's own module, which may raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"device {name!r} is not available: {reason}") from None
     if device.type == "meta":
         raise InputError("device must be able to compute. Got 'meta'.")
@@ -166,11 +167,13 @@ class Trainer:
 
         Raises:
             RunError: something is already at ``path``.
-            InputError: the processes cannot share the batch and its sequences.
+            InputError: the processes cannot share the batch and its sequences, or these or the
+                model do not fit into memory.
             RunError: the run that this one goes on from is gone, or its weights do not fit.
             CorpusError: the corpus is shorter than the context, or what is held out of it, if the
                 run is to be validated.
         """
+        require_room_for(config)
         if config.validate_every is not None:
             validation_starts(len(corpus.validation), config.model.context, 1, 1)
         first_batch = batch_offsets(
@@ -517,10 +520,21 @@ def _require_heir(config: TrainConfig, parent: Parent) -> None:
     ]
     if differing:
         raise RunError(f"the weights of {parent.run!r} do not fit: {'; '.join(differing)}.")
+def require_room_for(config: TrainConfig) -> None:
+    """Raise an `InputError` if the model or a batch does not fit into memory."""
+    shape = config.model
+    layer = 2 * shape.embed_dim * (2 * shape.embed_dim + shape.hidden_dim)
+    require_room("the model", 4 * (shape.num_layers * layer + shape.vocab_size * shape.embed_dim))
+    require_room("a batch", 8 * config.batch_size * (shape.context + 1))
 
 
 def initial_model(config: TrainConfig, attention: AttentionFactory | None = None) -> LongNetLM:
-    """The model at step 0, on the CPU: the seed alone decides its weights."""
+    """The model at step 0, on the CPU: the seed alone decides its weights.
+
+    Raises:
+        InputError: as `require_room_for`.
+    """
+    require_room_for(config)
     with torch.random.fork_rng([]):
         torch.manual_seed(step_seed(config.seed, 0, "weights"))
         return LongNetLM(config.model, attention=attention)
