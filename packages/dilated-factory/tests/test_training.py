@@ -294,3 +294,14 @@ def test_a_run_by_the_clock_warms_up_by_steps_too() -> None:
 def test_an_absent_device_is_told() -> None:
     with pytest.raises(ValueError, match="device 'cuda' is not available"):
         select_device("cuda")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_of_signals_at_once_the_lowest_number_counts() -> None:
+    both = {signal.SIGHUP, signal.SIGTERM}
+    with StopRequest() as stop:
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert stop.exit_code == 129

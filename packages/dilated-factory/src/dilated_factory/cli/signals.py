@@ -18,7 +18,8 @@ class StopRequest:
 
     Two exceptions. What was ignored before stays ignored: so it is under nohup, and for Ctrl-C in
     the background jobs of a script. And SIGHUP never cuts the saving short: a terminal that closes
-    sends it twice, by its shell and by the kernel.
+    sends it twice, by its shell and by the kernel. Of signals that come at once, before Python sees
+    the first one, the lowest number counts: SIGHUP and SIGTERM together are a SIGHUP.
     """
 
     def __init__(self) -> None:
