@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
     from dilated_factory.configs.pattern import default_pattern
     from dilated_factory.configs.pool import PoolConfig, create_pool
+    from dilated_factory.configs.slides import SlideEncoderConfig
     from dilated_factory.interop import register_with_transformers
-    from dilated_factory.interop.gigapath import SlideEncoder, SlideEncoderConfig
+    from dilated_factory.interop.gigapath import SlideEncoder
     from dilated_factory.interop.over_ranks import shard_for_transformers
     from dilated_factory.interop.torchscale import load_torchscale
     from dilated_factory.kinds.default import default_registry
@@ -116,7 +117,7 @@ _HOMES = {
     "register_with_transformers": "interop",
     "shard_for_transformers": "interop.over_ranks",
     "SlideEncoder": "interop.gigapath",
-    "SlideEncoderConfig": "interop.gigapath",
+    "SlideEncoderConfig": "configs.slides",
     "load_torchscale": "interop.torchscale",
     "TransformerDecoderLayer": "models.layers",
     "TransformerEncoderLayer": "models.layers",

@@ -1,72 +1,92 @@
 """SlideEncoder: GigaPath's slide encoder (LongNetViT), tile embeddings and coordinates in."""
 
-# Shapes: B batch, N tiles, C tile_dim, E embed_dim.
+# Shapes: B batch, N tiles, T tiles of all slides together, C tile_dim, E embed_dim, S slides.
 
-import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from dilated_core import DilatedAttention, DilatedPattern
-from dilated_factory.configs.models import FrozenConfig, LongNetEncoderConfig
+from dilated_core import DilatedAttention, dilated_attention_varlen
+from dilated_factory.configs.slides import SlideEncoderConfig
+from dilated_factory.interop.places import (
+    PlaceTable,
+    TileSize,
+    check_coords,
+    check_places,
+    grid_cells,
+    readable,
+    tile_sizes,
+)
 from dilated_factory.models.encoder import LongNetEncoder
 
 
-class SlideEncoderConfig(FrozenConfig):
-    """Shape of a slide encoder; the defaults are those of the published one, 86 million parameters.
+class PackedSlideAttention(DilatedAttention):
+    """Dilated attention of slides of equal length, or of slides that lie one after the other.
 
-    Raises:
-        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    The encoder hands its mask on to here unread. One of int32 numbers says where packed slides
+    end: 0, then the end of each (S + 1,).
     """
 
-    kind: Literal["slide_encoder"] = "slide_encoder"
-    tile_dim: int = Field(default=1536, ge=1, description="width of a tile's embedding")
-    embed_dim: int = Field(default=768, ge=4, multiple_of=4)
-    num_heads: int = Field(default=16, ge=1)
-    num_layers: int = Field(default=12, ge=1)
-    ffn_dim: int | None = Field(default=None, ge=1, description="None means 4 * embed_dim")
-    segment_lengths: tuple[int, ...] = (1024, 5792, 32768, 185363, 1048576)
-    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
-    grid_size: int = Field(default=1000, ge=1, description="tiles along a side of a slide")
-    tile_size: int = Field(default=256, ge=1, description="pixels along a side of a tile")
-    global_pool: bool = Field(default=False, description="mean of the tiles, not the class token")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
-    final_norm_eps: float = Field(default=1e-6, gt=0)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend: (B, N, H, D), or (1, T, H, D) with the ends of packed slides for a mask."""
+        if key_padding_mask is None:
+            return super().forward(query, key, value, is_causal=is_causal)
+        out = dilated_attention_varlen(
+            query[0], key[0], value[0], key_padding_mask, self.pattern, is_causal=is_causal,
+            backend=self.backend, **self.options(query, key),
+        )  # fmt: skip
+        return cast(Tensor, out).unsqueeze(0)
 
-    @property
-    def encoder(self) -> LongNetEncoderConfig:
-        """Shape of the LongNet encoder inside, with torchscale's habits."""
-        return LongNetEncoderConfig(
-            embed_dim=self.embed_dim,
-            num_heads=self.num_heads,
-            num_layers=self.num_layers,
-            ffn_dim=self.ffn_dim,
-            segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates,
-            head_offsets="blocked",
-            count_padding=True,
-            context=max(self.segment_lengths),
-            positions="none",
-            dropout=self.dropout,
-            layer_norm_eps=self.layer_norm_eps,
-            float32_gelu=True,
-        )
 
-    @property
-    def pattern(self) -> DilatedPattern:
-        """The dilated-attention pattern of every layer."""
-        return self.encoder.pattern
+class _Packed(NamedTuple):
+    """Where the rows of a padded batch (B, M) lie when its slides are packed.
+
+    Attributes:
+        order: (K,) rows of the flat batch, those of each slide one after the other.
+        ends: (S + 1,) int32, 0 and where each packed slide ends.
+    """
+
+    order: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "_Packed":
+        """By a mask (B, M), True = no row.
+
+        Where counting the rows would wait for the device, or the count would be written into a
+        graph, the rows of padding are kept: as one more slide, at the end.
+        """
+        counts = (~mask).sum(1)
+        order = torch.argsort(mask.flatten().to(torch.int8), stable=True)
+        if readable(mask):
+            order = order[: int(counts.sum())]
+        else:
+            counts = torch.cat((counts, mask.sum().unsqueeze(0)))
+        ends = nn.functional.pad(counts.cumsum(0), (1, 0))
+        return cls(order, ends.to(torch.int32))
 
 
 class SlideEncoder(nn.Module):
     """One embedding of a slide from those of its tiles (Xu et al., Nature 2024, GigaPath).
 
     Tiles are projected, get the 2-D sine and cosine of their place on the slide, and go through a
-    LongNet encoder behind a class token. The published weights load with `load_torchscale`.
+    LongNet encoder behind a class token. The published weights load with `load_torchscale`; their
+    authors say that the class token was not trained: take ``global_pool=True``.
+
+    Assigning to the attribute ``tile_size``, as pipelines around GigaPath's class do, sets the size
+    of calls that do not say one.
 
     Args:
         config: shape of the model.
@@ -84,12 +104,14 @@ class SlideEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.tile_size: TileSize = config.tile_size
         with nullcontext() if device is None else torch.device(device):
             self.patch_embed = nn.Linear(config.tile_dim, config.embed_dim)
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+            self.places = PlaceTable(config.grid_size, config.embed_dim)
             self.encoder = LongNetEncoder(
                 config.encoder,
-                attention=lambda: DilatedAttention(config.pattern),
+                attention=lambda: PackedSlideAttention(config.pattern),
                 activation_checkpointing=activation_checkpointing,
             )
             self.norm = nn.LayerNorm(config.embed_dim, eps=config.final_norm_eps)
@@ -115,89 +137,233 @@ class SlideEncoder(nn.Module):
         all_layer_embed: bool = False,
         *,
         key_padding_mask: Tensor | None = None,
+        tile_size: TileSize | None = None,
     ) -> list[Tensor]:
-        """Embeddings of the slide (B, E): one, or one for each state of the encoder.
+        """Embeddings of the slides (B, E): one, or one for each state of the encoder.
 
-        Takes and returns what GigaPath's LongNetViT does, so code written for that works.
+        Takes and returns what GigaPath's LongNetViT does, so code written for that works. A slide
+        gives what it gives alone, whatever pads it or stands beside it; `encode` does so without
+        working on padding.
+
+        Coordinates on the CPU are checked; elsewhere that would wait for the device, and a slide
+        with a tile outside of the grid gives NaN.
 
         Args:
-            tiles: (B, N, tile_dim) embeddings of the tiles.
-            coords: (B, N, 2) pixels of their upper left corners, in [0, grid_size * tile_size).
+            tiles: (B, N, tile_dim) or (N, tile_dim) embeddings of the tiles, of any float dtype.
+            coords: (B, N, 2), or (N, 2) of one slide, of any real or integer dtype: pixels of the
+                tiles' upper left corners, in [0, grid_size * tile_size).
             all_layer_embed: return what enters the first layer and what leaves each, num_layers + 1
                 embeddings. None of them has gone through the encoder's last norm, which the single
                 embedding has.
-            key_padding_mask: (B, N) bool, True = no tile; its coordinates must be in range, too.
+            key_padding_mask: (B, N) bool, True = no tile, whatever stands there.
+            tile_size: pixels along a side of a tile, or (B,) of them, one for each slide; the
+                attribute ``tile_size`` when None.
 
         Raises:
-            ValueError: a shape or a coordinate is not what it must be.
+            TypeError, ValueError: naming the argument, what it must be, and what it was; a slide
+                has no tile.
+
+        Warns:
+            UserWarning: coordinates that cannot be right, see `dilated_factory.interop.places`.
         """
-        inputs, mask = self._inputs(tiles, coords, key_padding_mask)
-        if all_layer_embed:
-            states = self.encoder.layer_states(inputs, key_padding_mask=mask)
-        else:
-            states = [self.encoder(inputs, key_padding_mask=mask)]
-        return [self._summary(state, key_padding_mask) for state in states]
+        inputs, mask = self._inputs(tiles, coords, key_padding_mask, tile_size)
+        return [self._summary(state, mask) for state in self._states(inputs, mask, all_layer_embed)]
+
+    def encode(
+        self,
+        slides: Sequence[tuple[Tensor, Tensor]],
+        *,
+        tile_size: TileSize | None = None,
+        all_layer_embed: bool = False,
+    ) -> list[Tensor]:
+        """Embeddings (S, E) of slides of different lengths, each what it gives alone.
+
+        The slides are packed, one after the other, so there is no padding to work on.
+
+        Args:
+            slides: for each its tiles (N_i, tile_dim) and coordinates (N_i, 2), as in `forward`;
+                they are brought to the model's device.
+            tile_size: a number, or one for each slide, as in `forward`.
+            all_layer_embed: as in `forward`.
+
+        Raises:
+            TypeError, ValueError: as in `forward`, naming the slide where it is about one.
+        """
+        inputs, ends = self._packed_inputs(slides, tile_size)
+        found = self._run(inputs, all_layer_embed, _ends(ends, inputs.device))
+        return [self._packed_summary(state[0], ends) for state in found]
+
+    def tile_states(
+        self,
+        tiles: Tensor,
+        coords: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        tile_size: TileSize | None = None,
+    ) -> Tensor:
+        """What `forward` pools (B, N, E): the tiles after the encoder and its last norm.
+
+        Arguments as in `forward`; where there is no tile the states are 0.
+        """
+        inputs, mask = self._inputs(tiles, coords, key_padding_mask, tile_size)
+        (states,) = self._states(inputs, mask, False)
+        return states[:, 1:]
+
+    def _states(self, inputs: Tensor, mask: Tensor | None, every: bool) -> list[Tensor]:
+        """The states (B, 1 + N, E) of inputs; 0 where the mask is."""
+        if mask is None:
+            return self._run(inputs, every)
+        packed = _Packed.of(mask)
+        rows = inputs.flatten(0, 1)[packed.order].unsqueeze(0)
+        found = self._run(rows, every, packed.ends)
+        return [
+            torch.zeros_like(inputs, dtype=state.dtype)
+            .flatten(0, 1)
+            .index_copy(0, packed.order, state[0])
+            .view_as(inputs)
+            .masked_fill(mask.unsqueeze(-1), 0)
+            for state in found
+        ]
+
+    def _run(self, inputs: Tensor, every: bool, ends: Tensor | None = None) -> list[Tensor]:
+        options: dict[str, Any] = {"key_padding_mask": ends}
+        if every:
+            return self.encoder.layer_states(inputs, **options)
+        return [self.encoder(inputs, **options)]
 
     def _inputs(
-        self, tiles: Tensor, coords: Tensor, key_padding_mask: Tensor | None
+        self,
+        tiles: Tensor,
+        coords: Tensor,
+        key_padding_mask: Tensor | None,
+        tile_size: TileSize | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The class token and the tiles with their places (B, 1 + N, E), and the mask for both."""
-        if tiles.ndim != 3 or tiles.shape[-1] != self.config.tile_dim:
+        self._check_tiles("tiles", tiles, (2, 3))
+        tiles = tiles.unsqueeze(0) if tiles.ndim == 2 else tiles
+        if isinstance(coords, Tensor) and coords.ndim == 2:
+            coords = coords.unsqueeze(0)
+        check_coords(coords, (*tiles.shape[:2], 2))
+        if tiles.shape[1] == 0:
+            raise ValueError("tiles must hold at least one tile of each slide. Got none.")
+        sizes = self._sizes(tile_size, len(tiles), coords.device)[:, None, None]
+        cells = grid_cells(coords, sizes)
+        mask = key_padding_mask
+        if mask is not None:
+            _check_mask(mask, tiles)
+            hole = mask.unsqueeze(-1)
+            # What stands there may be anything, NaN too, whose gradient would spread.
+            tiles, cells = tiles.masked_fill(hole, 0), cells.masked_fill(hole.to(cells.device), 0)
+            mask = nn.functional.pad(mask, (1, 0))
+        if readable(coords):
+            for i, size in enumerate(sizes):
+                kept = slice(None) if key_padding_mask is None else ~key_padding_mask[i].cpu()
+                check_places(coords[i][kept], cells[i][kept], size, self.config.grid_size)
+        embedded = self._embed(tiles, cells)
+        return torch.cat((self.cls_token.expand(len(tiles), -1, -1), embedded), dim=1), mask
+
+    def _packed_inputs(
+        self, slides: Sequence[tuple[Tensor, Tensor]], tile_size: TileSize | None
+    ) -> tuple[Tensor, list[int]]:
+        """The packed inputs (1, T + S, E), and where the rows of each slide end, 0 first."""
+        if not len(slides):
+            raise ValueError("slides must hold at least one slide. Got none.")
+        device = self.cls_token.device
+        sizes = self._sizes(tile_size, len(slides), torch.device("cpu"))
+        all_tiles, all_cells = [], []
+        for i, (tiles, coords) in enumerate(slides):
+            try:
+                self._check_tiles("tiles", tiles, (2, 3))
+                if tiles.ndim == 3 and len(tiles) == 1:
+                    tiles = tiles[0]
+                    if isinstance(coords, Tensor) and coords.ndim == 3:
+                        coords = coords.squeeze(0)
+                self._check_tiles("tiles", tiles, (2,))
+                check_coords(coords, (len(tiles), 2))
+                if not len(tiles):
+                    raise ValueError("tiles must hold at least one tile. Got none.")
+                size = sizes[i]
+                if coords.device.type != "cpu":
+                    size = size.to(torch.float32).to(coords.device, non_blocking=True)
+                cells = grid_cells(coords, size)
+                check_places(coords, cells, size, self.config.grid_size)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"slide {i}: {error}") from None
+            all_tiles.append(tiles.to(device, non_blocking=True))
+            all_cells.append(cells.to(torch.float32).to(device, non_blocking=True))
+        lengths = [len(tiles) for tiles in all_tiles]
+        embedded = self._embed(torch.cat(all_tiles), torch.cat(all_cells))
+        parts = [part for one in embedded.split(lengths) for part in (self.cls_token[0], one)]
+        ends = [0]
+        for length in lengths:
+            ends.append(ends[-1] + 1 + length)
+        return torch.cat(parts).unsqueeze(0), ends
+
+    def _check_tiles(self, name: str, tiles: object, dims: tuple[int, ...]) -> None:
+        if not isinstance(tiles, Tensor):
+            raise TypeError(f"{name} must be a Tensor. Got {type(tiles).__name__}.")
+        width = self.patch_embed.in_features
+        if tiles.ndim not in dims or tiles.shape[-1] != width:
+            shape = "(B, N, " if 3 in dims else "(N, "
             raise ValueError(
-                f"tiles must have shape (B, N, tile_dim={self.config.tile_dim}). "
-                f"Got {tuple(tiles.shape)}."
+                f"{name} must have shape {shape}tile_dim={width}). Got {tuple(tiles.shape)}."
             )
-        if coords.shape != (*tiles.shape[:2], 2):
-            raise ValueError(
-                f"coords must have shape {(*tiles.shape[:2], 2)}. Got {tuple(coords.shape)}."
-            )
-        if key_padding_mask is not None and (
-            key_padding_mask.shape != tiles.shape[:2] or key_padding_mask.dtype != torch.bool
-        ):
-            raise ValueError(
-                f"key_padding_mask must be bool of shape {tuple(tiles.shape[:2])}. "
-                f"Got {key_padding_mask.dtype} of {tuple(key_padding_mask.shape)}."
-            )
+        if not tiles.is_floating_point():
+            raise TypeError(f"{name} must be of a float dtype. Got {tiles.dtype}.")
+
+    def _sizes(self, tile_size: TileSize | None, slides: int, device: torch.device) -> Tensor:
+        return tile_sizes(self.tile_size if tile_size is None else tile_size, slides, device)
+
+    def _embed(self, tiles: Tensor, cells: Tensor) -> Tensor:
+        """Projected tiles (..., E) with their places, from tiles (..., C) and cells (..., 2)."""
+        # Under autocast the projection casts by itself, to what it computes in.
+        kind = tiles.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            tiles = tiles.to(self.patch_embed.weight.dtype)
         embedded: Tensor = self.patch_embed(tiles)
-        embedded = embedded + self._places(coords).to(embedded)
-        # The class token stands outside of the grid; its place is zero.
-        token = self.cls_token.expand(len(tiles), -1, -1)
-        mask = None if key_padding_mask is None else nn.functional.pad(key_padding_mask, (1, 0))
-        return torch.cat((token, embedded), dim=1), mask
+        cells = cells.to(embedded.device, non_blocking=True)
+        inside = ((cells >= 0) & (cells < self.config.grid_size)).all(-1)
+        # NaN has no whole number.
+        whole = cells.masked_fill(~inside.unsqueeze(-1), 0).long()
+        # In the weights' dtype, float32 under autocast: the layers add to this sum.
+        places: Tensor = self.places(whole, inside)
+        return embedded + places.to(self.cls_token.dtype)
 
-    def _places(self, coords: Tensor) -> Tensor:
-        grid_size, tile_size = self.config.grid_size, self.config.tile_size
-        cells = torch.floor(coords.to(torch.float64) / tile_size)
-        if not ((cells >= 0) & (cells < grid_size)).all():
-            raise ValueError(
-                f"coords must be in [0, grid_size * tile_size = {grid_size * tile_size}). "
-                f"Got {coords.min().item()} to {coords.max().item()}."
-            )
-        return sine_cosine_2d(cells, self.config.embed_dim)
-
-    def _summary(self, states: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """One embedding (B, E) of states (B, 1 + N, E)."""
+    def _summary(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """One embedding (B, E) of states (B, 1 + N, E), which are 0 where the mask is."""
         if not self.config.global_pool:
             pooled = states[:, 0]
-        elif key_padding_mask is None:
+        elif mask is None:
             pooled = states[:, 1:].mean(dim=1)
         else:
-            weights = (~key_padding_mask).to(states.dtype).unsqueeze(-1)
-            pooled = (states[:, 1:] * weights).sum(dim=1) / weights.sum(dim=1)
+            counts = (~mask[:, 1:]).sum(dim=1, keepdim=True)
+            pooled = states[:, 1:].sum(dim=1) / counts.clamp(min=1)
+        embedding: Tensor = self.norm(pooled)
+        return embedding
+
+    def _packed_summary(self, states: Tensor, ends: list[int]) -> Tensor:
+        """The embeddings (S, E) of packed states (T + S, E)."""
+        slides = [states[start:end] for start, end in pairwise(ends)]
+        pool = self.config.global_pool
+        pooled = torch.stack([rows[1:].mean(dim=0) if pool else rows[0] for rows in slides])
         embedding: Tensor = self.norm(pooled)
         return embedding
 
 
-def sine_cosine_2d(cells: Tensor, embed_dim: int) -> Tensor:
-    """Position embeddings (..., embed_dim) of cells (..., 2), float32.
+def _ends(ends: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
 
-    The first half encodes the second coordinate, the other half the first one; each half is the
-    sines of position * 10000 ** (-4i / embed_dim), then the cosines (Vaswani et al., arXiv
-    1706.03762, section 3.5). In float32, because that is the precision of GigaPath's table.
-    """
-    quarter = embed_dim // 4
-    exponents = torch.arange(quarter, dtype=torch.float64, device=cells.device) / quarter
-    angles = cells.to(torch.float64).flip(-1).unsqueeze(-1) * torch.exp(
-        -math.log(10000.0) * exponents
-    )
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(torch.float32)
+
+def _check_mask(mask: Tensor, tiles: Tensor) -> None:
+    if mask.shape != tiles.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_padding_mask must be bool of shape {tuple(tiles.shape[:2])}. "
+            f"Got {mask.dtype} of {tuple(mask.shape)}."
+        )
+    if readable(mask):
+        empty = mask.all(dim=1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                "key_padding_mask must leave at least one tile of each slide. "
+                f"Got none in slide {', '.join(map(str, empty))}."
+            )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern
 from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, StackConfig
+from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.interop.checkpoints import StateDict, assign, read_checkpoint
-from dilated_factory.interop.gigapath import SlideEncoder, SlideEncoderConfig
+from dilated_factory.interop.gigapath import SlideEncoder
 from dilated_factory.models.encoder import LongNetEncoder
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.models.positions import xpos_bases
