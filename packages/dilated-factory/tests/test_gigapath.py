@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dilated_factory import SlideEncoder, SlideEncoderConfig, load_torchscale
+from dilated_factory import (
+    SlideEncoder,
+    SlideEncoderConfig,
+    load_torchscale,
+    read_config,
+    to_toml,
+)
+from dilated_factory.cli import main
 from dilated_factory.interop import gigapath
 from dilated_factory.interop.places import PlaceTable
 from dilated_factory.interop.torchscale import warn_of_misplacement
@@ -394,3 +401,12 @@ def test_a_slide_that_cannot_be_encoded_is_named(slide: tuple[Tensor, Tensor], s
 def test_a_width_needs_four_parts() -> None:
     with pytest.raises(ValueError, match="embed_dim"):
         SlideEncoderConfig(embed_dim=30, num_heads=1)
+
+
+def test_a_configuration_is_read_back_from_files(tmp_path: Path) -> None:
+    config = SlideEncoderConfig(global_pool=True, tile_size=506.5)
+    for ending, text in (("json", config.model_dump_json()), ("toml", to_toml(config))):
+        path = tmp_path / f"slide.{ending}"
+        path.write_text(text)
+        assert read_config(path) == config
+        assert main(["config", "validate", str(path)]) == 0

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from dilated_factory.configs.pool import PoolConfig, create_pool
     from dilated_factory.configs.slides import SlideEncoderConfig
     from dilated_factory.interop import register_with_transformers
+    from dilated_factory.interop.classifier import (
+        SlideClassifier,
+        parameter_groups,
+        save_gigapath,
+    )
     from dilated_factory.interop.gigapath import SlideEncoder
     from dilated_factory.interop.over_ranks import shard_for_transformers
     from dilated_factory.interop.torchscale import load_torchscale
@@ -69,6 +74,7 @@ __all__ = [
     "RunError",
     "Runtime",
     "Selection",
+    "SlideClassifier",
     "SlideEncoder",
     "SlideEncoderConfig",
     "TrainConfig",
@@ -82,9 +88,11 @@ __all__ = [
     "generate",
     "generate_tokens",
     "load_torchscale",
+    "parameter_groups",
     "parse_any",
     "read_config",
     "register_with_transformers",
+    "save_gigapath",
     "shard_for_transformers",
     "to_toml",
 ]
@@ -116,6 +124,9 @@ _HOMES = {
     "generate_tokens": "models.generation",
     "register_with_transformers": "interop",
     "shard_for_transformers": "interop.over_ranks",
+    "SlideClassifier": "interop.classifier",
+    "parameter_groups": "interop.classifier",
+    "save_gigapath": "interop.classifier",
     "SlideEncoder": "interop.gigapath",
     "SlideEncoderConfig": "configs.slides",
     "load_torchscale": "interop.torchscale",

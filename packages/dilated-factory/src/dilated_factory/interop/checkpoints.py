@@ -1,21 +1,55 @@
 """Reading checkpoints of other projects, without running anything that is in them."""
 
-from collections.abc import Mapping
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-StateDict: TypeAlias = Mapping[str, Tensor]
+StateDict: TypeAlias = Mapping[str, Any]
+Source: TypeAlias = StateDict | str | PathLike[str]
+Model = TypeVar("Model", bound=nn.Module)
+
+# Where tensors lie in a file: fairseq's and GigaPath's key, then Lightning's.
+_NESTS = ("model", "state_dict")
+# Settings that trainers pickle beside the weights are of classes in here. What stands for them is
+# inert: nothing of these modules is imported.
+_SETTINGS = ("argparse.", "omegaconf.", "fairseq.", "typing.", "enum.")
+MOST_NAMES = 10
+MOST_LETTERS = 120
 
 
-def read_checkpoint(source: StateDict | str | PathLike[str]) -> dict[str, Tensor]:
+class Checkpoint(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        tensors: by their names.
+        settings: the trainer's settings of the model beside them, empty where there are none.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
+class Inert:
+    """What stands for an object of a trainer's settings: its attributes, and none of its code."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
     """The named tensors of a state dict, of a ``.safetensors`` file, or of one of ``torch.save``.
 
-    A ``torch.save`` file is read with ``weights_only=True``. Where the tensors lie under the key
-    "model", as in checkpoints of fairseq and GigaPath, what is there is taken.
+    A ``torch.save`` file is read with ``weights_only=True``; of settings beside the weights, their
+    data alone. Where the tensors lie under "model" (fairseq, GigaPath) or "state_dict" (Lightning),
+    what is there is taken.
 
     Raises:
         ValueError: something else than named tensors.
@@ -28,10 +62,14 @@ def read_checkpoint(source: StateDict | str | PathLike[str]) -> dict[str, Tensor
 
             content = load_file(source)
         else:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping):
+            content = _load(source)
+    settings: dict[str, Any] = {}
+    for nest in _NESTS:
+        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
+            settings = _settings(content)
+            content = content[nest]
+            break
+    if not isinstance(content, Mapping) or not content:
         raise ValueError(f"a checkpoint must hold named tensors. Got {type(content).__name__}.")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
@@ -39,37 +77,169 @@ def read_checkpoint(source: StateDict | str | PathLike[str]) -> dict[str, Tensor
                 "a checkpoint must hold named tensors only. "
                 f"Got {type(tensor).__name__} under {name!r}."
             )
-    return dict(content)
+    return Checkpoint(dict(content), settings)
 
 
-def assign(model: nn.Module, state: StateDict, names: Mapping[str, str]) -> None:
-    """Put copies of a checkpoint's tensors into a model on the meta device, in their own dtype.
+def _load(path: str | PathLike[str]) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if not unsafe or not all(name.startswith(_SETTINGS) for name in unsafe):
+            raise
+    with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """fairseq's settings of the model: under "cfg" and "model", or in older files under "args"."""
+    found = content.get("cfg")
+    found = _plain(found).get("model") if found is not None else content.get("args")
+    return _plain(found)
+
+
+def _plain(value: object) -> dict[str, Any]:
+    value = vars(value) if isinstance(value, Inert) else value
+    inside = value.get("_content", value) if isinstance(value, Mapping) else {}
+    if not isinstance(inside, Mapping):
+        return {}
+    # omegaconf wraps each value in a node.
+    return {
+        str(key): vars(item).get("_val", item) if isinstance(item, Inert) else item
+        for key, item in inside.items()
+    }
+
+
+class Naming(NamedTuple):
+    """What a checkpoint calls the entries of a model's state dict.
+
+    Attributes:
+        names: by our names.
+        prefix: what stands before the checkpoint's names, as wrappers and trainers add it.
+    """
+
+    names: dict[str, str]
+    prefix: str
+
+    @classmethod
+    def of(cls, state: StateDict, schemes: list[dict[str, str]]) -> "Naming":
+        """The scheme, and the prefix, that fit most tensors of a checkpoint."""
+        found = [cls(schemes[0], "")]
+        best = sum(name in state for name in schemes[0].values())
+        for names in schemes:
+            prefixes = Counter(
+                name.removesuffix(known)
+                for name in state
+                for known in _ends(name, set(names.values()))
+            )
+            for prefix, count in sorted(prefixes.items(), key=lambda item: len(item[0])):
+                if count > best:
+                    best = count
+                    found.append(cls(names, prefix))
+        return found[-1]
+
+    def part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under the prefix, without it; others belong to other modules."""
+        return {
+            name.removeprefix(self.prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(self.prefix)
+        }
+
+
+def _ends(name: str, known: set[str]) -> list[str]:
+    """The known names that a name ends with, after a dot or from its beginning."""
+    parts = name.split(".")
+    return [end for i in range(len(parts)) if (end := ".".join(parts[i:])) in known]
+
+
+def assign(
+    make: Callable[..., Model],
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    *,
+    strict: bool = True,
+    hint: Callable[[Mapping[str, Tensor]], list[str]] = lambda state: [],
+) -> Model:
+    """A model with copies of a checkpoint's tensors, all in the widest dtype among them.
 
     Args:
-        model: its parameters become the copies.
+        make: makes the model on a ``device``.
         state: the checkpoint.
         names: the checkpoint's name of each entry of the model's state dict.
+        strict: everything must fit. Otherwise what is missing or has another shape starts anew and
+            what is left over is left out, with a warning.
+        hint: what in the configuration may be wrong, the likeliest first.
 
     Raises:
-        ValueError: listing all tensors that are missing, unexpected, or of another shape or dtype.
+        ValueError: tensors are missing, unexpected or of another shape, which lists at most
+            ten in under 2,000 characters; or no tensor fits at all.
+
+    Warns:
+        UserWarning: without ``strict``, what started anew and what was left out.
     """
+    model = make(device="meta")
     expected = model.state_dict()
-    problems = [f"missing {name}" for name in dict.fromkeys(names.values()) if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in set(names.values())]
-    problems += [
-        f"{names[own]} must have shape {tuple(tensor.shape)}, got {tuple(state[names[own]].shape)}"
+    known = set(names.values())
+    missing = [name for name in dict.fromkeys(names.values()) if name not in state]
+    surplus = [name for name in state if name not in known]
+    shapes = {
+        names[own]: (tuple(tensor.shape), tuple(state[names[own]].shape))
         for own, tensor in expected.items()
         if names[own] in state and state[names[own]].shape != tensor.shape
+    }
+    problems = [f"missing {_short(name)}" for name in missing]
+    problems += [f"unexpected {_short(name)}" for name in surplus]
+    problems += [
+        f"{name} must have shape {wanted}, got {got}" for name, (wanted, got) in shapes.items()
     ]
-    dtypes = sorted({str(state[name].dtype) for name in names.values() if name in state})
-    if len(dtypes) > 1:
-        problems.append(f"all tensors must have one dtype, got {', '.join(dtypes)}")
-    if problems:
+    if problems and (strict or len(missing) + len(shapes) == len(set(names.values()))):
+        # The rarest kind first: a hundred missing layers must not hide the one wrong shape.
+        kinds = ("must", "missing", "unexpected")
+        count = {kind: sum(kind in p.split() for p in problems) for kind in kinds}
+        problems.sort(key=lambda p: min(count[kind] for kind in kinds if kind in p.split()))
+        hints = hint(state)
         raise ValueError(
-            "state_dict must hold exactly what the configuration asks for. Got: "
-            + "; ".join(problems)
-            + "."
+            "state_dict must hold exactly what the configuration asks for. "
+            + (f"Likeliest cause: {'; '.join(hints)}. " if hints else "")
+            + f"Got: {listed(problems)}."
         )
+    fitting = [own for own in expected if names[own] in state and names[own] not in shapes]
+    dtype = torch.float32 if not fitting else state[names[fitting[0]]].dtype
+    for own in fitting:
+        dtype = torch.promote_types(dtype, state[names[own]].dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(f"state_dict must hold floating-point tensors. Got {dtype}.")
     # Copies, so that training the model leaves the checkpoint alone.
-    copies = {own: state[names[own]].detach().clone() for own in expected}
-    model.load_state_dict(copies, assign=True)
+    copies = {own: state[names[own]].detach().to(dtype, copy=True) for own in fitting}
+    if problems:
+        model = make(device="cpu", dtype=dtype)
+        anew = [*missing, *shapes]
+        warnings.warn(
+            (f"started anew: {listed(anew)}. " if anew else "")
+            + (f"Left out of the checkpoint: {listed(surplus)}." if surplus else ""),
+            UserWarning,
+            stacklevel=4,
+        )
+        model.load_state_dict(copies, strict=False)
+    else:
+        model.load_state_dict(copies, assign=True)
+    return model
+
+
+def listed(items: list[str]) -> str:
+    """At most ten of the items, and how many more there are."""
+    more = f"; and {len(items) - MOST_NAMES} more" if len(items) > MOST_NAMES else ""
+    return "; ".join(items[:MOST_NAMES]) + more
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else f"{name[:MOST_LETTERS]}..."
+
+
+def layer_count(state: StateDict, layers: str) -> int:
+    """How many layers a checkpoint has, whose names begin with ``layers`` and a number."""
+    found = {
+        match[1] for name in state if (match := re.match(rf"{re.escape(layers)}(\d+)\.", name))
+    }
+    return len(found)

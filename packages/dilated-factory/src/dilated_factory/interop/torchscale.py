@@ -6,9 +6,9 @@ computed in float32, whatever the dtype.
 """
 
 import warnings
-from collections.abc import Mapping
-from os import PathLike
-from typing import TypeVar, overload
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from torch import Tensor
 from dilated_core import DilatedPattern
 from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, StackConfig
 from dilated_factory.configs.slides import SlideEncoderConfig
-from dilated_factory.interop.checkpoints import StateDict, assign, read_checkpoint
+from dilated_factory.interop.checkpoints import (
+    Naming,
+    Source,
+    assign,
+    layer_count,
+    read_checkpoint,
+)
 from dilated_factory.interop.gigapath import SlideEncoder
 from dilated_factory.models.encoder import LongNetEncoder
 from dilated_factory.models.longnet import LongNetLM
@@ -38,62 +44,163 @@ _XPOS = "self_attn.xpos.scale"
 
 
 @overload
-def load_torchscale(
-    state_dict: StateDict | str | PathLike[str], config: LongNetConfig
-) -> LongNetLM: ...
+def load_torchscale(source: Source, config: LongNetConfig, *, strict: bool = True) -> LongNetLM: ...
 @overload
 def load_torchscale(
-    state_dict: StateDict | str | PathLike[str], config: LongNetEncoderConfig
+    source: Source, config: LongNetEncoderConfig, *, strict: bool = True
 ) -> LongNetEncoder: ...
 @overload
 def load_torchscale(
-    state_dict: StateDict | str | PathLike[str], config: SlideEncoderConfig
+    source: Source, config: SlideEncoderConfig, *, strict: bool = True
 ) -> SlideEncoder: ...
 def load_torchscale(
-    state_dict: StateDict | str | PathLike[str],
+    source: Source,
     config: LongNetConfig | LongNetEncoderConfig | SlideEncoderConfig,
+    *,
+    strict: bool = True,
 ) -> LongNetLM | LongNetEncoder | SlideEncoder:
     """Build the model of a torchscale checkpoint: the same outputs, in the checkpoint's dtype.
 
     The kind of ``config`` says which: a `LongNetConfig` a LongNetDecoder (pre-norm, sub-layer
-    norms, GELU), a `LongNetEncoderConfig` a LongNetEncoder, a `SlideEncoderConfig` GigaPath's slide
+    norms), a `LongNetEncoderConfig` a LongNetEncoder, a `SlideEncoderConfig` GigaPath's slide
     encoder. Of the first two, fields that are not set take what the checkpoint has or torchscale
     does: ``positions`` and ``tie_embeddings`` by its tensors, ``head_offsets`` "blocked",
     ``count_padding`` true for an encoder, ``float32_gelu`` true, ``scale_embedding`` false.
 
+    What trainers put before the names ("module.", "model.", "slide_encoder.", "decoder.") is found
+    by itself; tensors beside it, as of a classifier, belong to other modules and are left. A slide
+    encoder is also loaded from the names of our own state dict.
+
     Gradients differ from torchscale's, which leave out the weights that mix the branches.
 
     Args:
-        state_dict: the named tensors, or a file: ``.safetensors``, or of ``torch.save``, read with
-            weights_only=True. Tensors under the key "model" are taken from there.
+        source: the named tensors, or a file: ``.safetensors``, or of ``torch.save``, read with
+            weights_only=True. Tensors under the key "model" or "state_dict" are taken from there.
+            Tensors of several dtypes are brought to the widest.
         config: shape of the model.
+        strict: all tensors must fit. With False, those that are missing or have another shape start
+            anew, e.g. the projection of tiles where ``config.tile_dim`` is that of another tile
+            encoder.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: listing all tensors that are missing, unexpected or of another shape; or naming
-            a field of ``config`` that contradicts the checkpoint.
+        ValueError: tensors are missing, unexpected or of another shape, after the likeliest cause;
+            or a field of ``config`` contradicts the checkpoint, which names it.
 
     Warns:
         UserWarning: a segment length is not a multiple of its dilation rate. torchscale misplaces
-            rows of that branch in inputs longer than the segment; this model does not.
+            rows of that branch in inputs longer than the segment; this model does not. Or: a model
+            of GigaPath's published size pools by the class token, which its authors did not train,
+            and ``config`` does not say so. Or, without ``strict``: what started anew.
     """
-    state = read_checkpoint(state_dict)
+    tensors, settings = read_checkpoint(source)
     if isinstance(config, SlideEncoderConfig):
-        model: LongNetLM | LongNetEncoder | SlideEncoder = SlideEncoder(config, device="meta")
-        names = {own: _their_slide_name(own) for own in model.state_dict()}
+        warn_of_untrained_token(config)
+        model: LongNetLM | LongNetEncoder | SlideEncoder
+        model = load_slide_encoder(tensors, config, strict=strict)
     else:
-        config = _completed(config, state)
-        _drop_xpos(state, config)
-        kind = LongNetLM if isinstance(config, LongNetConfig) else LongNetEncoder
-        model = kind(config, device="meta")  # type: ignore[arg-type] # kind goes by the config
-        names = {own: their_name(own) for own in model.state_dict()}
-    assign(model, state, names)
-    if isinstance(model, LongNetLM) and model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight  # two copies until here
+        model = _load_stack(tensors, settings, config, strict=strict)
     warn_of_misplacement(config.pattern)
     return model.eval()
+
+
+def load_slide_encoder(
+    tensors: Mapping[str, Tensor], config: SlideEncoderConfig, *, strict: bool
+) -> SlideEncoder:
+    """The slide encoder among named tensors, whatever their prefix; see `load_torchscale`."""
+    make = partial(SlideEncoder, config)
+    own = list(make(device="meta").state_dict())
+    naming = Naming.of(tensors, [slide_names(own), {name: name for name in own}])
+    return assign(
+        make,
+        naming.part(tensors),
+        naming.names,
+        strict=strict,
+        hint=partial(_slide_hints, config=config, naming=naming),
+    )
+
+
+def _load_stack(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, object],
+    config: LongNetConfig | LongNetEncoderConfig,
+    *,
+    strict: bool,
+) -> LongNetLM | LongNetEncoder:
+    kind = LongNetLM if isinstance(config, LongNetConfig) else LongNetEncoder
+    own = list(kind(config, device="meta").state_dict())  # type: ignore[arg-type] # by the config
+    naming = Naming.of(tensors, [{name: their_name(name) for name in own}])
+    state = naming.part(tensors)
+    config = _completed(config, state)
+    _drop_xpos(state, config)
+
+    def make(**where: Any) -> LongNetLM | LongNetEncoder:
+        return kind(config, **where)  # type: ignore[arg-type] # kind goes by the config
+
+    names = {name: their_name(name) for name in make(device="meta").state_dict()}
+    model = assign(make, state, names, strict=strict, hint=partial(_stack_hints, config=config))
+    if isinstance(model, LongNetLM) and model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight  # two copies until here
+    return model
+
+
+def _stack_hints(
+    state: Mapping[str, Tensor], config: StackConfig, layers: str = "layers."
+) -> list[str]:
+    """What of a configuration differs from what a checkpoint's tensors tell."""
+    norm, inner = (
+        state.get(f"{layers}0.{name}") for name in ("self_attn_layer_norm.weight", "ffn.fc1.bias")
+    )
+    told = [
+        ("embed_dim", config.embed_dim, None if norm is None else len(norm)),
+        ("num_layers", config.num_layers, layer_count(state, layers) or None),
+        ("ffn_dim", config.hidden_dim, None if inner is None else len(inner)),
+    ]
+    if all(value is None for _, _, value in told):
+        some = ", ".join(map(repr, list(state)[:3]))
+        return [f"another kind of model: there is no {layers}0, but {some or 'nothing'}"]
+    return [
+        f"config.{field} must be {value}, not {given}"
+        for field, given, value in told
+        if value is not None and value != given
+    ]
+
+
+def _slide_hints(
+    state: Mapping[str, Tensor], config: SlideEncoderConfig, naming: Naming
+) -> list[str]:
+    own = {theirs: name for name, theirs in naming.names.items()}
+    theirs = {_their_slide_name(own[n]) if n in own else n: t for n, t in state.items()}
+    hints = _stack_hints(theirs, config.encoder, "encoder.layers.")
+    width = theirs.get("patch_embed.proj.weight")
+    if width is None:
+        hints.append("the projection of tiles is missing: strict=False starts it anew")
+    elif width.ndim == 2 and width.shape[1] != config.tile_dim:
+        hints.append(
+            f"config.tile_dim must be {width.shape[1]}, not {config.tile_dim}: for another tile "
+            "encoder, strict=False starts the projection of tiles anew"
+        )
+    return hints
+
+
+def warn_of_untrained_token(config: SlideEncoderConfig) -> None:
+    """Warn where a model of the published size pools by its class token without being told to."""
+    published = SlideEncoderConfig()
+    shape = ("embed_dim", "num_heads", "num_layers")
+    if (
+        all(getattr(config, field) == getattr(published, field) for field in shape)
+        and not config.global_pool
+        and "global_pool" not in config.model_fields_set
+    ):
+        warnings.warn(
+            "the class token of GigaPath's published weights was not trained, by their authors' "
+            "word: set global_pool=True in the SlideEncoderConfig to pool the tiles, as they do, "
+            "or global_pool=False for weights whose token was trained.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def their_name(own: str) -> str:
@@ -107,7 +214,19 @@ def their_name(own: str) -> str:
     return f"{_OUTER_NAMES[name]}.{rest}"
 
 
+def slide_names(own: Iterable[str]) -> dict[str, str]:
+    """GigaPath's name of each entry of the state dict of a slide encoder or a classifier."""
+    inside = "slide_encoder."
+    return {
+        name: inside + _their_slide_name(name.removeprefix(inside))
+        if name.startswith(inside)
+        else _their_slide_name(name)
+        for name in own
+    }
+
+
 def _their_slide_name(own: str) -> str:
+    """GigaPath's name of an entry of our state dict."""
     if own.startswith("encoder."):
         return f"encoder.{their_name(own.removeprefix('encoder.'))}"
     return own.replace("patch_embed.", "patch_embed.proj.")
