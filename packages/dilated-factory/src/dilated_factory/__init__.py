@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from dilated_factory.models.generation import generate, generate_tokens
     from dilated_factory.models.layers import TransformerDecoderLayer, TransformerEncoderLayer
     from dilated_factory.models.longnet import LongNetLM
+    from dilated_factory.slides.readers import SlideFeatures, read_slide_features
 
 __all__ = [
     "AttentionConfig",
@@ -77,6 +78,7 @@ __all__ = [
     "SlideClassifier",
     "SlideEncoder",
     "SlideEncoderConfig",
+    "SlideFeatures",
     "TrainConfig",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
@@ -91,6 +93,7 @@ __all__ = [
     "parameter_groups",
     "parse_any",
     "read_config",
+    "read_slide_features",
     "register_with_transformers",
     "save_gigapath",
     "shard_for_transformers",
@@ -133,6 +136,8 @@ _HOMES = {
     "TransformerDecoderLayer": "models.layers",
     "TransformerEncoderLayer": "models.layers",
     "LongNetLM": "models.longnet",
+    "SlideFeatures": "slides.readers",
+    "read_slide_features": "slides.readers",
     "Registry": "kinds.registry",
     "Runtime": "kinds.registry",
     "create_attention": "kinds.registry",

@@ -4,7 +4,7 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -25,7 +25,7 @@ MOST_NAMES = 10
 MOST_LETTERS = 120
 
 
-class Checkpoint(NamedTuple):
+class Weights(NamedTuple):
     """What a file holds.
 
     Attributes:
@@ -44,7 +44,7 @@ class Inert:
         pass
 
 
-def read_checkpoint(source: Source) -> Checkpoint:
+def read_checkpoint(source: Source) -> Weights:
     """The named tensors of a state dict, of a ``.safetensors`` file, or of one of ``torch.save``.
 
     A ``torch.save`` file is read with ``weights_only=True``; of settings beside the weights, their
@@ -62,7 +62,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
             content = load_file(source)
         else:
-            content = _load(source)
+            content = load_plain(source, lambda n: Inert if n.startswith(_SETTINGS) else None)
     settings: dict[str, Any] = {}
     for nest in _NESTS:
         if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
@@ -77,18 +77,39 @@ def read_checkpoint(source: Source) -> Checkpoint:
                 "a checkpoint must hold named tensors only. "
                 f"Got {type(tensor).__name__} under {name!r}."
             )
-    return Checkpoint(dict(content), settings)
+    return Weights(dict(content), settings)
 
 
-def _load(path: str | PathLike[str]) -> object:
+def load_plain(
+    path: str | PathLike[str],
+    stand_in: Callable[[str], Any],
+    also: Sequence[type] = (),
+    **options: Any,
+) -> object:
+    """What a file of ``torch.save`` holds, where that is tensors, plain data, and what is known.
+
+    Args:
+        path: the file.
+        stand_in: what stands for a class or a function that the file names, or None.
+        also: classes of what stands, which the file does not name.
+        options: of torch.load.
+
+    Raises:
+        pickle.UnpicklingError: the file holds something else, or is damaged.
+    """
+    options = {"map_location": "cpu", "weights_only": True, **options}
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, **options)
     except pickle.UnpicklingError:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if not unsafe or not all(name.startswith(_SETTINGS) for name in unsafe):
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # an older format, or none
+            names = []
+        found = {name: stand_in(name) for name in names}
+        if not found or None in found.values():
             raise
-    with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([*also, *((known, n) for n, known in found.items())]):
+        return torch.load(path, **options)
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
