@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dilated_factory import (
@@ -410,3 +410,42 @@ def test_a_configuration_is_read_back_from_files(tmp_path: Path) -> None:
         path.write_text(text)
         assert read_config(path) == config
         assert main(["config", "validate", str(path)]) == 0
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_tile_attention_is_that_of_each_slide_alone_in_the_layer_asked_for(name: str) -> None:
+    model, slides, sizes, _, _ = cohort(name)
+    most = max(len(tiles) for tiles, _ in slides)
+    mask = torch.stack([torch.arange(most) >= len(tiles) for tiles, _ in slides])
+    tiles, coords = (
+        torch.stack([nn.functional.pad(s[i], (0, 0, 0, most - len(s[i]))) for s in slides])
+        for i in (0, 1)
+    )
+    for layer in (0, -1):
+        found = model.tile_attention(
+            tiles, coords, layer=layer, key_padding_mask=mask, tile_size=sizes
+        )
+        assert found.shape == (len(slides), model.config.num_heads, most)
+        for weights, slide, size, hidden in zip(found, slides, sizes, mask, strict=True):
+            alone = model.tile_attention(*slide, layer=layer, tile_size=size)[0]
+            assert torch.allclose(weights[:, ~hidden], alone, atol=1e-10)
+            assert not weights[:, hidden].any()
+            total = weights.sum(-1)
+            if model.config.global_pool:
+                assert torch.allclose(total, torch.ones_like(total))
+            else:
+                assert (total <= 1 + 1e-9).all()
+    with pytest.raises(ValueError, match=r"layer must be in \[-"):
+        model.tile_attention(*slides[0], layer=9)
+
+
+def test_the_class_tokens_attention_is_its_row_of_all_weights() -> None:
+    model, slides, sizes, _, _ = cohort(CLASSIFIERS[1])
+    rows: list[Tensor] = []
+    attention = model.encoder.blocks[-1].attention
+    assert isinstance(attention, nn.Module)
+    attention.register_forward_pre_hook(lambda module, given: rows.append(given[0]))
+    model(*slides[1], tile_size=sizes[1])
+    _, weights = attention(rows[0], need_weights=True)
+    found = model.tile_attention(*slides[1], tile_size=sizes[1])
+    assert torch.allclose(found[0], weights[0, :, 0, 1:], atol=1e-10)

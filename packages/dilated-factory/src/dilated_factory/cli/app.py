@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
     "generate": "Continue a prompt, byte by byte; print prompt and continuation.",
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
+    "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",
     "bench": "Time attention: the project's kinds and backends, and installed peers.",
     "plan": "Say what N tokens on P devices take: memory, bytes, operations, time.",
     "show": "Show a pattern: in the terminal, as a picture, or as a page to explore.",

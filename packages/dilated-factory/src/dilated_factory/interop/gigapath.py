@@ -10,7 +10,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dilated_core import DilatedAttention, dilated_attention_varlen
+from dilated_core import (
+    DilatedAttention,
+    MultiheadDilatedAttention,
+    dilated_attention_varlen,
+)
 from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.interop.places import (
     PlaceTable,
@@ -22,6 +26,7 @@ from dilated_factory.interop.places import (
     tile_sizes,
 )
 from dilated_factory.models.encoder import LongNetEncoder
+from dilated_factory.models.layers import TransformerEncoderLayer
 
 
 class PackedSlideAttention(DilatedAttention):
@@ -208,6 +213,58 @@ class SlideEncoder(nn.Module):
         inputs, mask = self._inputs(tiles, coords, key_padding_mask, tile_size)
         (states,) = self._states(inputs, mask, False)
         return states[:, 1:]
+
+    @torch.no_grad()
+    def tile_attention(
+        self,
+        tiles: Tensor,
+        coords: Tensor,
+        *,
+        layer: int = -1,
+        key_padding_mask: Tensor | None = None,
+        tile_size: TileSize | None = None,
+    ) -> Tensor:
+        """How a layer weighs the tiles for the embedding of the slide (B, H, N); no gradients.
+
+        Without ``global_pool`` these are the class token's weights by the pattern: together with
+        the token's own they add up to at most 1 (zeros that fill a segment have a share). With it
+        they are those of the mean of all tiles' queries, which has no place and so sees every tile:
+        they add up to 1.
+
+        Args:
+            tiles: as in `forward`.
+            coords: as in `forward`.
+            layer: which of the layers; negative ones count from the end.
+            key_padding_mask: as in `forward`; weights are 0 where there is no tile.
+            tile_size: as in `forward`.
+
+        Raises:
+            ValueError: there is no such layer; or as `forward`.
+        """
+        depth = self.config.num_layers
+        if not -depth <= layer < depth:
+            raise ValueError(f"layer must be in [-{depth}, {depth - 1}]. Got {layer}.")
+        inputs, mask = self._inputs(tiles, coords, key_padding_mask, tile_size)
+        block = cast(TransformerEncoderLayer, self.encoder.blocks[layer])
+        states: Tensor = block.attention_norm(self._states(inputs, mask, True)[layer % depth])
+        weights = states.new_zeros(len(states), self.config.num_heads, states.shape[1] - 1)
+        for i, rows in enumerate(states):
+            kept = slice(None) if mask is None else ~mask[i]
+            found = self._weights(block.attention, rows[kept].unsqueeze(0))
+            weights[i, :, slice(None) if mask is None else ~mask[i, 1:]] = found
+        return weights
+
+    def _weights(self, attention: MultiheadDilatedAttention, rows: Tensor) -> Tensor:
+        """The weights (H, N) of the tiles in rows (1, 1 + N, E), the class token first."""
+        if not self.config.global_pool:
+            _, seen = attention(rows[:, :1], rows, need_weights=True)
+            return cast(Tensor, seen)[0, :, 0, 1:]
+        heads = (attention.num_heads, attention.head_dim)
+        query = attention.q_proj(rows[:, 1:].mean(1)).unflatten(-1, heads)
+        key = attention.k_proj(rows[0, 1:]).unflatten(-1, heads)
+        scores = torch.einsum("hd,nhd->hn", query[0], key) * attention.head_dim**-0.5
+        weights: Tensor = scores.softmax(-1)
+        return weights
 
     def _states(self, inputs: Tensor, mask: Tensor | None, every: bool) -> list[Tensor]:
         """The states (B, 1 + N, E) of inputs; 0 where the mask is."""

@@ -1,0 +1,32 @@
+"""`dilated slides`: embed, train, map and probe whole slides."""
+
+import typer
+
+from dilated_factory.cli.app import Command, Group
+from dilated_factory.cli.slides_embed import embed
+
+slides = typer.Typer(
+    name="slides",
+    cls=Group,
+    help="""From features of tiles to embeddings, trained classifiers and heat maps of slides.
+
+    Features are what TRIDENT, CLAM, STAMP and others write (.h5, .pt, .npz).
+
+    Examples:
+        dilated slides embed features/ --checkpoint slide_encoder.pth --out embeddings.h5
+        dilated slides probe embeddings.h5 labels.csv --label grade
+        dilated slides train task.toml --out runs/grade
+        dilated slides map features/case7.h5 --run runs/grade --out case7.png
+    """,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@slides.callback()
+def _slides() -> None:
+    """Keeps the name of a command in front of its options, be there one or more."""
+
+
+slides.command(cls=Command)(embed)
