@@ -4,6 +4,7 @@ import typer
 
 from dilated_factory.cli.app import Command, Group
 from dilated_factory.cli.slides_embed import embed
+from dilated_factory.cli.slides_train import train
 
 slides = typer.Typer(
     name="slides",
@@ -30,3 +31,4 @@ def _slides() -> None:
 
 
 slides.command(cls=Command)(embed)
+slides.command(cls=Command)(train)

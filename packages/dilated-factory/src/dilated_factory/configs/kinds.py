@@ -22,7 +22,7 @@ from dilated_factory.configs.base import FrozenConfig, did_you_mean, parse_confi
 from dilated_factory.configs.files import read_values
 from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
 from dilated_factory.configs.pool import PoolConfig
-from dilated_factory.configs.slides import SlideEncoderConfig
+from dilated_factory.configs.slides import SlideEncoderConfig, SlideTaskConfig
 from dilated_factory.errors import InputError
 
 _TYPES: tuple[type[FrozenConfig], ...] = (
@@ -39,6 +39,7 @@ _TYPES: tuple[type[FrozenConfig], ...] = (
     LongNetConfig,
     LongNetEncoderConfig,
     SlideEncoderConfig,
+    SlideTaskConfig,
     TrainConfig,
 )
 CONFIG_TYPES: Mapping[str, type[FrozenConfig]] = MappingProxyType(

@@ -1,8 +1,8 @@
 """Validated configuration of slide encoders."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dilated_core import DilatedPattern
 from dilated_factory.configs.base import FrozenConfig
@@ -59,3 +59,60 @@ class SlideEncoderConfig(FrozenConfig):
     def pattern(self) -> DilatedPattern:
         """The dilated-attention pattern of every layer."""
         return self.encoder.pattern
+
+
+class SlideTaskConfig(FrozenConfig):
+    """A task on slides: a table of labels, features, a model, and how it is trained.
+
+    The table is a CSV file with a row for each slide. All slides of a patient are on one side of
+    every split: of ``folds`` parts one is the test, the next one chooses the best epoch, and the
+    rest trains.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+    """
+
+    kind: Literal["slide_task"] = "slide_task"
+    table: str = Field(description="CSV file of slides and labels")
+    features: tuple[str, ...] = Field(min_length=1, description="feature files and folders of them")
+    task: Literal["multiclass", "binary", "multilabel", "regression", "survival"]
+    labels: tuple[str, ...] = Field(
+        min_length=1,
+        description="columns of the table: one; of multilabel and regression any number; of "
+        "survival the time and whether the event was seen (1 or 0)",
+    )
+    slide_column: str = Field(default="slide", description="name of the feature file, no ending")
+    patient_column: str | None = Field(default=None, description="None: a slide is a patient")
+    model: Literal["encoder", "mean_pool", "abmil"] = Field(
+        default="encoder", description="a slide encoder, or a baseline that knows no places"
+    )
+    checkpoint: str | None = Field(default=None, description="None starts from random weights")
+    encoder: SlideEncoderConfig = SlideEncoderConfig(global_pool=True)
+    new_projection: bool = Field(
+        default=False, description="start the projection of tiles anew: another tile encoder"
+    )
+    feat_layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
+    freeze: bool = Field(default=False, description="train the head only")
+    tile_size: float | None = Field(default=None, gt=0, description="in place of the files' word")
+    folds: int = Field(default=5, ge=3)
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=8, ge=1, description="slides of an optimizer's step")
+    max_tiles: int = Field(
+        default=100_000, ge=1, description="computed together; a step's other slides accumulate"
+    )
+    learning_rate: float = Field(default=5e-4, gt=0)
+    layer_decay: float = Field(default=0.95, gt=0, le=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
+    gradient_clip: float = Field(default=1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _as_many_labels_as_the_task_has(self) -> Self:
+        wanted = {"multiclass": 1, "binary": 1, "survival": 2}.get(self.task, len(self.labels))
+        if len(self.labels) != wanted:
+            raise ValueError(
+                f"labels must name {wanted} of the columns for {self.task}. Got {self.labels}."
+            )
+        return self

@@ -1,5 +1,6 @@
 """Pictures: the loss curve of a run, bits per byte against context, times of attention."""
 
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,21 @@ def save_context_curve(
     axes.minorticks_off()
     axes.set(xlabel="context, bytes", ylabel="held-out bits per byte")
     axes.legend()
+    _save(figure, path)
+
+
+def save_epochs(path: Path, records: Sequence[Mapping[str, float]]) -> None:
+    """Plot what each epoch has under its names: losses to the left, scores to the right."""
+    figure, axes = _new_figure()
+    other = axes.twinx()
+    epochs = [record["epoch"] for record in records]
+    for index, name in enumerate(key for key in records[0] if key != "epoch"):
+        values = [record.get(name, math.nan) for record in records]
+        where = axes if "loss" in name else other
+        where.plot(epochs, values, color=f"C{index}", marker=".", label=name)
+    axes.set(xlabel="epoch", ylabel="loss")
+    other.set(ylabel="score")
+    figure.legend(loc="upper center", ncols=3, fontsize=8)
     _save(figure, path)
 
 

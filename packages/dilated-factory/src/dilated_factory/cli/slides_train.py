@@ -1,0 +1,99 @@
+"""`dilated slides train`: a classifier of slides from a table of labels."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dilated_factory.cli.display import progress_bar
+from dilated_factory.cli.options import Device
+from dilated_factory.cli.output import plain_console
+from dilated_factory.configs.base import parse_config
+from dilated_factory.configs.files import read_values
+from dilated_factory.configs.slides import SlideTaskConfig
+from dilated_factory.errors import InputError
+from dilated_factory.slides.models import local_device
+from dilated_factory.slides.readers import slide_files
+from dilated_factory.slides.tasks import read_labels
+from dilated_factory.slides.training import SlideTask
+
+
+def train(
+    task: Annotated[Path, typer.Argument(help="A slide_task in TOML or JSON.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the run; each fold gets one inside.")],
+    fold: Annotated[
+        list[int] | None,
+        typer.Option(help="Train this fold only; may be repeated.", show_default=False),
+    ] = None,
+    device: Device = "cpu",
+) -> int:
+    """Train and test a classifier of slides: fold by fold, with all slides of a patient together.
+
+    The file names a CSV of slides and labels, the features and the model; paths in it are relative
+    to its folder. Of the folds one tests, the next one chooses the best epoch, and the rest trains.
+    Each fold's folder holds best.pth (under GigaPath's names), metrics.jsonl, curves.png and
+    predictions.csv; results.json has the scores with 95 % intervals over patients.
+
+    A whole task.toml, all other fields have defaults (`dilated config schema slide_task`):
+        table = "labels.csv"
+        features = ["features"]
+        task = "binary"
+        labels = ["mutated"]
+        patient_column = "patient"
+        checkpoint = "slide_encoder.pth"
+
+    Examples:
+        dilated slides train task.toml --out runs/mutated
+        dilated slides train task.toml --out runs/quick --fold 0 --device cuda
+    """
+    config = read_task(task)
+    files = {path.stem: path for path in slide_files([Path(path) for path in config.features])}
+    slides, missing = read_labels(config, list(files))
+    folds = sorted(set(range(config.folds) if fold is None else fold))
+    if not set(folds) <= set(range(config.folds)):
+        raise InputError(f"--fold must be in [0, {config.folds - 1}]. Got {folds}.")
+    console = plain_console()
+    if missing:
+        some = ", ".join(missing[:5])
+        console.print(f"{len(missing)} slides have no features: {some}", soft_wrap=True)
+    chosen = [files[name] for name in slides.names]
+    work = SlideTask(config, slides, chosen, local_device(device))
+    with progress_bar() as show:
+        results = work.run(out, folds, show)
+    title = f"{len(chosen)} slides, {len(set(slides.patients))} patients: {out}"
+    console.print(score_table(title, {**results["folds"], "all": results["all folds"]}))
+    return 0
+
+
+def read_task(path: Path) -> SlideTaskConfig:
+    """The task in a file, with its paths made those from here.
+
+    Raises:
+        InputError: it is no task.
+        OSError: there is no such file.
+    """
+    values = read_values(path)
+    config = parse_config(SlideTaskConfig, {"kind": "slide_task", **values})
+    home = path.parent
+    paths: dict[str, Any] = {
+        "table": str(home / config.table),
+        "features": tuple(str(home / place) for place in config.features),
+        "checkpoint": None if config.checkpoint is None else str(home / config.checkpoint),
+    }
+    return config.model_copy(update=paths)
+
+
+def score_table(title: str, scores: dict[str, dict[str, Any]]) -> Table:
+    """A row for each fold, a column for each metric."""
+    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    table = Table("fold", *names, title=title, title_justify="left")
+    for fold, found in scores.items():
+        cells = [
+            "{:.3f} ({:.3f} to {:.3f})".format(found[name]["value"], *found[name]["interval"])
+            if name in found
+            else "-"
+            for name in names
+        ]
+        table.add_row(fold, *cells)
+    return table

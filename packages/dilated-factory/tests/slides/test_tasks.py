@@ -1,0 +1,234 @@
+"""Tasks on slides: tables, splits, losses, metrics, and training from end to end."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dilated_factory import read_config
+from dilated_factory.cli import main
+from dilated_factory.configs.slides import SlideTaskConfig
+from dilated_factory.errors import InputError
+from dilated_factory.slides import tasks
+from dilated_factory.slides.tasks import concordance, intervals, loss, metrics, read_labels, scores
+
+pytest.importorskip("sklearn", reason="scikit-learn, of the extra slides, is not installed")
+
+ENCODER = """
+[encoder]
+embed_dim = 16
+num_heads = 2
+num_layers = 1
+segment_lengths = [16, 64]
+dilation_rates = [1, 2]
+global_pool = true
+"""
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "RESAMPLES", 50)
+
+
+def cohort(folder: Path, slides: int = 30) -> Path:
+    """Slides whose label shifts their features, two slides a patient, and a table of labels."""
+    generator = torch.Generator().manual_seed(0)
+    (folder / "features").mkdir()
+    rows = []
+    for index in range(slides):
+        label = index // 2 % 2
+        tiles = torch.randn(8 + index, 6, generator=generator) + label
+        places = torch.randint(200, (8 + index, 2), generator=generator) * 256
+        torch.save({"features": tiles, "coords": places}, folder / "features" / f"s{index}.pt")
+        value = label + index / 100
+        rows.append(
+            [f"s{index}", f"p{index // 2}", ["no", "yes"][label], index % 3, label, 1, value]
+        )
+    with (folder / "labels.csv").open("w", newline="") as file:
+        header = ["slide", "patient", "mutated", "grade", "flag", "seen", "value"]
+        csv.writer(file).writerows([header, *rows])
+    return folder
+
+
+def task(folder: Path, text: str, *, name: str = "task.toml") -> Path:
+    shared = 'table = "labels.csv"\nfeatures = ["features"]\npatient_column = "patient"\n'
+    path = folder / name
+    path.write_text(
+        shared + "tile_size = 256\nfolds = 3\nepochs = 4\nlearning_rate = 0.01\n" + text
+    )
+    return path
+
+
+TASKS = {
+    "binary": ('task = "binary"\nlabels = ["mutated"]\n', "AUROC"),
+    "multiclass": ('task = "multiclass"\nlabels = ["grade"]\n', "AUROC"),
+    "multilabel": ('task = "multilabel"\nlabels = ["flag", "seen"]\n', "AUROC"),
+    "regression": ('task = "regression"\nlabels = ["value"]\n', "R2"),
+    "survival": ('task = "survival"\nlabels = ["value", "seen"]\n', "concordance"),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_task_is_trained_and_tested_from_its_file(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, metric = TASKS[kind]
+    path = task(cohort(tmp_path), text + ENCODER)
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "30 slides, 15 patients" in out
+    assert metric in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = results["folds"]["1"][metric]
+    assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    if kind != "multiclass":  # whose labels have nothing to do with the features
+        assert found["value"] > {"regression": 0.3, "survival": 0.55}.get(kind, 0.8)
+    home = tmp_path / "run" / "fold1"
+    names = {"best.pth", "config.json", "curves.png", "metrics.jsonl", "predictions.csv"}
+    assert {file.name for file in home.iterdir()} == names
+    assert len((home / "metrics.jsonl").read_text().splitlines()) == 4
+    with (home / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert len({row["patient"] for row in rows}) == 5
+    config = read_config(home / "config.json")
+    assert isinstance(config, SlideTaskConfig)
+    assert config.task == kind
+
+
+@pytest.mark.parametrize("model", ["mean_pool", "abmil"])
+def test_baselines_are_trained_in_the_same_way(model: str, tmp_path: Path) -> None:
+    path = task(cohort(tmp_path), TASKS["binary"][0] + f'model = "{model}"\n')
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["folds"]) == {"0", "1", "2"}
+    assert results["all folds"]["AUROC"]["value"] > 0.9
+    assert results["classes"] == ["no", "yes"]
+
+
+def test_slides_that_accumulate_step_as_those_computed_together(tmp_path: Path) -> None:
+    cohort(tmp_path)
+    losses = []
+    for tiles in (1, 10_000):
+        text = TASKS["binary"][0] + f'max_tiles = {tiles}\nmodel = "mean_pool"\n'
+        path = task(tmp_path, text, name=f"task{tiles}.toml")
+        run = tmp_path / f"run{tiles}"
+        assert main(["slides", "train", str(path), "--out", str(run), "--fold", "0"]) == 0
+        records = (run / "fold0" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(record)["training loss"] for record in records])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('task = "binary"\nlabels = ["grade"]\n', "'grade' must have two values for binary"),
+        ('task = "binary"\nlabels = ["nothing"]\n', "must have a column 'nothing'. Got 'slide'"),
+        ('task = "survival"\nlabels = ["value"]\n', "labels must name 2 of the columns for surv"),
+        ('task = "regression"\nlabels = ["mutated"]\n', "'mutated' must be a number for regress"),
+        ('task = "multilabel"\nlabels = ["grade"]\n', "'grade' must be 0 or 1 for multilabel"),
+        ('task = "dreaming"\nlabels = ["grade"]\n', "task: Input should be"),
+        (TASKS["binary"][0] + "layer_decay = 2\n", "layer_decay"),
+        (TASKS["binary"][0] + 'slide_column = "patient"\n', "no slide of .* has features"),
+        (TASKS["binary"][0] + 'checkpoint = "labels.csv"\n', "tile_dim must be the width of the"),
+        (TASKS["binary"][0] + "folds = 99\n", "folds"),
+    ],
+)
+def test_bad_tasks_are_one_line_and_exit_code_2(
+    text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = task(cohort(tmp_path), text)
+    if "folds" in text:
+        path.write_text(path.read_text().replace("folds = 3\n", "", 1))
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(re.escape(says).replace(r"\.\*", ".*"), error)
+
+
+def test_an_existing_fold_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+    (tmp_path / "run" / "fold0").mkdir(parents=True)
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "exists: take another --out" in capsys.readouterr().err
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "x"), "--fold", "3"]) == 2
+    assert "--fold must be in [0, 2]" in capsys.readouterr().err
+
+
+def config(folder: Path, **fields: Any) -> SlideTaskConfig:
+    shared = {"table": str(folder / "labels.csv"), "features": ["features"], "task": "binary"}
+    return SlideTaskConfig(**{**shared, "labels": ["mutated"], **fields})
+
+
+def test_patients_are_whole_and_classes_even_in_every_part(tmp_path: Path) -> None:
+    cohort(tmp_path, 60)
+    slides, missing = read_labels(
+        config(tmp_path, patient_column="patient"), [f"s{i}" for i in range(59)]
+    )
+    assert missing == ["s59"]
+    parts = slides.split(5, seed=3)
+    assert sorted(i for part in parts for i in part) == list(range(59))
+    owners = [{slides.patients[i] for i in part} for part in parts]
+    assert sum(map(len, owners)) == len(set.union(*owners)) == 30
+    for part in parts:
+        assert 4 / 12 <= sum(slides.targets[i].item() for i in part) / len(part) <= 8 / 12
+    assert slides.split(5, seed=3) == parts != slides.split(5, seed=4)
+    with pytest.raises(InputError, match=r"folds must not be more than the patients, 30. Got 31"):
+        slides.split(31, seed=0)
+
+
+def test_values_that_are_missing_are_named_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("slide,mutated\na,1\nb,\n")
+    with pytest.raises(InputError, match="line 3: 'mutated' must have a value"):
+        read_labels(config(tmp_path), ["a", "b"])
+
+
+def test_coxs_loss_is_the_partial_likelihood() -> None:
+    risk = torch.tensor([[0.3], [-1.0], [0.7], [0.1]], dtype=torch.float64)
+    targets = torch.tensor([[5.0, 1], [2, 1], [2, 0], [9, 1]])
+    expected = 0.0
+    for i in (0, 1, 3):
+        at_risk = [j for j in range(4) if targets[j, 0] >= targets[i, 0]]
+        expected -= math.log(risk[i].exp() / sum(risk[j].exp() for j in at_risk))
+    assert loss("survival", risk, targets).item() == pytest.approx(expected)
+
+
+def test_concordance_counts_pairs_whose_order_is_known() -> None:
+    times, seen = np.array([1.0, 2, 3, 4]), np.array([1.0, 0, 1, 0])
+    assert concordance(np.array([4.0, 3, 2, 1]), times, seen) == 1
+    assert concordance(np.array([1.0, 2, 3, 4]), times, seen) == 0
+    assert concordance(np.ones(4), times, seen) == 0.5
+    # 1 < 2, 3, 4 and 3 < 4 are known.
+    assert concordance(np.array([4.0, 5, 2, 1]), times, seen) == 0.75
+    assert concordance(np.ones(2), np.ones(2), np.ones(2)) is None
+
+
+def test_metrics_are_those_of_scikit_learn_and_left_out_where_undefined() -> None:
+    said = scores("binary", torch.tensor([[0.0, 2], [1, 0], [0, 1]]))
+    found = metrics("binary", said, np.array([1, 0, 0]))
+    assert found == {
+        "AUROC": 1.0, "balanced accuracy": 0.75, "accuracy": pytest.approx(2 / 3)
+    }  # fmt: skip
+    assert "AUROC" not in metrics("binary", said, np.array([1, 1, 1]))
+    both = metrics("multilabel", said, np.array([[1, 1], [0, 1], [0, 1]]))
+    assert set(both) == {"AUROC", "average precision"}
+    assert metrics("regression", said, said)["R2"] == 1
+
+
+def test_an_interval_is_over_patients() -> None:
+    values = np.arange(40) % 2
+    patients = [f"p{i // 20}" for i in range(40)]
+    bounds = intervals(lambda rows: {"mean": values[rows].mean()}, patients, seed=0)
+    assert bounds["mean"] == (0.5, 0.5)  # both patients have the same mean
+    alone = intervals(
+        lambda rows: {"mean": values[rows].mean()}, [str(i) for i in range(40)], seed=0
+    )
+    assert alone["mean"][0] < 0.45 < 0.55 < alone["mean"][1]
