@@ -4,6 +4,8 @@ import typer
 
 from dilated_factory.cli.app import Command, Group
 from dilated_factory.cli.slides_embed import embed
+from dilated_factory.cli.slides_map import map_slide
+from dilated_factory.cli.slides_probe import probe
 from dilated_factory.cli.slides_train import train
 
 slides = typer.Typer(
@@ -17,18 +19,14 @@ slides = typer.Typer(
         dilated slides embed features/ --checkpoint slide_encoder.pth --out embeddings.h5
         dilated slides probe embeddings.h5 labels.csv --label grade
         dilated slides train task.toml --out runs/grade
-        dilated slides map features/case7.h5 --run runs/grade --out case7.png
+        dilated slides map features/case7.h5 --run runs/grade/fold0 --out case7.png
     """,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
-
-@slides.callback()
-def _slides() -> None:
-    """Keeps the name of a command in front of its options, be there one or more."""
-
-
 slides.command(cls=Command)(embed)
 slides.command(cls=Command)(train)
+slides.command("map", cls=Command)(map_slide)
+slides.command(cls=Command)(probe)

@@ -3,6 +3,7 @@
 # Shapes: S slides, K outputs of a slide.
 
 import csv
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -284,4 +285,20 @@ def intervals(
         name: (float(low), float(high))
         for name, values in found.items()
         for low, high in [np.nanpercentile(values, (2.5, 97.5))]
+    }
+
+
+def scored(
+    slides: LabelledSlides, said: np.ndarray[Any, Any], rows: Sequence[int], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Each metric of scores (S, K) of the slides ``rows``: its value and its 95 % interval."""
+    targets = slides.targets[list(rows)].numpy()
+    bounds = intervals(
+        lambda some: metrics(slides.task, said[some], targets[some]),
+        [slides.patients[i] for i in rows],
+        seed,
+    )
+    return {
+        name: {"value": value, "interval": list(bounds.get(name, (math.nan, math.nan)))}
+        for name, value in metrics(slides.task, said, targets).items()
     }

@@ -25,10 +25,10 @@ from dilated_factory.slides.readers import SlideFeatures, read_slide_features
 from dilated_factory.slides.tasks import (
     LabelledSlides,
     Metrics,
-    intervals,
     loss,
     metrics,
     require_metrics,
+    scored,
     scores,
 )
 from dilated_factory.training.atomic import replacing, write_text
@@ -97,27 +97,12 @@ class SlideTask:
             test = self.parts[fold]
             found = self._train(home, fold, show)
             self._save_predictions(home / "predictions.csv", test, found)
-            results["folds"][str(fold)] = self._scored(found, test)
+            results["folds"][str(fold)] = scored(self.slides, found, test, self.config.seed)
             said.append(found)
             tested += test
-        results["all folds"] = self._scored(np.concatenate(said), tested)
+        results["all folds"] = scored(self.slides, np.concatenate(said), tested, self.config.seed)
         write_text(folder / "results.json", json.dumps(results, indent=2))
         return results
-
-    def _scored(self, said: np.ndarray[Any, Any], rows: Sequence[int]) -> dict[str, Any]:
-        """Each metric of test slides with its interval."""
-        targets = self.slides.targets[list(rows)].numpy()
-        task = self.slides.task
-        values = metrics(task, said, targets)
-        bounds = intervals(
-            lambda some: metrics(task, said[some], targets[some]),
-            [self.slides.patients[i] for i in rows],
-            self.config.seed,
-        )
-        return {
-            name: {"value": value, "interval": list(bounds.get(name, (math.nan, math.nan)))}
-            for name, value in values.items()
-        }
 
     def _train(self, home: Path, fold: int, show: Progress) -> np.ndarray[Any, Any]:
         """Train on the other parts, keep the best epoch, and score the test slides (S, K)."""
