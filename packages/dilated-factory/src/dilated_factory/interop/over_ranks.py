@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_core import DilatedPattern
 from dilated_core.interfaces import SpanAttention
 from dilated_factory.errors import missing_package
-from dilated_factory.models.longnet import IGNORED
+from dilated_factory.models.head_loss import IGNORED
 
 
 def shard_for_transformers(

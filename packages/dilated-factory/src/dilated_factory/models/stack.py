@@ -39,9 +39,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
     ) -> None:
         super().__init__()
         self.config = config
-        if attention is None:
-            pattern, dropout = config.pattern, config.dropout
-            attention = lambda: DilatedAttention(pattern, dropout=dropout)  # noqa: E731 - the default
+        attention = dilated_attention_factory(config) if attention is None else attention
         width, vocab_size = config.embed_dim, config.vocab_size
         positions = position_embedding(config)
         with nullcontext() if device is None else torch.device(device):
@@ -217,6 +215,11 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
             raise TypeError(f"tokens must be int64. Got {inputs.dtype}.")
         embedded: Tensor = self.embedding(inputs)
         return embedded * math.sqrt(width) if self.config.scale_embedding else embedded
+
+
+def dilated_attention_factory(config: StackConfig) -> AttentionFactory:
+    """The attention of a model where none is injected: dilated, by the pattern of its config."""
+    return lambda: DilatedAttention(config.pattern, dropout=config.dropout)
 
 
 def position_embedding(config: StackConfig) -> RotaryEmbedding | None:

@@ -520,6 +520,8 @@ def _require_heir(config: TrainConfig, parent: Parent) -> None:
     ]
     if differing:
         raise RunError(f"the weights of {parent.run!r} do not fit: {'; '.join(differing)}.")
+
+
 def require_room_for(config: TrainConfig) -> None:
     """Raise an `InputError` if the model or a batch does not fit into memory."""
     shape = config.model
