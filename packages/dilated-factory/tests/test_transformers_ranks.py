@@ -74,7 +74,7 @@ def test_a_part_that_is_taken_for_something_else_is_an_error(
         else:
             assert isinstance(outcome.error, ValueError), outcome.traceback
             assert says in str(outcome.error)
-        assert outcome.seconds < 10
+        assert outcome.seconds < 25  # of 30 that the group waits
 
 
 def test_a_group_needs_the_package_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
