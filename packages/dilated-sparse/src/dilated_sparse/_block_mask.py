@@ -27,7 +27,7 @@ def from_layout(layout: Layout) -> BlockMask:
     """A BlockMask of the same token pairs, batch 1, on the layout's device."""
     partial, full = (_padded(layout, kind) for kind in (False, True))
     return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=layout.block_size, mask_mod=_MaskMod(layout),
+        *partial, *full, BLOCK_SIZE=layout.block_size, mask_mod=TokenLookup(layout),
         seq_lengths=(layout.length, layout.key_length),
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ def _padded(layout: Layout, full: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-class _MaskMod:
+class TokenLookup:
     """The token pairs of a layout as a FlexAttention mask_mod."""
 
     def __init__(self, layout: Layout) -> None:

@@ -154,7 +154,7 @@ def from_looks(
     """Runs of blocks that look like prototypes but where the ends of the sequences cut them."""
     index, column, count = split_cut(grid, column, count)
     row, look = row[index], look[index]
-    edge = grid.edge(row, column)
+    edge = grid.edge(row % max(1, grid.rows), column)
     edges = grid.arange(4)
     inside = _masks.pack(grid.inside(edges))
     cut = (prototypes[:, None] & inside).flatten(0, 1)

@@ -5,15 +5,18 @@ N queries, M keys, b block_size, R block rows, C block columns, nnz visible bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
-from dilated_sparse import _block_mask, _checks, _picture
+from dilated_sparse import _block_mask, _checks, _combine, _cut, _picture
 from dilated_sparse._blocks import HeadRule, Layout, from_head_rule
 from dilated_sparse._grid import Grid, make_grid
+from dilated_sparse._rules import Rule
 from dilated_sparse._spans import LayoutSpans
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ class BlockLayout(Layout):
         table: (masks, b, ceil(b / 8)) uint8, each mask once; bit j % 8 of byte j // 8 of row i
             says whether query i of the block sees its key j.
     """
+
+    _rule: ClassVar[Rule | None] = None
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, block_size: int = 128) -> Self:
@@ -118,7 +123,99 @@ class BlockLayout(Layout):
         """
         return _picture.plot(self, size)
 
+    def at(self, length: int, key_length: int | None = None) -> Self:
+        """The same rule for another length: the last `length` of `key_length` positions.
+
+        A named layout of `dilated_sparse.layouts`, and what |, &, `causal` and `per_head` make of
+        such, is cut or goes on; what is made from a mask can only be cut. Random blocks are drawn
+        anew where a layout goes on, and the last document of `document` grows. So `at(n)` is for a
+        batch of shorter or longer sequences, and `at(1, n)` for a step of decoding.
+
+        Args:
+            length: queries.
+            key_length: keys; as many as queries when None.
+
+        Raises:
+            TypeError: a length is no int.
+            ValueError: it has not as many queries as keys, there would be more queries than keys,
+                or it would have to go on and cannot.
+        """
+        _checks.integer("length", length, low=0)
+        key_length = length if key_length is None else key_length
+        if _checks.integer("key_length", key_length, low=0) < length:
+            raise ValueError(f"key_length must be at least length={length}. Got {key_length}.")
+        if self.length != self.key_length:
+            raise ValueError(
+                "a layout must have as many queries as keys to be cut or to go on. "
+                f"Got {self.length} and {self.key_length}."
+            )
+        if length == key_length == self.length:
+            return self
+        rule, source = self._rule, self
+        if rule is not None and not rule.is_cut and length != key_length:
+            raise ValueError(
+                "length must be key_length for a layout in an order of its own. "
+                f"Got {length} and {key_length}."
+            )
+        if key_length > self.length or (rule is not None and not rule.is_cut):
+            if rule is None:
+                raise ValueError(
+                    f"key_length must be at most {self.length} for a layout that is made from a "
+                    f"mask. Got {key_length}."
+                )
+            source = cast(Self, rule.make(key_length).to(self.device))
+        if length == key_length == source.length:
+            return source
+        found = _cut.cut(source, length, key_length)
+        return found if rule is None or length != key_length else found.ruled(rule)
+
+    def ruled(self, rule: Rule | None) -> Self:
+        """The same layout with a rule for other lengths; for code inside this package."""
+        object.__setattr__(self, "_rule", rule)
+        return self
+
+    def causal(self) -> Self:
+        """As `Layout.causal`; it goes on as this one does."""
+        return super().causal().ruled(self._as(partial(_causal_at, self)))
+
+    def per_head(self, heads: int) -> Self:
+        """As `Layout.per_head`; it goes on as this one does."""
+        found = super().per_head(heads)
+        return found if found is self else found.ruled(self._as(partial(_heads_at, self, heads)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """As `Layout.to`; it goes on as this one does."""
+        found = super().to(device)
+        return found if found is self else found.ruled(self._rule)
+
+    def _combine(self, other: Layout, operation: _combine.Operation) -> Self:
+        found = super()._combine(other, operation)
+        if found is NotImplemented or not isinstance(other, BlockLayout):
+            return found
+        rule, second = self._rule, other._rule
+        if rule is None or second is None:
+            return found.ruled(None)
+        both = partial(_both_at, self, other, operation)
+        return found.ruled(Rule(both, rule.is_cut and second.is_cut))
+
+    def _as(self, make: Callable[[int], BlockLayout]) -> Rule | None:
+        return None if self._rule is None else Rule(make, self._rule.is_cut)
+
     @property
     def spans(self) -> LayoutSpans:
         """Attention by this layout span by span, as sequence-parallel attention takes it."""
         return LayoutSpans(self)
+
+
+def _causal_at(layout: BlockLayout, length: int) -> BlockLayout:
+    return layout.at(length).causal()
+
+
+def _heads_at(layout: BlockLayout, heads: int, length: int) -> BlockLayout:
+    return layout.at(length).per_head(heads)
+
+
+def _both_at(
+    one: BlockLayout, other: BlockLayout, operation: _combine.Operation, length: int
+) -> BlockLayout:
+    return one.at(length)._combine(other.at(length), operation)

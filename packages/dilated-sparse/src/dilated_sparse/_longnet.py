@@ -10,6 +10,7 @@ from dilated_sparse import _checks
 from dilated_sparse._blocks import compress
 from dilated_sparse._grid import Grid, from_prototypes, group, make_grid, spread
 from dilated_sparse._layout import BlockLayout
+from dilated_sparse._rules import ruled
 
 # Branches whose flags go into one int32.
 _BITS = 31
@@ -37,6 +38,7 @@ def longnet_order(
     return torch.argsort(key, stable=True)
 
 
+@ruled(is_cut=False)
 def longnet(
     length: int,
     pattern: DilatedPattern,

@@ -1,5 +1,6 @@
 """Attention modules: block-sparse, and block-sparse together with a dilated pattern."""
 
+from functools import lru_cache
 from typing import cast
 
 from torch import Tensor
@@ -10,13 +11,18 @@ from dilated_sparse._attend import BACKENDS, Backend, attend
 from dilated_sparse._layout import BlockLayout
 
 
+@lru_cache(maxsize=64)
+def _at(layout: BlockLayout, length: int, key_length: int) -> BlockLayout:
+    return layout.at(length, key_length)
+
+
 class BlockSparseAttention(HeadAttention):
     """`block_sparse_attention` as a module: (B, N, H, D) heads in, (B, N, H, D) out.
 
     Goes into `dilated_core.MultiheadDilatedAttention(attention=...)`.
 
     Args:
-        layout: which keys a query sees; it fixes the lengths N and M.
+        layout: which keys a query sees; of other lengths than its own, `layout.at` says.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training.
         backend: "triton", "flex", "torch" or "reference" to force one; None picks.
@@ -66,11 +72,22 @@ class BlockSparseAttention(HeadAttention):
         Raises:
             TypeError, ValueError: as `block_sparse_attention`.
         """
+        layout = self.layout_for(query, key, is_causal=is_causal)
         out = attend(
-            self.layout, query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
+            layout, query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
             backend=self.backend, **self.options(query, key),
         )  # fmt: skip
         return cast(Tensor, out)
+
+    def layout_for(self, query: Tensor, key: Tensor, *, is_causal: bool) -> BlockLayout:
+        """The layout at the lengths of a call, (B, N, H, D) and (B, M, H_kv, D).
+
+        The layout itself where these are its own, or cannot be had from it: the call then says so.
+        """
+        layout, sizes = self.layout, (query.shape[1], key.shape[1])
+        if sizes == (layout.length, layout.key_length) or layout.length != layout.key_length:
+            return layout
+        return _at(layout, *sizes) if is_causal or sizes[0] == sizes[1] else layout
 
     def shown(self) -> str:
         """The layout."""
@@ -85,7 +102,7 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
 
     Args:
         pattern: the dilated pattern.
-        layout: the layout; it fixes the lengths N and M.
+        layout: the layout, as in `BlockSparseAttention`.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight while training, drawn for each part.
         backend: "triton", "torch" or "reference" to force one in both parts; None picks.
@@ -126,7 +143,8 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
             "is_causal": is_causal, "key_padding_mask": key_padding_mask, "return_lse": True,
             "backend": self.backend, **self.options(query, key),
         }  # fmt: skip
-        sparse = attend(self.layout, query, key, value, **asked)
+        layout = self.layout_for(query, key, is_causal=is_causal)
+        sparse = attend(layout, query, key, value, **asked)
         dilated = dilated_attention(query, key, value, self.pattern, **asked)
         return merge(Partial(*sparse), Partial(*dilated)).out.to(sparse[0].dtype)
 

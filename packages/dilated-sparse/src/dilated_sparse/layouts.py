@@ -10,6 +10,8 @@ result. Each raises a TypeError for what is no int, and a ValueError for one tha
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from math import gcd
 
 import torch
@@ -31,6 +33,7 @@ from dilated_sparse._building import (
 from dilated_sparse._grid import FULL, Grid, Runs, group, make_grid
 from dilated_sparse._layout import BlockLayout
 from dilated_sparse._longnet import longnet, longnet_order
+from dilated_sparse._rules import Rule, ruled
 
 __all__ = [
     "bigbird",
@@ -51,6 +54,7 @@ __all__ = [
 Device = torch.device | str
 
 
+@ruled()
 def sliding_window(
     length: int, window: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -62,6 +66,7 @@ def sliding_window(
     return dilated_window(length, window, 1, block_size=block_size, device=device)
 
 
+@ruled()
 def dilated_window(
     length: int, window: int, dilation: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -83,6 +88,7 @@ def dilated_window(
     return by_difference(grid, most, most, visible)
 
 
+@ruled()
 def strided(
     length: int, stride: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -102,6 +108,7 @@ def strided(
     return by_difference(grid, max(0, grid.rows - 1), 0, visible)
 
 
+@ruled()
 def fixed(
     length: int, stride: int, summary: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -146,6 +153,7 @@ def fixed(
     return from_parts(grid, parts(), visible)
 
 
+@ruled()
 def global_tokens(
     length: int, count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -175,6 +183,7 @@ def global_tokens(
     return from_parts(grid, parts, visible)
 
 
+@ruled()
 def random_blocks(
     length: int,
     count: int,
@@ -193,6 +202,7 @@ def random_blocks(
     return draw_blocks(make_grid(length, length, block_size, device), count, seed, heads)
 
 
+@ruled()
 def bigbird(
     length: int,
     *,
@@ -230,6 +240,7 @@ def bigbird(
     return window | sinks | draw_blocks(grid, random_blocks, seed, heads)
 
 
+@ruled()
 def longformer(
     length: int, window: int, global_count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -278,9 +289,21 @@ def document(
         (row, row + 1, last - row - 1, head),
         (row, last, (last > row).to(torch.int64), stop % block_size * size + head),
     )
-    return from_parts(grid, parts, visible)
+    made = from_parts(grid, parts, visible)
+    return made.ruled(Rule(partial(_documents_at, tuple(sizes), block_size, device)))
 
 
+def _documents_at(
+    sizes: tuple[int, ...], block_size: int, device: Device, length: int
+) -> BlockLayout:
+    """Documents cut at a length; the last one grows."""
+    ends = [min(end, length) for end in accumulate(sizes)]
+    ends[-1:] = [length]
+    cut = [end - start for start, end in pairwise([0, *ends])]
+    return document(cut, block_size=block_size, device=device)
+
+
+@ruled()
 def prefix(
     length: int, count: int, *, block_size: int = 128, device: Device = "cpu"
 ) -> BlockLayout:
@@ -305,6 +328,7 @@ def prefix(
     return from_parts(grid, parts, visible)
 
 
+@ruled()
 def hierarchical(
     length: int,
     window: int,
