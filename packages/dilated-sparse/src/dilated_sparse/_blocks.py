@@ -36,6 +36,18 @@ class Blocks(NamedTuple):
     mask: Tensor
 
 
+class Rule(NamedTuple):
+    """How a layout is made for any length.
+
+    Attributes:
+        make: gives it.
+        is_cut: whether a shorter one is the beginning of a longer one; else each is made anew.
+    """
+
+    make: Callable[[int], Layout]
+    is_cut: bool = True
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Layout:
     """The facts of a layout, for code below `BlockLayout`, which says what they mean."""

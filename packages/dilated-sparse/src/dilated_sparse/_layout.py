@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Self, cast
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, cast
 
 import torch
 from torch import Tensor
 
 from dilated_sparse import _block_mask, _checks, _combine, _cut, _picture
-from dilated_sparse._blocks import HeadRule, Layout, from_head_rule
+from dilated_sparse._blocks import HeadRule, Layout, Rule, from_head_rule
 from dilated_sparse._grid import Grid, make_grid
-from dilated_sparse._rules import Rule
 from dilated_sparse._spans import LayoutSpans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask
+
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -219,3 +221,25 @@ def _both_at(
     one: BlockLayout, other: BlockLayout, operation: _combine.Operation, length: int
 ) -> BlockLayout:
     return one.at(length)._combine(other.at(length), operation)
+
+
+def ruled(*, is_cut: bool = True) -> Callable[[Callable[P, BlockLayout]], Callable[P, BlockLayout]]:
+    """Have a function whose first argument is the length give its layouts a rule."""
+
+    def decorate(make: Callable[P, BlockLayout]) -> Callable[P, BlockLayout]:
+        @wraps(make)
+        def made(*args: P.args, **options: P.kwargs) -> BlockLayout:
+            again = partial(_again, made, args, options)
+            return make(*args, **options).ruled(Rule(again, is_cut))
+
+        return made
+
+    return decorate
+
+
+def _again(
+    make: Callable[..., BlockLayout], args: tuple[Any, ...], options: dict[str, Any], length: int
+) -> BlockLayout:
+    if args:
+        return make(length, *args[1:], **options)
+    return make(**{**options, "length": length})

@@ -9,8 +9,7 @@ from dilated_core import DilatedPattern
 from dilated_sparse import _checks
 from dilated_sparse._blocks import compress
 from dilated_sparse._grid import Grid, from_prototypes, group, make_grid, spread
-from dilated_sparse._layout import BlockLayout
-from dilated_sparse._rules import ruled
+from dilated_sparse._layout import BlockLayout, ruled
 
 # Branches whose flags go into one int32.
 _BITS = 31

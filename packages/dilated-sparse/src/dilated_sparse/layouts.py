@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dilated_sparse import _checks, _masks
-from dilated_sparse._blocks import compress
+from dilated_sparse._blocks import Rule, compress
 from dilated_sparse._building import (
     Part,
     alike_neighbours,
@@ -31,9 +31,8 @@ from dilated_sparse._building import (
     periodic,
 )
 from dilated_sparse._grid import FULL, Grid, Runs, group, make_grid
-from dilated_sparse._layout import BlockLayout
+from dilated_sparse._layout import BlockLayout, ruled
 from dilated_sparse._longnet import longnet, longnet_order
-from dilated_sparse._rules import Rule, ruled
 
 __all__ = [
     "bigbird",
