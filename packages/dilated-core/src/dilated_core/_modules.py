@@ -54,6 +54,7 @@ class DilatedAttention(HeadAttention):
         *,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend, as `dilated_attention` does; H may be a multiple of H_kv.
 
@@ -63,18 +64,30 @@ class DilatedAttention(HeadAttention):
             value: (B, M, H_kv, D).
             is_causal: hide the keys after each query.
             key_padding_mask: (B, M) bool, True = ignore.
+            cu_seqlens: (S + 1,), as in `dilated_attention_varlen`: the rows are S documents, each
+                attended alone; B is 1 then, and M is N.
 
         Returns:
             (B, N, H, D) in query's dtype.
 
         Raises:
-            TypeError, ValueError: as `dilated_attention`.
+            TypeError, ValueError: as `dilated_attention`, or `dilated_attention_varlen`.
         """
+        options = self.options(query, key)
+        rows = query, key, value
+        if cu_seqlens is not None:
+            if query.shape[0] != 1:
+                raise ValueError(
+                    f"query must have batch size 1 with cu_seqlens. Got shape {tuple(query.shape)}."
+                )
+            query, key, value = (x[0] for x in rows)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[0]
         out = attend(
-            self.pattern, query, key, value, is_causal=is_causal,
-            key_padding_mask=key_padding_mask, backend=self.backend, **self.options(query, key),
+            self.pattern, query, key, value, is_causal=is_causal, cu_seqlens=cu_seqlens,
+            key_padding_mask=key_padding_mask, backend=self.backend, **options,
         )  # fmt: skip
-        return cast(Tensor, out)
+        assert isinstance(out, Tensor)
+        return out if cu_seqlens is None else out.unsqueeze(0)
 
     def effective_weights(
         self,
@@ -217,6 +230,7 @@ class MultiheadDilatedAttention(nn.Module):
         cache: DilatedKVCache | None = None,
         positions: Tensor | None = None,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -234,6 +248,8 @@ class MultiheadDilatedAttention(nn.Module):
                 count from 0, or from where the cache is. The queries take the last N when causal,
                 otherwise the first N.
             lengths: (B,) int64, how many rows of each batch row are real, as in the cache's attend.
+            cu_seqlens: (S + 1,), documents that the rows are, for an attention that takes them, as
+                `DilatedAttention` does. Positions do not begin anew by that: give them.
 
         Returns:
             (output (B, N, embed_dim), weights or None).
@@ -250,6 +266,8 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError("lengths must be None without a cache. Got a Tensor.")
         if cache is not None:
             self._check_cached(cache, key, value, is_causal, need_weights)
+        if cu_seqlens is not None and (cache is not None or need_weights):
+            raise ValueError("cu_seqlens must be None with a cache or need_weights. Got a Tensor.")
         key = query if key is None else key
         value = key if value is None else value
         self._check_input("key", key)
@@ -269,7 +287,10 @@ class MultiheadDilatedAttention(nn.Module):
                 q, k, v, scale=scale, key_padding_mask=key_padding_mask, lengths=lengths
             )
         else:
-            out = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
+            options = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+            out = self.attention(
+                q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask, **options
+            )
         out = out.flatten(-2)
         if self.inner_norm is not None:
             out = self.inner_norm(out)

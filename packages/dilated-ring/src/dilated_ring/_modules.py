@@ -169,7 +169,9 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         """Attend, as `MultiheadDilatedAttention.forward`; `positions` default to this rank's."""
         if self.position_embedding is not None and positions is None:
             attention = cast(RingDilatedAttention, self.attention)
-            positions = attention.positions(query.shape[1], device=query.device)
+            positions = attention.positions(
+                query.shape[1], device=query.device, cu_seqlens=options.get("cu_seqlens")
+            )
         return super().forward(query, key, value, positions=positions, **options)
 
 

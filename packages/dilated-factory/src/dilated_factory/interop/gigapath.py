@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dilated_core import (
     DilatedAttention,
     MultiheadDilatedAttention,
-    dilated_attention_varlen,
 )
 from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.interop.places import (
@@ -44,15 +43,11 @@ class PackedSlideAttention(DilatedAttention):
         *,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend: (B, N, H, D), or (1, T, H, D) with the ends of packed slides for a mask."""
-        if key_padding_mask is None:
-            return super().forward(query, key, value, is_causal=is_causal)
-        out = dilated_attention_varlen(
-            query[0], key[0], value[0], key_padding_mask, self.pattern, is_causal=is_causal,
-            backend=self.backend, **self.options(query, key),
-        )  # fmt: skip
-        return cast(Tensor, out).unsqueeze(0)
+        ends = cu_seqlens if key_padding_mask is None else key_padding_mask
+        return super().forward(query, key, value, is_causal=is_causal, cu_seqlens=ends)
 
 
 class _Packed(NamedTuple):

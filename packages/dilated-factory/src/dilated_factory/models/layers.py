@@ -287,6 +287,7 @@ class TransformerDecoderLayer(TransformerLayer):
         positions: Tensor | None = None,
         cache: DilatedKVCache | None = None,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, N, E) to (B, N, E); position n sees only positions up to n, and the whole memory.
 
@@ -299,6 +300,7 @@ class TransformerDecoderLayer(TransformerLayer):
                 the cache's length.
             cache: decoding state that the rows of ``hidden`` follow.
             lengths: (B,) int64, of each batch row the cache is to keep so many; all when None.
+            cu_seqlens: (S + 1,), documents that the rows are, as in `LongNetLM.forward`.
 
         Raises:
             ValueError: a memory without cross attention, or the other way round.
@@ -318,6 +320,7 @@ class TransformerDecoderLayer(TransformerLayer):
             positions=positions,
             cache=cache,
             lengths=lengths,
+            cu_seqlens=cu_seqlens,
         )
 
     def _compute(

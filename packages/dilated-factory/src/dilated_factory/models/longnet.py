@@ -93,6 +93,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         *,
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         caches: Sequence[DilatedKVCache] | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
@@ -103,7 +104,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         """
         return self._normed(
             tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches,
-            lengths=lengths,
+            lengths=lengths, cu_seqlens=cu_seqlens,
         )  # fmt: skip
 
     def layer_states(
@@ -127,6 +128,10 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         self, inputs: Tensor, **options: Any
     ) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
         mask, lengths = options.get("key_padding_mask"), options.get("lengths")
+        if (ends := options.get("cu_seqlens")) is not None:
+            self._check_documents(inputs, ends, options)
+            if options.get("positions") is None:
+                options["positions"] = document_positions(ends, inputs.shape[1])
         stays = options.get("positions") is not None or lengths is not None
         if mask is None or stays or inputs.ndim != 2 or not inputs.numel():
             return super()._placed(inputs, **options)
@@ -138,12 +143,26 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             options["lengths"] = rows.lengths
         return self._states(inputs.gather(1, rows.index), **options), rows.back
 
+    def _check_documents(self, tokens: Tensor, ends: Tensor, options: dict[str, Any]) -> None:
+        if options.get("caches") is not None:
+            raise ValueError("cu_seqlens must be None with caches. Got a Tensor.")
+        if tokens.ndim != 2 or tokens.shape[0] != 1:
+            raise ValueError(
+                f"tokens must have shape (1, N) with cu_seqlens. Got {tuple(tokens.shape)}."
+            )
+        if ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                "cu_seqlens must have shape (documents + 1,), int32 or int64. "
+                f"Got {tuple(ends.shape)}, {ends.dtype}."
+            )
+
     def forward(
         self,
         tokens: Tensor,
         *,
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         caches: Sequence[DilatedKVCache] | None = None,
     ) -> Tensor:
         """Logits (B, N, V) of the next token.
@@ -154,8 +173,12 @@ class LongNetLM(LongNetStack[LongNetConfig]):
                 first or last tokens of a row, the row gives what it gives alone: positions and
                 segments count from its first real token, unless ``positions`` are given. Between
                 real tokens, hidden ones keep their positions.
-            positions: (N,) int64 for the position embedding, e.g. of a rank's share of a sequence;
-                when None they count from 0, or from the length of the caches.
+            positions: (N,) or (B, N) int64 for the position embedding, e.g. of a rank's share of a
+                sequence; when None they count from 0, or from the length of the caches, or in each
+                document.
+            cu_seqlens: (S + 1,) int32 or int64, 0 and then the end of each of S documents that the
+                tokens (1, N) are; each gives what it gives alone. Over ranks the ends are those of
+                the whole sequence, and positions must be given: `local_positions` makes them.
             caches: of `new_caches`; the tokens follow those in them, and are added.
 
         Raises:
@@ -163,8 +186,9 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             TypeError: ``tokens`` is not int64.
         """
         hidden = self.hidden_states(
-            tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches
-        )
+            tokens, key_padding_mask=key_padding_mask, positions=positions, cu_seqlens=cu_seqlens,
+            caches=caches,
+        )  # fmt: skip
         logits: Tensor = self.head(hidden)
         return logits
 
@@ -175,6 +199,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         *,
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from those before each.
@@ -187,7 +212,10 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             targets: (B, N) int64, what to predict at each token, e.g. in a rank's share of a
                 sequence, whose last target is the next rank's; -100 leaves a token out.
             key_padding_mask: (B, N) bool, as in `forward`; hidden tokens predict nothing.
-            positions: (N,) int64, as in `forward`.
+            positions: (N,) or (B, N) int64, as in `forward`.
+            cu_seqlens: (S + 1,), as in `forward`. Without targets the ends are those of the N + 1
+                tokens, and the first token of a document is not predicted; targets that are given
+                leave it out themselves.
             group: the ranks among which targets are divided, unevenly or not; a mesh of one
                 dimension, or a process group. Each then returns its share of the mean over all
                 their targets: the mean of the shares is that mean, and the mean of their gradients,
@@ -206,12 +234,17 @@ class LongNetLM(LongNetStack[LongNetConfig]):
                     f"tokens must have shape (B, N + 1) with N >= 1. Got {tuple(tokens.shape)}."
                 )
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
+            if cu_seqlens is not None:
+                targets = targets.masked_fill(_begins(cu_seqlens, targets.shape[1]), IGNORED)
+                cu_seqlens = cu_seqlens.clamp(max=tokens.shape[1])
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must have tokens' shape {tuple(tokens.shape)}. "
                 f"Got {tuple(targets.shape)}."
             )
-        hidden = self.hidden_states(tokens, key_padding_mask=key_padding_mask, positions=positions)
+        hidden = self.hidden_states(
+            tokens, key_padding_mask=key_padding_mask, positions=positions, cu_seqlens=cu_seqlens
+        )
         if key_padding_mask is not None:
             targets = targets.masked_fill(key_padding_mask, IGNORED)
         count, ranks = _count_targets(targets, group)
@@ -229,3 +262,17 @@ def _count_targets(
     ranks = group.get_group() if isinstance(group, DeviceMesh) else group
     dist.all_reduce(count, group=ranks)
     return count.clamp(min=1), dist.get_world_size(ranks)
+
+
+def document_positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Positions (N,) that begin anew in each document, and behind the last one."""
+    positions = torch.arange(length, device=cu_seqlens.device)
+    ends = cu_seqlens.to(torch.int64)
+    return positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
+
+
+def _begins(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Which of the tokens 1 to N begin a document: bool (N,)."""
+    begins = torch.zeros(length + 2, dtype=torch.bool, device=cu_seqlens.device)
+    begins[cu_seqlens.to(torch.int64).clamp(0, length + 1)] = True
+    return begins[1 : length + 1]

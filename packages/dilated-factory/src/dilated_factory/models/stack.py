@@ -156,6 +156,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         positions: Tensor | None,
         caches: Sequence[DilatedKVCache] | None = None,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Iterator[Tensor]:
         if caches is not None and len(caches) != len(self.blocks):
             raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
@@ -165,6 +166,8 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         options["positions"] = self._position_table(hidden, positions, caches)
         if lengths is not None:
             options["lengths"] = lengths
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
         for index, block in enumerate(self.blocks):
             if caches is not None:
                 options["cache"] = caches[index]
@@ -194,9 +197,10 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
             positions = caches[0].next_positions(length, hidden.device)
         elif positions is None:
             positions = torch.arange(length, device=hidden.device)
-        elif positions.shape != (length,):
+        elif positions.shape not in ((length,), hidden.shape[:2]):
             raise ValueError(
-                f"positions must have shape (N,)={(length,)}. Got {tuple(positions.shape)}."
+                f"positions must have shape (N,)={(length,)} or (B, N)={tuple(hidden.shape[:2])}. "
+                f"Got {tuple(positions.shape)}."
             )
         return embedding.table(positions, hidden.dtype)
 
