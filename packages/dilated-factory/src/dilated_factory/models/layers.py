@@ -152,7 +152,10 @@ class TransformerLayer(nn.Module):
 
         Layers that are alike share what is compiled, so a deep model takes no longer than one.
         """
-        self._compiled = torch.compile(type(self)._compute)
+        # Inductor writes a long chain of pointwise operations wide to memory, to read it again:
+        # that of a norm's gradient through GELU, four times as wide as the layer.
+        options: dict[str, Any] = {"realize_opcount_threshold": 200}
+        self._compiled = torch.compile(type(self)._compute, options=options)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call] # torch's
