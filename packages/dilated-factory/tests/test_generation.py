@@ -151,6 +151,18 @@ def test_a_token_with_the_cache_costs_one_position(
     assert lengths == [41, 1, 1, 1]
 
 
+def test_a_step_can_be_compiled(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model, dtype=torch.float64).eval()
+    tokens = torch.randint(256, (2, 14))
+    caches = model.new_caches()
+    with torch.no_grad():
+        model(tokens[:, :10], caches=caches)
+        step = torch.compile(lambda token: model(token, caches=caches), backend="eager")
+        found = torch.cat([step(tokens[:, i : i + 1]) for i in range(10, 14)], 1)
+        torch.testing.assert_close(found, model(tokens)[:, 10:], rtol=1e-9, atol=1e-10)
+    assert {cache.length for cache in caches} == {14}
+
+
 def test_an_injected_attention_generates_without_a_cache(tiny_model: LongNetConfig) -> None:
     def attention(*heads: Any, **options: Any) -> Any:
         return dilated(*heads, **options)

@@ -96,9 +96,9 @@ class DilatedKVCache:
             scale: factor on the scores; 1 / sqrt(D) when None.
             key_padding_mask: (B, L) bool, True = ignore this key now and later. It has a position
                 all the same.
-            lengths: (B,) int64 on query's device, 0 to L: only so many rows of each batch row are
-                real, the first. Of the others, which have no position, nothing is kept, and their
-                output is 0. All are real when None.
+            lengths: (B,) int64 on query's device, 0 to L (on a GPU others count as the nearer of
+                these): only so many rows of each batch row are real, the first. Of the others,
+                which have no position, nothing is kept, and their output is 0. All when None.
 
         Returns:
             (B, L, H, D) in query's dtype.
@@ -119,6 +119,8 @@ class DilatedKVCache:
             )
         if lengths is not None:
             _check_lengths("lengths", lengths, query.shape[:2], query.device)
+            # On a GPU they are not looked at, since the host would wait.
+            lengths = lengths.clamp(0, query.shape[1])
         held = self._held
         if held is None:
             held = HeldRows(self.pattern, query.shape[2], key)

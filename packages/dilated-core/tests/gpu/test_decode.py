@@ -104,3 +104,16 @@ def test_what_a_graph_cannot_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="a CUDA graph can hold"):
         cache.attend(x, x, x)
     assert cache.length == 2
+
+
+def test_lengths_out_of_range_count_as_the_nearest() -> None:
+    tensors = [x.cuda() for x in draw(2, 9, 3, 3, 16)]
+    caches = [DilatedKVCache(PATTERNS[1]) for _ in range(2)]
+    for cache, wrong, right in ((caches[0], -3, 0), (caches[1], 99, 9)):
+        found = cache.attend(*tensors, lengths=torch.tensor([wrong, 5], device="cuda"))
+        expected = DilatedKVCache(PATTERNS[1]).attend(
+            *tensors, lengths=torch.tensor([right, 5], device="cuda")
+        )
+        assert torch.equal(found, expected)
+        cache.attend(*(x[:, :1] for x in tensors), lengths=torch.tensor([-1, 7], device="cuda"))
+        assert cache.lengths.tolist() == [right, 6]
