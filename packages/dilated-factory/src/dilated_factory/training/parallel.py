@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from dilated_core import DilatedAttention
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
 from dilated_factory.models.layers import AttentionFactory
@@ -113,7 +114,8 @@ class Parallel:
         make = self._ring_attention(config) if self.shares_sequences else None
         if self.device.type != "cpu" or config.dtype == "float32":
             return make
-        inner = make or dilated_attention_factory(config.model)
+        pattern, dropout = config.model.pattern, config.model.dropout
+        inner = make or (lambda: DilatedAttention(pattern, dropout=dropout))
         return lambda: Float32Attention(inner())
 
     def _ring_attention(self, config: TrainConfig) -> AttentionFactory:
