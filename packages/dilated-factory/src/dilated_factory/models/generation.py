@@ -237,7 +237,10 @@ class _Continuation:
         if key_padding_mask is not None:
             rows = LeftAligned(key_padding_mask.to(device))
             self.tokens = self.tokens.gather(1, rows.index)
-            self.lengths, self.between = rows.lengths, rows.between
+            self.lengths = rows.lengths
+            # Worth one wait: without it kernels need not look at a mask, now and at every token.
+            if rows.between is not None and rows.between.any():
+                self.between = rows.between
         self.chances = chances.to(device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.last = torch.zeros(len(tokens), dtype=torch.int64, device=device)
