@@ -32,7 +32,8 @@ SEGMENTS, RATES, VOCAB = (2048, 8192, 32768), (1, 4, 16), 256
 # layers, width, heads, dtype
 SHAPES = {"cuda": (12, 768, 12, torch.bfloat16), "cpu": (4, 256, 4, torch.float32)}
 # Context and batch; an older commit, the dense model and a plain forward stop at LONGEST. Where a
-# segment of 2048 begins, few rows are held; 9,900 is near the end of one, the same to a dense model.
+# segment of 2048 begins, few rows are held; 9,900 is near the end of one, and alike to a dense
+# model.
 CASES = {
     "cuda": [(8192, 1), (9900, 1), (8192, 64), (9900, 64), (131072, 1), (1048576, 1)],
     "cpu": [(8192, 1), (9900, 1)],

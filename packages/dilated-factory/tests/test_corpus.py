@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,14 +96,14 @@ def test_unreadable_files_are_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, {"a": b"12", "b": b"34", "secret": b"56"})
-    read_bytes = Path.read_bytes
+    open_path = Path.open
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *arguments: Any) -> Any:
         if path.name == "secret":
             raise PermissionError
-        return read_bytes(path)
+        return open_path(path, *arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     corpus = load_corpus([tmp_path])
     assert corpus.skipped == 1
     assert sorted([*corpus.train_files, *corpus.validation_files]) == ["a", "b"]
@@ -139,3 +140,15 @@ def test_the_standard_library_is_python_source_without_what_was_installed() -> N
     assert all(name.endswith(".py") for name in found)
     assert not any("site-packages" in name.split("/") for name in found)
     assert list(found) == sorted(found)
+
+
+def test_a_corpus_is_held_once_and_stays_as_it_was_read(tmp_path: Path) -> None:
+    write(tmp_path, {"a": b"12", "b": b"34", "c": b"56"})
+    corpus = load_corpus([tmp_path])
+    one, two = corpus.train, corpus.validation
+    assert two.data_ptr() == one.data_ptr() + len(one)
+    assert two.untyped_storage().data_ptr() == one.untyped_storage().data_ptr()
+    before = bytes(one.tolist())
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    assert bytes(one.tolist()) == before

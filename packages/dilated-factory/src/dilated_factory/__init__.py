@@ -50,6 +50,15 @@ if TYPE_CHECKING:
     from dilated_factory.models.layers import TransformerDecoderLayer, TransformerEncoderLayer
     from dilated_factory.models.longnet import LongNetLM
     from dilated_factory.slides.readers import SlideFeatures, read_slide_features
+    from dilated_factory.training.corpus import Corpus, load_corpus
+    from dilated_factory.training.loop import StepMetrics, Trainer
+    from dilated_factory.training.running import train
+    from dilated_factory.training.trained import (
+        Evaluation,
+        TrainedModel,
+        evaluate_run,
+        load_trained,
+    )
 
 __all__ = [
     "AttentionConfig",
@@ -58,9 +67,11 @@ __all__ = [
     "BlockSparseDilatedConfig",
     "BlockSparseRingConfig",
     "BlockSparseRingDistributedConfig",
+    "Corpus",
     "CorpusError",
     "DilatedConfig",
     "Environment",
+    "Evaluation",
     "InputError",
     "LongNetConfig",
     "LongNetEncoder",
@@ -79,7 +90,10 @@ __all__ = [
     "SlideEncoder",
     "SlideEncoderConfig",
     "SlideFeatures",
+    "StepMetrics",
     "TrainConfig",
+    "TrainedModel",
+    "Trainer",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "__version__",
@@ -87,9 +101,12 @@ __all__ = [
     "create_pool",
     "default_pattern",
     "default_registry",
+    "evaluate_run",
     "generate",
     "generate_tokens",
+    "load_corpus",
     "load_torchscale",
+    "load_trained",
     "parameter_groups",
     "parse_any",
     "read_config",
@@ -98,6 +115,7 @@ __all__ = [
     "save_gigapath",
     "shard_for_transformers",
     "to_toml",
+    "train",
 ]
 
 # The module of each name that is not here yet.
@@ -143,6 +161,15 @@ _HOMES = {
     "create_attention": "kinds.registry",
     "Environment": "kinds.selection",
     "Selection": "kinds.selection",
+    "Corpus": "training.corpus",
+    "load_corpus": "training.corpus",
+    "StepMetrics": "training.loop",
+    "Trainer": "training.loop",
+    "train": "training.running",
+    "Evaluation": "training.trained",
+    "TrainedModel": "training.trained",
+    "evaluate_run": "training.trained",
+    "load_trained": "training.trained",
 }
 
 

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 # The commands, each in the module of its name, and the first line of each one's help.
 COMMANDS = {
     "train": "Train a LongNet language model on the bytes of files.",
+    "compare": "Compare runs: how far each is, its loss, on held-out bytes too, its speed.",
     "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
     "generate": "Continue a prompt, byte by byte; print prompt and continuation.",
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",

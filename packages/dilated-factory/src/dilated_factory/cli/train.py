@@ -14,8 +14,8 @@ from dilated_factory.cli.fields import given_fields, with_fields
 from dilated_factory.cli.options import Device, sight_warning
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
-from dilated_factory.configs.models import FrozenConfig, LongNetConfig, TrainConfig, parse_config
-from dilated_factory.errors import InputError, RunError
+from dilated_factory.configs.models import LongNetConfig, TrainConfig, parse_config
+from dilated_factory.errors import InputError
 from dilated_factory.training.compiling import Compile, decide_compile
 from dilated_factory.training.corpus import Corpus, load_corpus
 from dilated_factory.training.figures import save_loss_curve
@@ -129,8 +129,7 @@ def train(
         if resume and (config or parent):
             raise InputError("--resume takes its settings from --out: no --config and no --from.")
         run = RunFolder.open(out)
-        _require_same(run.config.model, shape)
-        _require_same(run.config, {k: v for k, v in given.items() if v != "auto"})
+        run.require_same(shape | {k: v for k, v in given.items() if v != "auto"})
         options["compiled"] = decide_compile(compiling, parallel, console.print)
         corpus = _corpus(run.config, console, run.corpus_digest())
         trainer = Trainer(run, corpus, **options)
@@ -241,13 +240,3 @@ def _corpus(config: TrainConfig, console: Console, digest: str | None = None) ->
     if corpus.skipped:
         console.print(f"skipped {corpus.skipped} files that cannot be read")
     return corpus
-
-
-def _require_same(config: FrozenConfig, given: dict[str, Any]) -> None:
-    differing = [
-        f"{name} is {getattr(config, name)!r} there and {value!r} here"
-        for name, value in given.items()
-        if getattr(config, name) != value
-    ]
-    if differing:
-        raise RunError(f"the run folder is from another configuration: {'; '.join(differing)}.")

@@ -1,8 +1,11 @@
 """A corpus of bytes from files and folders, split by file into training and validation."""
 
 import hashlib
+import mmap
 import os
+import shutil
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,8 @@ class Corpus:
     """Bytes to train on and bytes held out.
 
     ``train`` and ``validation`` are one-dimensional uint8 tensors: whole files one after the
-    other, in the order of their names, nothing in between. ``digest`` is a SHA-256 over both, so
+    other, in the order of their names, nothing in between; both are parts of one mapped file.
+    ``digest`` is a SHA-256 over both, so
     that a resumed run notices when its corpus has changed.
     """
 
@@ -50,19 +54,27 @@ def load_corpus(
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
     """
-    corpus = _split(*_read(paths), validation_fraction)
+    corpus = _split(*_readable(paths), validation_fraction)
     if digest not in (None, corpus.digest):
-        earlier = _split(*_read(paths, with_runs=True), validation_fraction)
+        earlier = _split(*_readable(paths, with_runs=True), validation_fraction)
         if earlier.digest == digest:
             return earlier
     return corpus
 
 
-def _split(contents: dict[str, bytes], skipped: int, validation_fraction: float) -> Corpus:
-    if len(contents) == 1:
-        return _cut_single(*contents.popitem(), validation_fraction, skipped)
-    held_out = _held_out(contents, validation_fraction)
-    return _assemble(contents, held_out, skipped)
+def _split(files: dict[str, list[Path]], skipped: int, validation_fraction: float) -> Corpus:
+    if len(files) == 1:
+        ((name, places),) = files.items()
+        content, _ = _spool([places])
+        cut = len(content) - max(1, round(len(content) * validation_fraction))
+        if cut < 1:
+            raise CorpusError(f"a corpus of one file needs at least 2 bytes. {name!r} has 1.")
+        return _corpus(content, cut, (name,), (name,), skipped)
+    held_out = _held_out(files, validation_fraction)
+    train = tuple(name for name in files if name not in held_out)
+    validation = tuple(name for name in files if name in held_out)
+    content, ends = _spool([files[name] for name in (*train, *validation)])
+    return _corpus(content, ends[len(train) - 1], train, validation, skipped)
 
 
 def load_bytes(paths: Sequence[str | Path]) -> Tensor:
@@ -71,8 +83,8 @@ def load_bytes(paths: Sequence[str | Path]) -> Tensor:
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
     """
-    contents, _ = _read(paths)
-    return _tensor(b"".join(contents.values()))
+    files, _ = _readable(paths)
+    return torch.frombuffer(_spool(list(files.values()))[0], dtype=torch.uint8)
 
 
 def find_files(paths: Iterable[str | Path], *, with_runs: bool = False) -> list[tuple[str, Path]]:
@@ -107,23 +119,46 @@ def standard_library() -> list[tuple[str, Path]]:
     )
 
 
-def _read(paths: Sequence[str | Path], *, with_runs: bool = False) -> tuple[dict[str, bytes], int]:
-    """Contents by name, and how many files could not be read."""
-    contents: dict[str, bytes] = {}
+def _readable(
+    paths: Sequence[str | Path], *, with_runs: bool = False
+) -> tuple[dict[str, list[Path]], int]:
+    """The files of each name that have content, and how many files could not be read."""
+    found: dict[str, list[Path]] = {}
     skipped = 0
     for name, path in find_files(paths, with_runs=with_runs) if paths else standard_library():
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
         except OSError:
             skipped += 1
             continue
-        if content:
-            contents[name] = contents.get(name, b"") + content
-    if not contents:
+        if size:
+            found.setdefault(name, []).append(path)
+    if not found:
         places = ", ".join(str(path) for path in paths) or "the standard library"
         unreadable = f"; {skipped} could not be read" if skipped else ""
         raise CorpusError(f"the corpus is empty: no file with content in {places}{unreadable}.")
-    return contents, skipped
+    return found, skipped
+
+
+def _spool(groups: Sequence[Sequence[Path]]) -> tuple[mmap.mmap, list[int]]:
+    """All files one after the other, and where each group ends.
+
+    They are a nameless file that is mapped into memory: a copy, so that nobody changes it
+    while a run reads it, which the system keeps in memory as far as there is room.
+    """
+    ends = []
+    with tempfile.TemporaryFile() as spool:
+        for group in groups:
+            for path in group:
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, spool)
+            ends.append(spool.tell())
+        spool.flush()
+        if not ends[-1]:
+            raise CorpusError("the corpus is empty: its files were emptied while they were read.")
+        # Not read-only, because torch warns about tensors over memory that it must not write.
+        return mmap.mmap(spool.fileno(), ends[-1]), ends
 
 
 def _walk(root: Path, *, with_runs: bool = True) -> Iterator[Path]:
@@ -156,38 +191,21 @@ def _held_out(names: Iterable[str], fraction: float) -> set[str]:
     return set(by_hash[: min(max(count, 1), len(by_hash) - 1)])
 
 
-def _assemble(contents: dict[str, bytes], held_out: set[str], skipped: int) -> Corpus:
-    train = tuple(name for name in contents if name not in held_out)
-    validation = tuple(name for name in contents if name in held_out)
-    return _corpus(
-        b"".join(contents[name] for name in train),
-        b"".join(contents[name] for name in validation),
-        train,
-        validation,
-        skipped,
-    )
-
-
-def _cut_single(name: str, content: bytes, fraction: float, skipped: int) -> Corpus:
-    cut = len(content) - max(1, round(len(content) * fraction))
-    if cut < 1:
-        raise CorpusError(f"a corpus of one file needs at least 2 bytes. {name!r} has 1.")
-    return _corpus(content[:cut], content[cut:], (name,), (name,), skipped)
-
-
 def _corpus(
-    train: bytes,
-    validation: bytes,
+    content: mmap.mmap,
+    cut: int,
     train_files: tuple[str, ...],
     validation_files: tuple[str, ...],
     skipped: int,
 ) -> Corpus:
-    digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation).hexdigest()
+    digest = hashlib.sha256(cut.to_bytes(8, "big"))
+    digest.update(content)
+    data = torch.frombuffer(content, dtype=torch.uint8)
     return Corpus(
-        _tensor(train), _tensor(validation), train_files, validation_files, skipped, digest
+        data[:cut],
+        data[cut:],
+        train_files,
+        validation_files,
+        skipped,
+        digest.hexdigest(),
     )
-
-
-def _tensor(content: bytes) -> Tensor:
-    # A bytearray, because torch warns about tensors over memory that it must not write.
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -278,10 +278,12 @@ class Trainer:
         writing: Beside,
     ) -> None:
         pending = deque[_Pending]()
+        alone = self.parallel.mesh is None
         while not self._stopping and self.progress < 1:
             with self._clock():
                 launched = self._take_step()
-            vote = float(should_stop()), self._seconds
+            # Several ranks decide together, so their votes travel with the numbers of the step.
+            vote = float(not alone and should_stop()), self._seconds
             pending.append(
                 _Pending(launched, Readback(self.parallel.average(launched.losses, vote)))
             )
@@ -299,6 +301,7 @@ class Trainer:
                 on_step(metrics)
             if due:
                 self._save_beside(writing)
+            self._stopping |= alone and should_stop()
         while pending:
             metrics = self._read(pending.popleft())
             if self.parallel.is_main:

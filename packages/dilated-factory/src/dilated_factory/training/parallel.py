@@ -31,7 +31,6 @@ from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
 from dilated_factory.models.layers import AttentionFactory
 from dilated_factory.models.longnet import LongNetLM
-from dilated_factory.models.stack import dilated_attention_factory
 from dilated_factory.training.precision import Float32Attention
 
 DataParallel = Literal["ddp", "fsdp"]

@@ -31,7 +31,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,21 @@ class RunFolder:
             reason = describe_invalid(error)
             raise RunError(f"{str(file)!r} is damaged or of another version: {reason}") from None
         return cls(path, config)
+
+    def require_same(self, given: Mapping[str, Any]) -> None:
+        """Refuse other values than this run's for fields of its configuration or of its model's.
+
+        Raises:
+            RunError: naming all that differ.
+        """
+        own = dict(self.config.model) | dict(self.config)
+        differing = [
+            f"{name} is {own[name]!r} there and {value!r} here"
+            for name, value in given.items()
+            if own[name] != value
+        ]
+        if differing:
+            raise RunError(f"the run folder is from another configuration: {'; '.join(differing)}.")
 
     def lock(self) -> FolderLock | None:
         """Keep other processes from writing here, until it is released or this process ends.

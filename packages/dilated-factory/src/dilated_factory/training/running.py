@@ -1,0 +1,68 @@
+"""Training from Python, in one call."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dilated_factory.configs.models import TrainConfig
+from dilated_factory.training.compiling import Compile, decide_compile
+from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.loop import StepMetrics, Trainer, select_device
+from dilated_factory.training.parallel import Parallel
+from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.trained import TrainedModel, load_trained
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    corpus: Corpus | None = None,
+    device: str = "auto",
+    compile: Compile = "auto",
+    resume: bool = False,
+    checkpoint_every: int = 100,
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainedModel:
+    """Train a model on one device, as `dilated train` does; return it from its last checkpoint.
+
+    Args:
+        config: everything that decides the losses.
+        out: run folder; it must be new, or with `resume` one of the same configuration, if any.
+        corpus: what to train on; that of the config's paths when None.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        compile: torch.compile for the blocks: "on", "off", or "auto", which is on for CUDA.
+        resume: go on from the newest checkpoint in `out`, or begin if there is no run in it.
+        checkpoint_every: steps between checkpoints.
+        on_step: is given the numbers of each step.
+        should_stop: asked after each step; the run is saved, and can be resumed.
+
+    Raises:
+        CorpusError: the corpus cannot be read, or is shorter than the context.
+        RunError: something is at `out`, its run is another, or the loss became infinite.
+        InputError: the device is absent, or nothing can be compiled.
+        OSError: a checkpoint could not be written.
+    """
+    parallel = Parallel(select_device(device))
+    if corpus is None:
+        corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    compiled = decide_compile(compile, parallel)
+    if resume and (Path(out) / "config.json").exists():
+        run = RunFolder.open(out)
+        run.require_same(dict(config.model) | dict(config))
+        trainer = Trainer(
+            *(run, corpus),
+            parallel=parallel,
+            checkpoint_every=checkpoint_every,
+            compiled=compiled,
+        )
+        trainer.restore()
+    else:
+        trainer = Trainer.start(
+            *(out, config, corpus),
+            parallel=parallel,
+            checkpoint_every=checkpoint_every,
+            compiled=compiled,
+        )
+    trainer.train(on_step=on_step, should_stop=should_stop)
+    return load_trained(out, device=parallel.device)
