@@ -250,6 +250,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def attack(session: nox.Session) -> None:
+    """Attack every promise with random cases: `./noxw -s attack -- --minutes 60 --seed 7`."""
+    install(session, *TEST_TOOLS, *editable(*PACKAGES))
+    env = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "tools.attack", *session.posargs, env=env)
+
+
+@nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build the wheel and the sdist of each package into dist/ and check them."""
     install(session, *BUILD_TOOLS)

@@ -1,0 +1,1 @@
+"""A standing campaign against the promises of all packages: `./noxw -s attack`."""

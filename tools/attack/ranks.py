@@ -1,0 +1,154 @@
+"""`ring_attention` on 2 to 4 gloo ranks against the oracle on one, wrong calls between."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import random
+import tempfile
+import traceback
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dilated_ring import RingError, ring_attention
+from tools.attack import oracle
+from tools.attack.numeric import TOLERANCE, draw_pattern, pattern_of, same, tensors
+
+Case = dict[str, Any]
+STRATEGIES = ("auto", "auto", "gather", "heads", "ring")
+ANSWER_WITHIN = 60
+
+
+class Ring:
+    """Results and gradients of all ranks; a call that differs on one rank is an error on all."""
+
+    def draw(self, rng: random.Random) -> Case:
+        case = draw_pattern(rng)
+        return case | {
+            "ranks": rng.randint(2, 4), "shard": rng.randint(1, 12),
+            "strategy": rng.choice(STRATEGIES),
+            "zeros": False, "hidden": rng.choice((0.0, 0.0, 0.3)),
+            "wrong": rng.choice((None,) * 5 + ("shape", "causal", "dtype")),
+        }  # fmt: skip
+
+    def check(self, case: Case) -> None:
+        group = _start(case["ranks"])
+        for pipe in group.pipes:
+            pipe.send(case)
+        answers = []
+        for rank, pipe in enumerate(group.pipes):
+            if not pipe.poll(ANSWER_WITHIN):
+                _end(case["ranks"])
+                raise AssertionError(f"rank {rank} gave no answer in {ANSWER_WITHIN} s")
+            answers.append(pipe.recv())
+        kinds = {kind for kind, _ in answers}
+        if kinds == {"refused"}:
+            types = {said.partition(":")[0] for _, said in answers}
+            assert len(types) == 1, answers
+            reason = answers[0][1]
+            refusable = case["wrong"] is not None or case["strategy"] == "heads"
+            assert refusable or case["groups"] == "split", reason
+            return
+        if kinds != {"done"}:
+            _end(case["ranks"])
+            raise AssertionError(str([said for kind, said in answers if kind != "done"]))
+        assert case["wrong"] is None, "a call that differed on one rank was served"
+        length = case["ranks"] * case["shard"]
+        *qkv, upstream = tensors(case, length, length)
+        exact = [x.double().requires_grad_() for x in qkv]
+        seen, zeros = oracle.counts(case, length, length)
+        q, k, v = exact
+        want, lse = oracle.attention(
+            q, k, v, seen, zeros, scale=case["scale"], hidden=_hidden(case)
+        )
+        expected = [want, lse.transpose(1, 2), *torch.autograd.grad(want, exact, upstream.double())]
+        result, gradient = TOLERANCE[case["dtype"]]
+        spread = max(1.0, abs(case["scale"] or 1.0))
+        for name, index, tolerance in (
+            ("out", 0, result), ("lse", 1, result), ("dq", 2, gradient * spread),
+            ("dk", 3, gradient * spread), ("dv", 4, gradient * spread),
+        ):  # fmt: skip
+            found = torch.cat([answer[index] for _, answer in answers], 1)
+            same(name, found, expected[index].detach(), tolerance)
+
+
+def _hidden(case: Case) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(case["seed"] + 1)
+    shape = case["batch"], case["ranks"] * case["shard"]
+    hidden: torch.Tensor = torch.rand(shape, generator=generator) < case["hidden"]
+    return hidden
+
+
+def _attend(case: Case, rank: int) -> list[torch.Tensor]:
+    length = case["ranks"] * case["shard"]
+    rows = slice(rank * case["shard"], (rank + 1) * case["shard"])
+    *qkv, upstream = [x[:, rows].contiguous() for x in tensors(case, length, length)]
+    wrong = case["wrong"] if rank == case["seed"] % case["ranks"] else None
+    if wrong == "shape":
+        qkv = [torch.cat((x, x[..., :1]), -1) for x in qkv]
+    elif wrong == "dtype":
+        qkv = [x.to(torch.float32 if x.dtype != torch.float32 else torch.float64) for x in qkv]
+    q, k, v = ours = [x.requires_grad_() for x in qkv]
+    out, lse = ring_attention(
+        q, k, v, pattern_of(case), is_causal=case["causal"] != (wrong == "causal"),
+        scale=case["scale"], strategy=case["strategy"], enable_gqa=True, return_lse=True,
+        key_padding_mask=_hidden(case)[:, rows].contiguous() if case["hidden"] else None,
+        validate="always",
+    )  # fmt: skip
+    grads = torch.autograd.grad(out, ours, upstream)
+    return [out.detach(), lse.detach().transpose(1, 2), *grads]
+
+
+class _Group:
+    """Processes that wait for cases."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = str(Path(tempfile.mkdtemp(prefix="attack-ranks-")) / "store")
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+
+@cache
+def _start(size: int) -> _Group:
+    group = _Group(size)
+    atexit.register(_kill, group)
+    return group
+
+
+def _end(size: int) -> None:
+    """Give up the processes: the next case starts new ones."""
+    _kill(_start(size))
+    _start.cache_clear()
+
+
+def _kill(group: _Group) -> None:
+    for process in group.processes:
+        process.kill()
+
+
+def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
+        timeout=timedelta(seconds=ANSWER_WITHIN),
+    )  # fmt: skip
+    while True:
+        case = pipe.recv()
+        try:
+            pipe.send(("done", _attend(case, rank)))
+        except (RingError, TypeError, ValueError) as error:
+            pipe.send(("refused", f"{type(error).__name__}: {error}"))
+        except BaseException:
+            pipe.send(("broken", traceback.format_exc()))
