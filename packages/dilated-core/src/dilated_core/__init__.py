@@ -4,6 +4,7 @@ from dilated_core.__about__ import __version__
 from dilated_core._attend import Backend, select_backend
 from dilated_core._branches import Branch, validate_segment_dilation_match
 from dilated_core._cache import DilatedKVCache
+from dilated_core._caches import clear_caches
 from dilated_core._choice import BackendChoice
 from dilated_core._functional import (
     dilated_attention,
@@ -24,6 +25,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "Partial",
     "__version__",
+    "clear_caches",
     "dilated_attention",
     "dilated_attention_varlen",
     "merge",

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
 from dilated_core import _checks
+from dilated_core._caches import remembered
 
 HeadOffsets = Literal["interleaved", "blocked"]
 HeadGroups = Literal["shared", "split"]
@@ -159,7 +159,7 @@ class Branches:
         return cls(**data)
 
     @classmethod
-    @lru_cache(maxsize=256)
+    @remembered(256)
     def from_code(cls, code: str) -> Self:
         """The pattern of a `code`."""
         return cls.from_dict(json.loads(code))

@@ -10,7 +10,7 @@ B batch, L new rows, H query heads, H_kv key heads, D head_dim, S streams of an 
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dilated_core import _row_attention, _triton
 from dilated_core._branches import Branches
+from dilated_core._caches import remembered
 from dilated_core._call import DilatedCall, Scores
 from dilated_core._partial import Partial, accumulate_dtype, merge_
 from dilated_core._torch.dense import RowAttention
@@ -172,7 +173,7 @@ class RowTable:
         return Places(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def row_table(pattern: Branches, heads: int, kv_heads: int, device: torch.device) -> RowTable:
     """The table of a pattern, shared by the layers of a model."""
     with torch.inference_mode(False):

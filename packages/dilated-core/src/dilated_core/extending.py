@@ -13,6 +13,7 @@
   *merged* partial, which makes it exact for one part of a larger softmax, so no partial is kept
   for it.
 - `keep_mask`: the stateless dropout mask, keyed by seed, batch, head and the two positions.
+- `remembered`, `on_clear`: caches of functions, and others, that `clear_caches` empties.
 - `define_operators` with an `OperatorForm`: a forward and a backward as custom operators, for
   torch.compile; an eager call goes to them as it is.
 - `drive`, `drive_backward`: the GPU kernels, for any `Tiling`, which makes `TilePlan`s: tables of
@@ -21,6 +22,7 @@
   the first two, when they are called.
 """
 
+from dilated_core._caches import on_clear, remembered
 from dilated_core._call import (
     Scores,
     Upstream,
@@ -78,6 +80,8 @@ __all__ = [
     "keep_mask",
     "merge",
     "merge_",
+    "on_clear",
     "pick",
+    "remembered",
     "triton_unsupported",
 ]

@@ -1,7 +1,6 @@
 """The public function: check on all ranks, pick a strategy, compute."""
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core.extending import Scores, autocast, check_call, pick
+from dilated_core.extending import Scores, autocast, check_call, pick, remembered
 from dilated_core.interfaces import AttentionPattern, BufferSource, SpanCall
 from dilated_ring._agreement import Fact, Validate, agree, check_validate
 from dilated_ring._attention import Job, Pass, attend
@@ -234,7 +233,7 @@ def _job(
 
 
 # By numbers, not by the ring: a cache that held process groups would keep them for ever.
-@lru_cache(maxsize=64)
+@remembered(64)
 def _rounds(
     problem: Problem, rank: int, node_size: int | None, strategy: Strategy
 ) -> tuple[Rows | NodeRows, ...]:
@@ -245,6 +244,6 @@ def _rounds(
     return tuple(Rows(route, problem.world_size) for route in found)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _chosen(problem: Problem, in_nodes: bool) -> Strategy:
     return choose_strategy(problem, in_nodes=in_nodes).strategy

@@ -5,8 +5,8 @@ n rows of a shard, P ranks. Rank p has the rows from p * n up to (p + 1) * n.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
+from dilated_core.extending import remembered
 from dilated_core.interfaces import AttentionPattern, PackedRows
 
 
@@ -93,14 +93,14 @@ class Route:
         return received, sent
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def gather_routes(problem: Problem, rank: int) -> tuple[Route, ...]:
     """All rows in one exchange, or none where no rank needs any."""
     hops = _hops(problem)
     return (_route(problem, rank, hops),) if hops else ()
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def ring_routes(problem: Problem, rank: int) -> tuple[Route, ...]:
     """One exchange for each distance between ranks, nearest first, but for those no rank needs."""
     return tuple(_route(problem, rank, [hop]) for hop in _hops(problem))

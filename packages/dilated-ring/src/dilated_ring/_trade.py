@@ -1,12 +1,13 @@
 """Which rows the ranks of a segment trade for heads, and back: pure integers until `Indices`."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dilated_core.extending import remembered
 from dilated_core.interfaces import Clique, SpanAttention
 from dilated_ring._routes import Problem
 
@@ -121,7 +122,7 @@ class Trade:
         return self._made[device]
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def make_trade(problem: Problem, rank: int) -> Trade:
     """The trade of a rank, made once."""
     return Trade(problem, rank)

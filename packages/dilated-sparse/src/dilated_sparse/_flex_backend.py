@@ -4,12 +4,13 @@ On CUDA with gradients; on the CPU, where FlexAttention has no backward, forward
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dilated_core.extending import remembered
 from dilated_sparse import _masks
 from dilated_sparse._block_mask import from_layout
 from dilated_sparse._blocks import Layout
@@ -105,7 +106,7 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-@lru_cache(maxsize=16)
+@remembered(16)
 def _block_mask(layout: Layout, is_causal: bool, device: torch.device) -> Any:
     """The BlockMask of a layout, the same object each time: another one would recompile."""
     return from_layout((layout.causal() if is_causal else layout).to(device))
@@ -122,7 +123,7 @@ def _score_mod(padding: Tensor | None) -> Callable[..., Tensor] | None:
     return score_mod
 
 
-@lru_cache(maxsize=16)
+@remembered(16)
 def _seeing(layout: Layout, is_causal: bool) -> Tensor:
     """(1 or H, N) bool: the queries that see a key."""
     layout = layout.causal() if is_causal else layout

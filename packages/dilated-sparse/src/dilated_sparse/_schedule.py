@@ -5,12 +5,12 @@ the blocks that only some of them see are holes for the others.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
+from dilated_core.extending import remembered
 from dilated_sparse._blocks import Layout
 from dilated_sparse._grid import EMPTY, FULL
 
@@ -68,7 +68,7 @@ class Schedule(NamedTuple):
     table: Tensor
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def schedule(layout: Layout, is_causal: bool) -> Schedule:
     """The tiles of each head of a layout; O(nnz)."""
     layout = layout.to("cpu")

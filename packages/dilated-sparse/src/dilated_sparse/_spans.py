@@ -7,13 +7,20 @@ B batch, n rows of a span, R packed rows, H query heads, H_kv key heads, D head_
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Unpack, cast
 
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Gradients, Partial, Scores, Upstream, accumulate_dtype, merge_
+from dilated_core.extending import (
+    Gradients,
+    Partial,
+    Scores,
+    Upstream,
+    accumulate_dtype,
+    merge_,
+    remembered,
+)
 from dilated_core.interfaces import AttendOptions, KeyRows, PackedRows, SpanCall
 from dilated_sparse import _attend, _torch_backend
 from dilated_sparse._blocks import Layout, compress
@@ -186,18 +193,18 @@ class LayoutSpans:
         return _call(call, layout, keys, None)
 
 
-@lru_cache(maxsize=8)
+@remembered(8)
 def _causal(layout: Layout) -> Layout:
     return layout.causal()
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _between(layout: Layout, queries: range, keys: range, is_causal: bool) -> Layout:
     """The layout between two spans of whole blocks, which then count from 0."""
     return (_causal(layout) if is_causal else layout).restrict(queries, keys)
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _pack(
     layout: Layout, queries: range, keys: range, kv_heads: int, is_causal: bool
 ) -> LayoutRows:

@@ -5,7 +5,7 @@ Plans depend on the layout and on block sizes, are made on the device and kept.
 """
 
 from collections.abc import MutableMapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,6 +24,8 @@ from dilated_core.extending import (
     Upstream,
     drive,
     drive_backward,
+    on_clear,
+    remembered,
 )
 from dilated_sparse._block_plan import build
 from dilated_sparse._blocks import Layout
@@ -37,6 +39,12 @@ _LEAST_COLUMNS = 32
 # By the tensor and not by the layout: a traced call hands on the tensors alone, and a layout of
 # them is made anew, whose digest would wait for the device. Plans live as long as the tensor.
 _plans: MutableMapping[Tensor, PlanCache] = WeakIdKeyDictionary()
+
+
+@on_clear
+def _clear() -> None:
+    for plans in _plans.values():
+        plans.clear()
 
 
 class LayoutTiling(NamedTuple):
@@ -69,13 +77,13 @@ class LayoutTiling(NamedTuple):
         return plans.plan(key, sizes.device, partial(build, self.layout, sizes, by_key, blocks))
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _for_partial_blocks(pair: Pair, only_short: bool) -> Pair:
     tall, short = (config._replace(masked=64) for config in (pair.tall, pair.short))
     return pair._replace(tall=short if only_short else tall, short=short)
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def fit(pair: Pair, block_size: int) -> Config:
     """The block sizes for layouts of this block size, from those that are fast for a pass."""
     shapes = {shape.rows: shape for shape in (pair.short, pair.tall)}

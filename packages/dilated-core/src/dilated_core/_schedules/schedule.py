@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 from itertools import chain
 
 from dilated_core._branches import Branches
+from dilated_core._caches import remembered
 from dilated_core._schedules.nested import nests, visit_once
 from dilated_core._schedules.runs import RowRuns, Task, TaskList, head_strides
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def schedule(
     pattern: Branches,
     queries: range,

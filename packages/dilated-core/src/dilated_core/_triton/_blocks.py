@@ -1,9 +1,8 @@
 """Block sizes of the kernels: which are fast, by pass, head_dim and dtype."""
 
-from functools import lru_cache
-
 import torch
 
+from dilated_core._caches import remembered
 from dilated_core._triton._driving import Config, Pair, Pass
 
 
@@ -53,7 +52,7 @@ _SINGLE: dict[int, Pair] = {
 }
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def head_dim_blocks(which: Pass, head_dim: int) -> tuple[int, int]:
     """The widths of one block, or two, that hold a head_dim.
 
@@ -81,7 +80,7 @@ def _power_of_two(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def pair_of(which: Pass, head_dim: int, dtype: torch.dtype) -> Pair:
     """The block sizes that are fast for such inputs; they do not depend on the length."""
     table = _SINGLE if dtype == torch.float32 else _HALF[which]

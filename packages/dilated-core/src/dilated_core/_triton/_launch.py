@@ -5,7 +5,6 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dilated_core import _dropout, _torch_internals
 from dilated_core._branches import Branches
+from dilated_core._caches import remembered
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
 from dilated_core._triton import _kernels
@@ -181,7 +181,7 @@ def rows_call(scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Kern
     return pattern_call(DilatedCall(pattern, scores), query, key, value)
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _dense(length: int) -> Branches:
     return Branches([length], [1])
 
@@ -285,7 +285,7 @@ def empty_grads(
         )
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _rooms(
     shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[int, _Strides, _Strides, tuple[int, int, int]] | None:

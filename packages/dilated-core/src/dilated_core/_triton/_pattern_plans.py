@@ -1,13 +1,13 @@
 """The plans of dilated patterns: kept for equal sequences, made at each call for packed ones."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_core._branches import Branches
+from dilated_core._caches import on_clear, remembered
 from dilated_core._triton._driving import Config, Pair, Pass, Sizes
 from dilated_core._triton._plan import BlockSizes, PlanCache, TilePlan, current_stream
 from dilated_core._triton._strips import StepShape, work
@@ -22,6 +22,11 @@ from dilated_core._triton._tables import (
 )
 
 _cache = PlanCache()
+
+
+@on_clear
+def _clear() -> None:
+    _cache.clear()
 
 
 class PatternTiling(NamedTuple):
@@ -51,7 +56,7 @@ class PatternTiling(NamedTuple):
         return packed_plan(request, self.cu_seqlens)
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _by_work(pair: Pair, pattern: Branches, heads: int) -> Config:
     tall, short = (
         work(pattern, heads, StepShape(c.rows, c.columns, is_causal=False))

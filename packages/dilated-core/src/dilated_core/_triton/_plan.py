@@ -129,6 +129,11 @@ class PlanCache:
         self._share(key, found, device)
         return found
 
+    def clear(self) -> None:
+        """Forget all but what captured graphs read."""
+        self.recent.clear()
+        self.launches.clear()
+
     def _share(self, key: object, found: Kept, device: torch.device) -> None:
         """Keep tables alive for captured graphs and for other streams than their own."""
         if device.type != "cuda":

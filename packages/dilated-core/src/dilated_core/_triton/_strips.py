@@ -11,11 +11,11 @@ the forward, keys and queries in the backward to keys. Pure integer arithmetic, 
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from dilated_core._branches import Branch, Branches
+from dilated_core._caches import remembered
 
 # One head of a member tuple: its offset in each branch, None where it does not use the branch.
 Offsets = tuple[int | None, ...]
@@ -149,7 +149,7 @@ def _residues(branches: Sequence[Branch], offsets: Offsets, position: int) -> Re
     )
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _leaves(
     branches: tuple[Branch, ...],
     residues: tuple[Residues, ...],
@@ -203,7 +203,7 @@ def _meets(branches: Sequence[Branch], member: Residues, k: int, residue: int, s
     return kept is not None and (residue - kept) % math.gcd(step, branches[k].dilation_rate) == 0
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _best_cap(branches: tuple[Branch, ...], members: tuple[Offsets, ...], shape: StepShape) -> int:
     """The largest leaf step that pays, by the work it causes."""
     rates = [r for _, r in branches]

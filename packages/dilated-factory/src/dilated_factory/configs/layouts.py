@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from dilated_core.extending import remembered
 from dilated_factory.configs.base import FrozenConfig
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ LayoutConfig = Annotated[
 
 
 # Building costs more than one step of attention; layouts are immutable, so callers can share them.
-@lru_cache(maxsize=8)
+@remembered(8)
 def build_layout(config: LayoutConfig, length: int) -> BlockLayout:
     """The layout of `config` for `length` positions. Needs dilated-sparse.
 

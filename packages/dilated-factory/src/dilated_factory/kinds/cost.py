@@ -9,12 +9,12 @@ of magnitude, alike for all kinds: they are there to rank, not to predict. `dila
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from dilated_core import DilatedPattern
+from dilated_core.extending import remembered
 from dilated_core.interfaces import AttentionPattern
 from dilated_factory.configs.attention import AutoConfig
 from dilated_factory.configs.layouts import LayoutConfig, build_layout
@@ -95,7 +95,7 @@ def _visible_flops(request: AutoConfig) -> int:
     return flops
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _visible_pairs(config: LayoutConfig, length: int, heads: int, is_causal: bool) -> int:
     layout = _fitting_layout(config, length, heads)
     pairs = (layout.causal() if is_causal else layout).visible_pairs()
@@ -118,7 +118,7 @@ def _exchange(request: AutoConfig, mesh: bool) -> tuple[int, int]:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _planned_exchange(
     sees: DilatedPattern | LayoutConfig | None, length: int, heads: int, kv_heads: int,
     head_dim: int, dtype: torch.dtype, world: int, nodes: int, is_causal: bool, mesh: bool,

@@ -4,11 +4,12 @@
 
 import math
 from decimal import Decimal, localcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dilated_core.extending import remembered
 
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 
@@ -138,7 +139,7 @@ def xpos_bases(head_dim: int) -> Tensor:
     return (pairs / head_dim + 0.4) / 1.4
 
 
-@cache
+@remembered(64)
 def _turns(head_dim: int, base: float) -> tuple[int, ...]:
     """Turns of each pair from a position to the next, in units of 2 ** -64."""
     with localcontext(prec=50):
@@ -148,7 +149,7 @@ def _turns(head_dim: int, base: float) -> tuple[int, ...]:
         )
 
 
-@cache
+@remembered(64)
 def _decays(head_dim: int, scale_base: int) -> tuple[int, ...]:
     """Binary logarithms of zeta_i ** (1 / scale_base), in units of 2 ** -52."""
     with localcontext(prec=50):
