@@ -22,7 +22,9 @@ def test_the_import_leaves_the_command_line_out() -> None:
 @pytest.mark.skipif(not README.exists(), reason="tested away from the source tree")
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    examples = re.findall(
+        r"(?<!no-test -->\n)```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    )
     assert examples
     for example in examples:
         exec(compile(example, str(README), "exec"), {"__name__": "readme"})

@@ -26,6 +26,7 @@ from dilated_factory.tools.planning import Workload
 from dilated_factory.training import figures
 
 Captured = pytest.CaptureFixture[str]
+GROUPS = ("config", "slides")
 PATTERN = ("--segment-lengths", "4,12", "--dilation-rates", "1,3")
 PNG = b"\x89PNG"
 
@@ -69,7 +70,7 @@ def in_a_process(
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_of_commands_says_what_their_help_says(name: str) -> None:
     command = getattr(importlib.import_module(f"dilated_factory.cli.{name}"), name)
-    text = command.info.help if name == "config" else inspect.getdoc(command)
+    text = command.info.help if name in GROUPS else inspect.getdoc(command)
     assert text is not None
     assert text.split("\n")[0] == COMMANDS[name]
 
@@ -360,7 +361,7 @@ def test_examples_can_be_copied_from_the_help(
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     _, said, _ = run(capsys, name, "--help")
     command = getattr(importlib.import_module(f"dilated_factory.cli.{name}"), name)
-    text = inspect.cleandoc(command.info.help) if name == "config" else inspect.getdoc(command)
+    text = inspect.cleandoc(command.info.help) if name in GROUPS else inspect.getdoc(command)
     assert text is not None
     examples = text[re.search(r"^Examples?:", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
     assert said.rstrip().endswith(examples)

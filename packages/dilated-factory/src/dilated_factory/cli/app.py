@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "Train a LongNet language model on the bytes of files.",
     "compare": "Compare runs: how far each is, its loss, on held-out bytes too, its speed.",
     "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
-    "generate": "Continue a prompt, byte by byte; print prompt and continuation.",
+    "generate": "Continue prompts, byte by byte; print prompts and continuations as they come.",
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
     "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",
     "bench": "Time attention: the project's kinds and backends, and installed peers.",

@@ -63,8 +63,12 @@ def _option(name: str, field: FieldInfo) -> Any:
         kind = str
     elif field.default is not None:
         default = f"; default: {field.default}"
+    metavar = None
+    if get_origin(kind) is Literal:
+        # Their names beside the option would be cut on a narrow terminal.
+        metavar, default = "NAME", f"; one of {', '.join(get_args(kind))}{default}"
     text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
-    return Annotated[kind | None, typer.Option(help=text, show_default=False)]
+    return Annotated[kind | None, typer.Option(help=text, metavar=metavar, show_default=False)]
 
 
 def _without_none(annotation: Any) -> Any:

@@ -50,7 +50,7 @@ def generate(
 
     Examples:
         dilated generate runs/longnet --prompt "def main("
-        dilated generate runs/longnet --prompt "class A" --prompt "def b" --stop "def " --top-p 0.9
+        dilated generate runs/longnet --prompt "class A" --stop "class " --top-p 0.9
         dilated generate runs/longnet --max-bytes 1000 --temperature 0.5 --top-k 40
     """
     prompts = [text.encode("utf-8", "surrogateescape") for text in prompt or ()]

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP as a request to stop after the present step."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -11,6 +12,8 @@ SIGNALS: tuple[int, ...] = (
     signal.SIGTERM,
     *(() if _HANGUP is None else (_HANGUP,)),
 )
+# Seconds within which a second signal belongs to the first.
+_AT_ONCE = 0.05
 
 
 class StopRequest:
@@ -18,12 +21,13 @@ class StopRequest:
 
     Two exceptions. What was ignored before stays ignored: so it is under nohup, and for Ctrl-C in
     the background jobs of a script. And SIGHUP never cuts the saving short: a terminal that closes
-    sends it twice, by its shell and by the kernel. Of signals that come at once, before Python sees
-    the first one, the lowest number counts: SIGHUP and SIGTERM together are a SIGHUP.
+    sends it twice, by its shell and by the kernel. Signals that come at once are one: of those that
+    come before Python sees any the lowest number counts, so SIGHUP and SIGTERM are a SIGHUP.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._noted = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -54,9 +58,13 @@ class StopRequest:
         return 128 + self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.signal is None:
-            self.signal = number
-        self._restore(*(each for each in self._previous if each != _HANGUP))
+            self.signal, self._noted = number, now
+        elif number != _HANGUP and now - self._noted > _AT_ONCE:
+            # Only now: Python complains of a signal that is on its way when its handler goes.
+            self._restore(number)
+            signal.raise_signal(number)
 
     def _restore(self, *numbers: int) -> None:
         for number in numbers:

@@ -16,10 +16,10 @@ slides = typer.Typer(
     Features are what TRIDENT, CLAM, STAMP and others write (.h5, .pt, .npz).
 
     Examples:
-        dilated slides embed features/ --checkpoint slide_encoder.pth --out embeddings.h5
-        dilated slides probe embeddings.h5 labels.csv --label grade
+        dilated slides embed features/ --checkpoint encoder.pth --out out.h5
+        dilated slides probe out.h5 labels.csv --label grade
         dilated slides train task.toml --out runs/grade
-        dilated slides map features/case7.h5 --run runs/grade/fold0 --out case7.png
+        dilated slides map features/a.h5 --run runs/grade/fold0 --out a.png
     """,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
