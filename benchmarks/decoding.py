@@ -76,7 +76,8 @@ def main() -> None:
 
 def child(tree: Path, kind: str, device: str) -> list[Row]:
     """The rows of a tree, measured in a process of its own; printed as they come."""
-    sources = os.pathsep.join(map(str, tree.glob("packages/*/src")))
+    found = [str(path) for path in tree.glob("packages/*/src")]
+    sources = os.pathsep.join([*found, os.environ.get("PYTHONPATH", "")])
     rows = []
     with subprocess.Popen(
         [sys.executable, __file__, "--child", kind, "--device", device],
