@@ -1,7 +1,7 @@
 """A training step of whole models on one device: time, tokens/s, FLOP utilisation, memory, kernels.
 
 A step is a forward and a backward in bfloat16 autocast with float32 weights, over the bytes of a
-batch. Candidates: our LongNetLM eagerly, compiled, and compiled with selective recomputation;
+batch. Candidates: our LongNetLM eagerly, compiled, and compiled with parts recomputed;
 compiled with clipping and optimizers, as `dilated train` steps; torchscale's LongNetDecoder with
 torch's flash operator in it, if a checkout is given; and a plain compiled GPT with torch's fused
 attention. Utilisation counts the operations of the model, nothing that is computed again: six a
@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dilated_core import DilatedPattern
 from dilated_factory import LongNetConfig, LongNetLM, TrainConfig
+from dilated_factory.models.stack import Checkpointing
 from dilated_factory.training.optimizer import build_optimizers
 
 VOCABULARY = 256
@@ -117,7 +118,8 @@ def candidates(
     """What makes a model and its step on tokens (B, N + 1)."""
     found = {
         "ours, compiled": lambda s: ours(s, device, compiled=True),
-        "ours, compiled, selective": lambda s: ours(s, device, compiled=True, selective=True),
+        "ours, compiled, selective": lambda s: ours(s, device, compiled=True, again="selective"),
+        "ours, compiled, pointwise": lambda s: ours(s, device, compiled=True, again="pointwise"),
         "ours, eager": lambda s: ours(s, device),
         "ours, compiled, with optimizers": lambda s: ours(s, device, compiled=True, updates=True),
         "GPT, compiled": lambda s: gpt(s, device),
@@ -132,7 +134,7 @@ def ours(
     device: str,
     *,
     compiled: bool = False,
-    selective: bool = False,
+    again: Checkpointing = False,
     updates: bool = False,
 ) -> tuple[nn.Module, Callable[[Tensor], None]]:
     """LongNetLM."""
@@ -141,9 +143,7 @@ def ours(
         num_layers=setting.num_layers, segment_lengths=PATTERN.segment_lengths,
         dilation_rates=PATTERN.dilation_rates, context=setting.length,
     )  # fmt: skip
-    model = LongNetLM(
-        config, activation_checkpointing="selective" if selective else False, device=device
-    )
+    model = LongNetLM(config, activation_checkpointing=again, device=device)
     if compiled:
         model.compile_blocks()
     run = stepper(model, model.loss, device)

@@ -85,7 +85,7 @@ def test_deep_and_shallow_models_compile_one_graph_and_no_step_another() -> None
 
 
 @pytest.mark.usefixtures("whole_graphs")
-@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+@pytest.mark.parametrize("checkpointing", [False, True, "pointwise", "selective"])
 @pytest.mark.parametrize("positions", ["rotary", "xpos", "none"])
 def test_one_graph_serves_all_kinds_of_checkpointing_and_positions(
     positions: str, checkpointing: Checkpointing
@@ -106,7 +106,7 @@ def test_one_graph_serves_all_kinds_of_checkpointing_and_positions(
 
 
 @pytest.mark.usefixtures("whole_graphs")
-@pytest.mark.parametrize("checkpointing", [True, "selective"])
+@pytest.mark.parametrize("checkpointing", [True, "pointwise", "selective"])
 def test_dropout_is_the_same_when_it_is_computed_again(checkpointing: Checkpointing) -> None:
     model = language_model(2, dropout=0.3)
     other = copy.deepcopy(model)
@@ -179,6 +179,34 @@ def test_attention_that_cannot_be_traced_stands_between_graphs(
     assert found[0] == found[1] < 6
 
 
+@pytest.mark.parametrize(
+    ("checkpointing", "kept"), [(False, 18), ("pointwise", 11), ("selective", 7)]
+)
+def test_a_compiled_layer_keeps_few_tensors_under_autocast(
+    checkpointing: Checkpointing, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partitioned = partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", partitioned)
+    config = LongNetConfig.model_validate({**SHAPE, "num_layers": 1, "positions": "none"})
+    model = LongNetLM(config, activation_checkpointing=checkpointing)
+    model.compile_blocks()
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if 41 in tensor.shape:
+            saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        output = model.blocks[0](torch.randn(1, 41, 32, requires_grad=True))
+    assert output.shape == (1, 41, 32)
+    # Beside them: lse, and means and deviations of four norms, all (B, N) or for each head.
+    assert kept <= sum(saved.values()) / (41 * 32 * 2) < kept + 1
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
     with Ranks(2, group_timeout=120.0) as ranks:
@@ -207,5 +235,7 @@ def test_processes_that_train_together_compile_no_more_than_one(
 
 @pytest.mark.parametrize("value", ["all", None, 2])
 def test_an_unknown_kind_of_checkpointing_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match=f"must be False, True or 'selective'. Got {value!r}"):
+    with pytest.raises(
+        ValueError, match=f"must be a bool, 'pointwise' or 'selective'. Got {value!r}"
+    ):
         LongNetLM(LongNetConfig.model_validate(SHAPE), activation_checkpointing=value)

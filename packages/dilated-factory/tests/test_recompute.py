@@ -48,7 +48,9 @@ def encoder(frugal: Checkpointing) -> tuple[LongNetEncoder, Callable[[], Tensor]
 
 # A layer keeps its input instead of about ten tensors of that size and four times that, most of
 # which are inside the feed-forward part.
-@pytest.mark.parametrize(("checkpointing", "share"), [(True, 0.2), ("selective", 0.5)])
+@pytest.mark.parametrize(
+    ("checkpointing", "share"), [(True, 0.2), ("selective", 0.5), ("pointwise", 0.9)]
+)
 @pytest.mark.parametrize("build", [language_model, encoder])
 def test_gradients_are_equal_and_saved_memory_is_not(
     build: Callable[[Checkpointing], Any], checkpointing: Checkpointing, share: float

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from dilated_core.interfaces import AttentionModule, PositionEmbedding
 # Called once for each layer of a model, so that an attention with weights has its own in each.
 AttentionFactory: TypeAlias = Callable[[], AttentionModule]
 
+Recompute: TypeAlias = Literal["pointwise", "selective"]
+
 
 def magneto_gain(num_layers: int) -> float:
     """Xavier gain of value, output and feed-forward weights: sqrt(log(2 * num_layers)).
@@ -27,6 +29,31 @@ def magneto_gain(num_layers: int) -> float:
     gain 1.
     """
     return math.sqrt(math.log(2 * num_layers))
+
+
+def _call(part: Callable[[Tensor], Tensor], hidden: Tensor, *, again: bool) -> Tensor:
+    """Call a part of a layer; backward calls it ``again`` instead of keeping what is inside."""
+    again = again and torch.is_grad_enabled()
+    output: Tensor = checkpoint(part, hidden, use_reentrant=False) if again else part(hidden)
+    return output
+
+
+class NarrowNorm(nn.LayerNorm):
+    """Layer norm whose output is cast as autocast would for each product that takes it: once.
+
+    With ``recompute``, backward in compiled code makes the output again; eagerly the product keeps
+    it anyway.
+    """
+
+    recompute = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's."""
+        return _call(self._narrow, input, again=self.recompute and torch.compiler.is_compiling())
+
+    def _narrow(self, wide: Tensor) -> Tensor:
+        (narrow,) = autocast(super().forward(wide))
+        return narrow
 
 
 class FeedForward(nn.Module):
@@ -55,10 +82,11 @@ class FeedForward(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(embed_dim, ffn_dim, **factory)
-        self.inner_norm = nn.LayerNorm(ffn_dim, eps=layer_norm_eps, **factory)
+        self.inner_norm = NarrowNorm(ffn_dim, eps=layer_norm_eps, **factory)
         self.fc2 = nn.Linear(ffn_dim, embed_dim, **factory)
         self.gain = gain
         self.float32_gelu = float32_gelu
+        self.recompute_inner = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,13 +98,16 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
-        inner = self.fc1(hidden)
-        if self.float32_gelu and inner.dtype == torch.float64:
-            inner = F.gelu(inner.float()).double()
-        else:
-            inner = F.gelu(inner)
-        output: Tensor = self.fc2(self.inner_norm(inner))
+        output: Tensor = self.fc2(_call(self._inner, self.fc1(hidden), again=self.recompute_inner))
         return output
+
+    def _inner(self, wide: Tensor) -> Tensor:
+        if self.float32_gelu and wide.dtype == torch.float64:
+            wide = F.gelu(wide.float()).double()
+        else:
+            wide = F.gelu(wide)
+        normed: Tensor = self.inner_norm(wide)
+        return normed
 
 
 def check_attention(name: str, attention: object) -> None:
@@ -89,14 +120,9 @@ def check_attention(name: str, attention: object) -> None:
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and feed-forward, each pre-norm with a residual connection.
+    """Self-attention and feed-forward, each pre-norm with a residual connection."""
 
-    Attributes:
-        recompute_feed_forward: compute that part again in backward instead of keeping what is
-            inside it, which is about as large as all else that a layer keeps.
-    """
-
-    recompute_feed_forward = False
+    _recompute: Recompute | None = None
     _compiled: Callable[..., Tensor] | None = None
 
     def __init__(
@@ -118,7 +144,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         check_attention("attention", attention)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+        self.attention_norm = NarrowNorm(embed_dim, eps=layer_norm_eps, **factory)
         self.attention = MultiheadDilatedAttention(
             embed_dim,
             num_heads,
@@ -130,7 +156,8 @@ class TransformerLayer(nn.Module):
             attention=attention,
             **factory,
         )
-        self.feed_forward_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+        self.attention.inner_norm = NarrowNorm(embed_dim, eps=layer_norm_eps, **factory)
+        self.feed_forward_norm = NarrowNorm(embed_dim, eps=layer_norm_eps, **factory)
         self.feed_forward = FeedForward(
             embed_dim,
             4 * embed_dim if ffn_dim is None else ffn_dim,
@@ -146,6 +173,23 @@ class TransformerLayer(nn.Module):
         for part in self.children():
             if isinstance(part, nn.LayerNorm | MultiheadDilatedAttention | FeedForward):
                 part.reset_parameters()
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """What backward computes again instead of keeping it.
+
+        Norms and GELU ("pointwise"), or all of the feed-forward part ("selective").
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: Recompute | None) -> None:
+        self._recompute = value
+        for norm in (self.attention_norm, self.attention.inner_norm):
+            assert isinstance(norm, NarrowNorm)
+            norm.recompute = value is not None
+        self.feed_forward_norm.recompute = value == "pointwise"
+        self.feed_forward.recompute_inner = value == "pointwise"
 
     def compile_forward(self) -> None:
         """Let torch.compile fuse the layer, but for calls with a cache; copies are not compiled.
@@ -171,31 +215,16 @@ class TransformerLayer(nn.Module):
         return self._feed(self._attend(hidden, **options))
 
     def _attend(self, hidden: Tensor, **options: Any) -> Tensor:
-        again = torch.compiler.is_compiling() and self._recomputes()
-        attended, _ = self.attention(_call(self._normed, hidden, again=again), **options)
+        attended, _ = self.attention(self.attention_norm(hidden), **options)
         output: Tensor = hidden + self.dropout(attended)
         return output
 
-    def _normed(self, hidden: Tensor) -> Tensor:
-        # Narrow here: else autocast makes it so for queries, keys and values each.
-        (normed,) = autocast(self.attention_norm(hidden))
-        return normed
-
     def _feed(self, hidden: Tensor) -> Tensor:
-        return hidden + _call(self._fed, hidden, again=self._recomputes())
+        return hidden + _call(self._fed, hidden, again=self.recompute == "selective")
 
     def _fed(self, hidden: Tensor) -> Tensor:
         fed: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
         return fed
-
-    def _recomputes(self) -> bool:
-        return self.recompute_feed_forward and torch.is_grad_enabled()
-
-
-def _call(part: Callable[[Tensor], Tensor], hidden: Tensor, *, again: bool) -> Tensor:
-    """Call a part of a layer; backward calls it ``again`` instead of keeping what is inside."""
-    output: Tensor = checkpoint(part, hidden, use_reentrant=False) if again else part(hidden)
-    return output
 
 
 class TransformerEncoderLayer(TransformerLayer):

@@ -59,8 +59,9 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         attention: makes the attention of each layer, in place of dilated attention by the config's
             pattern and dropout; called once a layer.
         activation_checkpointing: True recomputes each layer in backward instead of keeping what it
-            computed; memory then grows with N * E * num_layers only. "selective" recomputes the
-            feed-forward part: about a ninth more products for half of the memory.
+            computed; memory then grows with N * E * num_layers only. "pointwise" recomputes
+            norms and GELU, and "selective" all of the feed-forward part: compiled under autocast, a
+            layer keeps 11 and 7 tensors (B, N, E) of two bytes, and 18 without.
         device, dtype: as in torch.nn; with ``device="meta"`` nothing is allocated, and
             ``model.to_empty(device=...)`` followed by ``reset_parameters()`` makes it real.
     """

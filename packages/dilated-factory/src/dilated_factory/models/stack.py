@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedAttention, DilatedKVCache
 from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, StackConfig
-from dilated_factory.models.layers import AttentionFactory, TransformerLayer, magneto_gain
+from dilated_factory.models.layers import (
+    AttentionFactory,
+    Recompute,
+    TransformerLayer,
+    magneto_gain,
+)
 from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
-Checkpointing: TypeAlias = bool | Literal["selective"]
+Checkpointing: TypeAlias = bool | Recompute
 ConfigT = TypeVar("ConfigT", bound=LongNetConfig | LongNetEncoderConfig)
 
 
@@ -72,18 +77,19 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
 
     @property
     def activation_checkpointing(self) -> Checkpointing:
-        """What backward computes again: all of a layer, its feed-forward ("selective"), nothing."""
+        """What backward computes again: nothing, layers, or `recompute` of `TransformerLayer`."""
         return self._checkpointing
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: Checkpointing) -> None:
-        if value not in (False, True, "selective"):
+        if not isinstance(value, bool) and value not in get_args(Recompute):
             raise ValueError(
-                f"activation_checkpointing must be False, True or 'selective'. Got {value!r}."
+                "activation_checkpointing must be a bool, 'pointwise' or 'selective'. "
+                f"Got {value!r}."
             )
         self._checkpointing = value
         for block in self._layers():
-            block.recompute_feed_forward = value == "selective"
+            block.recompute = None if isinstance(value, bool) else value
 
     def compile_blocks(self) -> None:
         """Let torch.compile fuse what is inside each layer, from the next call on.
