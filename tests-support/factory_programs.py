@@ -24,7 +24,7 @@ from dilated_factory.training.loop import Trainer
 from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.sharded import ShardedMuon, shard_weights, whole
-from dilated_ring import RingDilatedAttention
+from dilated_ring import RingDilatedAttention, local_positions
 from process_ranks import device
 
 
@@ -75,14 +75,23 @@ class Shares(torch.nn.Module):
             self.group = dist.group.WORLD
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor,
+        ends: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Its loss."""
-        return self.model.loss(tokens, targets, positions=positions, group=self.group)
+        return self.model.loss(
+            tokens, targets, positions=positions, group=self.group, cu_seqlens=ends
+        )
 
 
 def train_shares(
-    tokens: torch.Tensor, targets: torch.Tensor, data_parallel: DataParallel
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    data_parallel: DataParallel,
+    ends: torch.Tensor | None = None,
 ) -> tuple[float, list[torch.Tensor]]:
     """This rank's share of the loss, and the gradients averaged over ranks, whole."""
     torch.set_default_dtype(torch.float64)
@@ -100,7 +109,8 @@ def train_shares(
         shares = DistributedDataParallel(shares)
     n = tokens.shape[1] // dist.get_world_size()
     here = torch.arange(n * dist.get_rank(), n * dist.get_rank() + n)
-    loss = shares(tokens[:, here], targets[:, here], here)
+    positions = local_positions(n, cu_seqlens=ends)
+    loss = shares(tokens[:, here], targets[:, here], positions, ends)
     loss.backward()
     grads = [parameter.grad for parameter in parameters]
     return loss.item(), [whole(x) if isinstance(x, DTensor) else x for x in grads]

@@ -138,7 +138,7 @@ def test_given_targets_and_positions_are_those_of_a_whole_sequence(
     for positions, same in ((torch.arange(41) + 1000, True), (torch.arange(41) * 2, False)):
         found = model.loss(batch, positions=positions)
         assert torch.allclose(found, expected, rtol=1e-9) == same
-    with pytest.raises(ValueError, match=r"positions must have shape \(N,\)=\(41,\). Got \(40,\)"):
+    with pytest.raises(ValueError, match=r"\(N,\)=\(41,\) or \(B, N\)=\(2, 41\). Got \(40,\)"):
         model.loss(batch, positions=torch.arange(40))
     with pytest.raises(ValueError, match=r"targets must have tokens' shape \(2, 42\)"):
         model.loss(batch, batch[:, 1:])

@@ -169,6 +169,27 @@ def test_the_loss_of_ranks_is_the_mean_over_the_targets_of_all(
             torch.testing.assert_close(found_grad, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_packed_documents_over_ranks_are_those_of_one_process(
+    get_ranks: Callable[[int], Ranks], world_size: int
+) -> None:
+    """Documents lie across ranks; the model attends each alone, and counts from its beginning."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, targets = (torch.randint(23, (1, 24), generator=generator) for _ in range(2))
+    ends = torch.tensor([0, 5, 5, 16, 24])
+    targets[:, ends[1:] - 1] = -100
+    torch.set_default_dtype(torch.float64)
+    one = programs.Shares(ring=False)
+    torch.set_default_dtype(torch.float32)
+    true = one.model.loss(tokens, targets, cu_seqlens=ends)
+    true.backward()
+    found = get_ranks(world_size).run(programs.train_shares, tokens, targets, "ddp", ends)
+    assert sum(share for share, _ in found) / world_size == pytest.approx(true.item(), rel=1e-10)
+    for _, grads in found:
+        for found_grad, parameter in zip(grads, one.parameters(), strict=True):
+            torch.testing.assert_close(found_grad, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 KINDS = [
     (Kind(4, 2, "fsdp"), Kind(1)),
     (Kind(4, 4), Kind(1)),

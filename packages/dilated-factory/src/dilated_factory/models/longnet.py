@@ -131,7 +131,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         mask, lengths = options.get("key_padding_mask"), options.get("lengths")
         if (ends := options.get("cu_seqlens")) is not None:
             self._check_documents(inputs, ends, options)
-            if options.get("positions") is None:
+            if options.get("positions") is None and self.config.positions != "none":
                 options["positions"] = document_positions(ends, inputs.shape[1])
         stays = options.get("positions") is not None or lengths is not None
         if mask is None or stays or inputs.ndim != 2 or not inputs.numel():
