@@ -23,6 +23,7 @@ NAMED = {
     "dilated_window": lambda n: layouts.dilated_window(n, 3, 2, block_size=4),
     "strided": lambda n: layouts.strided(n, 7, block_size=4),
     "fixed": lambda n: layouts.fixed(n, 7, 2, block_size=4),
+    "global_positions": lambda n: layouts.global_positions(n, [7, 2, 8], block_size=4),
     "global_tokens": lambda n: layouts.global_tokens(n, 3, block_size=4),
     "longformer": lambda n: layouts.longformer(n, 3, 2, block_size=4),
     "prefix": lambda n: layouts.prefix(length=n, count=5, block_size=4),

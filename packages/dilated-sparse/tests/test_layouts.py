@@ -214,3 +214,43 @@ def test_longnet_blocks_are_full_in_its_order():
 def test_bad_arguments_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@given(st.data())
+def test_chosen_tokens_are_global_wherever_they_stand(data):
+    length, block_size = data.draw(st.integers(0, 60)), data.draw(st.integers(1, 11))
+    positions = data.draw(st.lists(st.integers(0, length - 1))) if length else []
+    if data.draw(st.booleans()):
+        positions = torch.tensor(positions, dtype=torch.int32)
+    layout = layouts.global_positions(length, positions, block_size=block_size)
+    chosen = torch.zeros(length, dtype=torch.bool)
+    chosen[torch.as_tensor(positions, dtype=torch.int64)] = True
+    expected = chosen[:, None] | chosen
+    assert layout == BlockLayout.from_dense(expected, block_size=block_size)
+
+
+def test_the_first_tokens_are_chosen_ones_too():
+    first = layouts.global_tokens(41, 6, block_size=4)
+    assert layouts.global_positions(41, range(6), block_size=4) == first
+
+
+def test_chosen_tokens_of_a_long_sequence_take_time_and_memory_as_its_length():
+    length = 1 << 18
+    positions = torch.arange(16) * 16411
+    layout = layouts.global_positions(length, positions)
+    assert layout.visible_pairs() == 2 * 16 * length - 16 * 16
+    assert len(layout.run_columns) < 40 * length // 128
+
+
+@pytest.mark.parametrize(
+    ("positions", "error", "message"),
+    [
+        ([9], ValueError, r"positions must lie in range\(9\). Got 9 to 9"),
+        ([3, -1], ValueError, r"positions must lie in range\(9\). Got -1 to 3"),
+        ([1.5], TypeError, "positions must be ints. Got torch.float32"),
+        (torch.ones(9, dtype=torch.bool), TypeError, "positions must be ints. Got torch.bool"),
+    ],
+)
+def test_bad_positions_are_named(positions, error, message):
+    with pytest.raises(error, match=message):
+        layouts.global_positions(9, positions, block_size=4)

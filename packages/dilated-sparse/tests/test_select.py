@@ -151,3 +151,32 @@ def test_one_sequence_at_a_time():
         select.top_k_blocks(x, x, 3)
     with pytest.raises(ValueError, match=r"count must be positive. Got 0"):
         select.top_k_blocks(x[:1], x[:1], 0)
+
+
+@given(inputs(), st.integers(1, 9))
+def test_query_heads_of_a_key_head_choose_together(case, count):
+    query, key, is_causal, block_size = case
+    options = {"is_causal": is_causal, "share_heads": True, "block_size": block_size}
+    chosen = select.threshold_blocks(query, key, 0.7, **options)
+    for layout in (select.top_k_blocks(query, key, count, **options), chosen.layout):
+        dense = layout.to_dense()
+        assert torch.equal(dense[::2], dense[1::2])
+        assert (own_blocks(layout, is_causal) <= dense).all()
+    dropped = true_weights(query, key, is_causal).masked_fill(chosen.layout.to_dense(), 0).sum(-1)
+    assert (dropped <= chosen.dropped_mass + 1e-9).all()
+    # One head of each group chooses as it does for itself.
+    alone = select.top_k_blocks(query[:, :, ::2], key, count, **options)
+    itself = {**options, "share_heads": False}
+    assert alone == select.top_k_blocks(query[:, :, ::2], key, count, **itself)
+
+
+def test_heads_that_choose_together_add_their_shares():
+    """Of two heads one wants the first block, the other the second, and more so."""
+    key = torch.zeros(1, 12, 1, 4, dtype=torch.float64)
+    for block in range(3):
+        key[0, 4 * block : 4 * block + 4, 0, block] = 1
+    query = torch.zeros(1, 12, 2, 4, dtype=torch.float64)
+    query[0, :, 0, 0], query[0, :, 1, 1] = 2.0, 6.0
+    layout = select.top_k_blocks(query, key, 2, share_heads=True, block_size=4)
+    dense = layout.to_dense()[:, ::4, ::4]
+    assert dense[0, 2].tolist() == dense[1, 2].tolist() == [False, True, True]

@@ -39,6 +39,7 @@ __all__ = [
     "dilated_window",
     "document",
     "fixed",
+    "global_positions",
     "global_tokens",
     "hierarchical",
     "longformer",
@@ -180,6 +181,65 @@ def global_tokens(
          torch.zeros_like(row)),
     )  # fmt: skip
     return from_parts(grid, parts, visible)
+
+
+def global_positions(
+    length: int,
+    positions: Tensor | Sequence[int],
+    *,
+    block_size: int = 128,
+    device: Device = "cpu",
+) -> BlockLayout:
+    """i in positions or j in positions.
+
+    The global attention of Longformer (arXiv 2004.05150, section 3.1) on chosen tokens, as those of
+    a question. Made in O(length + blocks seen). length, positions and block_size are in tokens;
+    device is that of the result. Where the layout goes on, no later token is global.
+
+    Raises:
+        TypeError: positions are no ints.
+        ValueError: one is not in range(length), among others.
+    """
+    grid = make_grid(length, length, block_size, device)
+    chosen = torch.as_tensor(positions)
+    if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
+        raise TypeError(f"positions must be ints. Got {chosen.dtype}.")
+    chosen = chosen.to(grid.device, torch.int64).flatten()
+    if len(chosen) and not (int(chosen.min()) >= 0 and int(chosen.max()) < length):
+        raise ValueError(
+            f"positions must lie in range({length}). "
+            f"Got {int(chosen.min())} to {int(chosen.max())}."
+        )
+    is_global = torch.zeros(grid.rows * block_size, dtype=torch.bool, device=grid.device)
+    is_global[chosen] = True
+
+    def visible(i: Tensor, j: Tensor) -> Tensor:
+        return is_global[i] | is_global[j]
+
+    looks, look = torch.unique(is_global.view(-1, block_size), dim=0, return_inverse=True)
+    begin, end = alike_neighbours(look)
+    some = looks.any(1) if len(looks) else looks.new_zeros(0)
+    seen = some[look[begin]]
+    # Of most block rows only the columns with global tokens show anything.
+    row_shows = some[look]
+    zero = torch.zeros(grid.rows, dtype=torch.int64, device=grid.device)
+    every = zero + grid.columns
+
+    def alike(i: Tensor, j: Tensor) -> Tensor:
+        code: Tensor = look[i] * len(looks) + look[j]
+        return code
+
+    parts = (
+        coded(between(begin[seen], end[seen], zero, every.masked_fill(row_shows, 0)), alike),
+        coded(between(begin, end, zero, every.masked_fill(~row_shows, 0)), alike),
+    )
+    layout = from_parts(grid, parts, visible)
+    again = partial(_global_at, chosen.cpu(), block_size, device)
+    return layout.ruled(Rule(again))
+
+
+def _global_at(chosen: Tensor, block_size: int, device: Device, length: int) -> BlockLayout:
+    return global_positions(length, chosen[chosen < length], block_size=block_size, device=device)
 
 
 @ruled()

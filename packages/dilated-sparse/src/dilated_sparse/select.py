@@ -45,7 +45,13 @@ class BlockSelection(NamedTuple):
 
 @torch.no_grad()
 def top_k_blocks(
-    query: Tensor, key: Tensor, count: int, *, is_causal: bool = False, block_size: int = 128
+    query: Tensor,
+    key: Tensor,
+    count: int,
+    *,
+    is_causal: bool = False,
+    share_heads: bool = False,
+    block_size: int = 128,
 ) -> BlockLayout:
     """For each query block, its own blocks and those of the highest pooled scores, `count` in all.
 
@@ -57,6 +63,8 @@ def top_k_blocks(
         key: (1, M, H_kv, D), H a multiple of H_kv.
         count: blocks in a row, fewer where fewer exist.
         is_causal: the layout is for a causal call, whose queries are the last N of the M positions.
+        share_heads: the query heads of a key head choose the same blocks, by the sum of their
+            shares, as in NSA (arXiv 2502.11089, section 3.3.2).
         block_size: tokens on a side of a block.
 
     Raises:
@@ -64,11 +72,11 @@ def top_k_blocks(
         ValueError: the batch is not 1, heads or lengths do not fit each other, or a number is out
             of range.
     """
-    pooled = _Pooled(query, key, block_size, is_causal, None)
+    pooled = _Pooled(query, key, block_size, is_causal, None, share_heads=share_heads)
     _checks.integer("count", count)
     chosen = []
     for rows in pooled.chunks():
-        scores = pooled.scores(rows)
+        scores = pooled.together(pooled.scores(rows, pooled.scale if share_heads else 1.0))
         own = pooled.own(rows).expand_as(scores)
         scores = scores.masked_fill(own, math.inf)
         best = scores.topk(min(count, scores.shape[-1]), -1)
@@ -86,6 +94,7 @@ def threshold_blocks(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    share_heads: bool = False,
     block_size: int = 128,
 ) -> BlockSelection:
     """For each query block, the fewest blocks whose estimated mass reaches the share tau.
@@ -102,6 +111,8 @@ def threshold_blocks(
         key: (1, M, H_kv, D), H a multiple of H_kv.
         tau: the share to reach, in (0, 1].
         is_causal: the layout is for a causal call, whose queries are the last N of the M positions.
+        share_heads: the query heads of a key head choose the same blocks, by the sum of their
+            shares, as in NSA (arXiv 2502.11089, section 3.3.2).
         scale: factor on the scores in the attention; 1 / sqrt(D) when None.
         block_size: tokens on a side of a block.
 
@@ -110,11 +121,11 @@ def threshold_blocks(
         ValueError: the batch is not 1, heads or lengths do not fit each other, or a number is out
             of range.
     """
-    pooled = _Pooled(query, key, block_size, is_causal, scale)
+    pooled = _Pooled(query, key, block_size, is_causal, scale, share_heads=share_heads)
     _checks.share("tau", tau)
     chosen, bounds = [], []
     for rows in pooled.chunks():
-        scores = pooled.scores(rows, pooled.scale) + pooled.counts.log()
+        scores = pooled.together(pooled.scores(rows, pooled.scale) + pooled.counts.log())
         own = pooled.own(rows).expand_as(scores)
         kept = _smallest_set(scores, own, tau)
         chosen.append(_places(pooled, rows, kept))
@@ -164,10 +175,18 @@ class _Pooled:
         means: (H, C, D).
         radius: (H, C), largest distance of a block's key from their mean.
         counts: (C,), keys in each block.
+        alike: how many query heads choose together.
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, block_size: int, is_causal: bool, scale: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        block_size: int,
+        is_causal: bool,
+        scale: float | None,
+        *,
+        share_heads: bool,
     ) -> None:
         asked = check_call(query, key, key, is_causal=is_causal, scale=scale, enable_gqa=True)
         if query.shape[0] != 1:
@@ -177,6 +196,7 @@ class _Pooled:
         self.grid = make_grid(query.shape[1], key.shape[1], block_size, device)
         self.query = query[0].to(dtype).transpose(0, 1)
         repeat = query.shape[2] // key.shape[2]
+        self.alike = repeat if _checks.boolean("share_heads", share_heads) else 1
         self.key = key[0].to(dtype).transpose(0, 1).repeat_interleave(repeat, 0)
         self.first_key = torch.arange(self.grid.columns, device=device) * block_size
         self.counts = (self.grid.key_length - self.first_key).clamp(max=block_size).to(dtype)
@@ -212,6 +232,13 @@ class _Pooled:
         pooled = span.new_zeros(span.shape[0], len(rows), span.shape[2])
         pooled = pooled.index_add_(1, block, span) / sizes[:, None]
         return pooled @ self.means.transpose(1, 2) * scale
+
+    def together(self, scores: Tensor) -> Tensor:
+        """(H, rows, C): of heads that choose together, the logarithm of the sum of their shares."""
+        if self.alike == 1:
+            return scores
+        shares: Tensor = scores.log_softmax(-1).unflatten(0, (-1, self.alike)).logsumexp(1)
+        return shares.nan_to_num(-math.inf, neginf=-math.inf).repeat_interleave(self.alike, 0)
 
     def own(self, rows: range) -> Tensor:
         """(rows, C): the key blocks at the positions of the queries."""
