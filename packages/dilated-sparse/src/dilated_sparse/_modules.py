@@ -1,17 +1,16 @@
 """Attention modules: block-sparse, and block-sparse together with a dilated pattern."""
 
-from functools import lru_cache
 from typing import cast
 
 from torch import Tensor
 
 from dilated_core import DilatedPattern, Partial, dilated_attention, merge
-from dilated_core.extending import HeadAttention
+from dilated_core.extending import HeadAttention, remembered
 from dilated_sparse._attend import BACKENDS, Backend, attend
 from dilated_sparse._layout import BlockLayout
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _at(layout: BlockLayout, length: int, key_length: int) -> BlockLayout:
     return layout.at(length, key_length)
 
