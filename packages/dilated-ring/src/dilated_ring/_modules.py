@@ -1,16 +1,16 @@
 """Modules: drop-ins for those of dilated-core where each rank has a shard of the sequence."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core import DilatedPattern, MultiheadDilatedAttention
+from dilated_core import DilatedKVCache, DilatedPattern, MultiheadDilatedAttention
 from dilated_core.extending import HeadAttention
-from dilated_core.interfaces import AttentionPattern, BufferSource
+from dilated_core.interfaces import AttentionPattern, BufferSource, PositionEmbedding
 from dilated_ring._agreement import Validate, check_validate
 from dilated_ring._documents import whole_pattern
 from dilated_ring._functional import ring_attention
@@ -116,6 +116,30 @@ class RingDilatedAttention(HeadAttention):
         return repr(self.pattern)
 
 
+class LayerOptions(TypedDict, total=False):
+    """The arguments of `MultiheadDilatedAttention` that ring does not choose."""
+
+    num_kv_heads: int | None
+    bias: bool
+    layer_norm: bool
+    layer_norm_eps: float
+    gamma_init: float
+    position_embedding: PositionEmbedding | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class LayerCall(TypedDict, total=False):
+    """The arguments of `MultiheadDilatedAttention.forward` beside tensors and positions."""
+
+    is_causal: bool
+    key_padding_mask: Tensor | None
+    need_weights: bool
+    cache: DilatedKVCache | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+
+
 class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
     """`MultiheadDilatedAttention` of a sequence that is spread over ranks; the same state_dict.
 
@@ -132,7 +156,8 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         strategy: as in `ring_attention`.
         validate: as in `ring_attention`.
         buffers: as in `ring_attention`.
-        options: the other arguments of `MultiheadDilatedAttention`.
+        options: num_kv_heads, bias, layer_norm, layer_norm_eps, gamma_init, position_embedding,
+            device and dtype, as in `MultiheadDilatedAttention`.
     """
 
     def __init__(
@@ -147,7 +172,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         strategy: Strategy = "auto",
         validate: Validate = "first",
         buffers: BufferSource | None = None,
-        **options: Any,
+        **options: Unpack[LayerOptions],
     ) -> None:
         attention = RingDilatedAttention(
             pattern, group=group, ring_size=ring_size, dropout=dropout,
@@ -164,9 +189,13 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         value: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[LayerCall],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, as `MultiheadDilatedAttention.forward`; `positions` default to this rank's."""
+        """Attend, as `MultiheadDilatedAttention.forward`; `positions` default to this rank's.
+
+        The options are is_causal, key_padding_mask (B, n), need_weights (False), cache and lengths
+        (None), and cu_seqlens, the documents of the whole sequence.
+        """
         if self.position_embedding is not None and positions is None:
             attention = cast(RingDilatedAttention, self.attention)
             positions = attention.positions(
