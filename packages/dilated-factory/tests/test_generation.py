@@ -151,8 +151,6 @@ def test_a_token_with_the_cache_costs_one_position(
     assert lengths == [41, 1, 1, 1]
 
 
-# Dynamo breaks the graph where the constants of position tables are worked out, and says so.
-@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
 def test_a_step_can_be_compiled(tiny_model: LongNetConfig) -> None:
     model = LongNetLM(tiny_model, dtype=torch.float64).eval()
     tokens = torch.randint(256, (2, 14))

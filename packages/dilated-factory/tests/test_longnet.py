@@ -295,3 +295,18 @@ def test_a_padded_row_trains_as_it_does_alone(tiny_model: LongNetConfig) -> None
     parameters = list(model.parameters())
     for one, other in zip(*(torch.autograd.grad(x, parameters) for x in losses), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "xpos"])
+def test_padded_rows_go_through_one_compiled_graph(
+    tiny_model: LongNetConfig, positions: str
+) -> None:
+    config = tiny_model.model_copy(update={"positions": positions})
+    model = LongNetLM(config, dtype=torch.float64).eval()
+    tokens, columns = torch.randint(256, (2, 23)), torch.arange(23)
+    mask = torch.stack([columns < 5, columns > 19])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(tokens, key_padding_mask=mask)
+        expected = model(tokens, key_padding_mask=mask)
+    torch.testing.assert_close(found[~mask], expected[~mask], rtol=1e-9, atol=1e-10)

@@ -85,7 +85,8 @@ class RotaryEmbedding(nn.Module):
         return _cosine_and_sine(positions * turns, dtype)
 
     def _fixed_point(self) -> tuple[tuple[int, ...], ...]:
-        return (_turns(self.head_dim, self.base),)
+        integers: tuple[tuple[int, ...], ...] = _integers(self.head_dim, self.base)
+        return integers
 
     def _on(self, device: torch.device) -> Tensor:
         """Constants of the pairs, int64 (kinds, D / 2); kept, to be sent to a device once."""
@@ -130,13 +131,23 @@ class XPosEmbedding(RotaryEmbedding):
         return factor * cosine, factor * sine, cosine / factor, sine / factor
 
     def _fixed_point(self) -> tuple[tuple[int, ...], ...]:
-        return *super()._fixed_point(), _decays(self.head_dim, self.scale_base)
+        pair: tuple[tuple[int, ...], ...] = _integers(self.head_dim, self.base, self.scale_base)
+        return pair
 
 
 def xpos_bases(head_dim: int) -> Tensor:
     """zeta_i = (2i / D + 0.4) / 1.4 of each pair of features, float64 (D / 2,)."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
     return (pairs / head_dim + 0.4) / 1.4
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch's
+def _integers(
+    head_dim: int, base: float, scale_base: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Turns and, if any, decays of each pair: constants of a compiled graph."""
+    turns = _turns(head_dim, base)
+    return (turns,) if scale_base is None else (turns, _decays(head_dim, scale_base))
 
 
 @remembered(64)
