@@ -69,10 +69,9 @@ class DilatedKVCache:
     def next_positions(self, count: int, device: torch.device) -> Tensor:
         """Positions of the next rows: (count,) int64, or (B, count) where batch rows differ.
 
-        In a CUDA graph they are (B, count), read from the device.
+        In a CUDA graph, and compiled for CUDA, they are (B, count), read from the device.
         """
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._position is not None and not captured:
+        if self._position is not None and not _in_graph(device):
             return torch.arange(self._position, self._position + count, device=device)
         return self.lengths[:, None] + torch.arange(count, device=device)
 
@@ -121,25 +120,26 @@ class DilatedKVCache:
             _check_lengths("lengths", lengths, query.shape[:2], query.device)
             # On a GPU they are not looked at, since the host would wait.
             lengths = lengths.clamp(0, query.shape[1])
-        held = self._held
-        if held is None:
-            held = HeldRows(self.pattern, query.shape[2], key)
-        else:
+        held, in_graph = self._held, _in_graph(query.device)
+        captured = in_graph and not torch.compiler.is_compiling()
+        if held is not None:
             held.check_fits(query, key)
-        captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
-        if query.shape[1] == 1 and held.has_kernel:
-            out = held.decode(scores, lengths, query, key, value)
-        elif captured:
+        elif not captured:
+            held = HeldRows(self.pattern, query.shape[2], key)
+        if held is None or (captured and (query.shape[1] != 1 or not held.has_kernel)):
             raise RuntimeError(
                 "a CUDA graph can hold a DilatedKVCache's attend only for one row of 16 or 32 bits "
-                f"and a head_dim of at most 256. Got {query.dtype} of {tuple(query.shape)}."
+                "and a head_dim of at most 256, after a first call outside of it. "
+                f"Got {query.dtype} of {tuple(query.shape)}{', the first' if held is None else ''}."
             )
+        if query.shape[1] == 1 and held.has_kernel:
+            out = held.decode(scores, lengths, query, key, value)
         else:
             out = self._attend(held, scores, lengths, query, key, value)
             # Nothing of the cache changes before all that may fail is done.
             held.append(self._position, lengths, key, value, key_padding_mask)
         self._held = held
-        if captured:
+        if in_graph and query.shape[1] == 1:
             self._position = None
         elif lengths is not None:
             self._position = _common(held.lengths)
@@ -238,6 +238,13 @@ class DilatedKVCache:
     def _go_to(self, lengths: Tensor) -> None:
         self.lengths.copy_(lengths)
         self._position = _common(lengths)
+
+
+def _in_graph(device: torch.device) -> bool:
+    """Whether a graph is being made that is to serve wherever rows are: of CUDA, or compiled."""
+    if device.type != "cuda":
+        return False
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def _common(lengths: Tensor) -> int | None:

@@ -104,6 +104,10 @@ def test_what_a_graph_cannot_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="a CUDA graph can hold"):
         cache.attend(x, x, x)
     assert cache.length == 2
+    new = DilatedKVCache(PATTERNS[0])
+    with pytest.raises(RuntimeError, match="after a first call outside"):
+        new.attend(*[x[:, :1]] * 3)
+    assert new.nbytes == 0
 
 
 def test_lengths_out_of_range_count_as_the_nearest() -> None:
