@@ -1,10 +1,10 @@
 """Generation: milliseconds a token and a prompt, against context and batch, and bytes of state.
 
 A language model of 12 layers of 768 in bfloat16 on CUDA (4 of 256 in float32 and two threads on the
-CPU), w = 2048, 8192, 32768 and r = 1, 4, 16, generates by `generate_tokens`; a token is the median
-over a stretch of steps, its draw included. An older commit does the same in a process of its own.
-With --dense a Llama of the same size in transformers beside it, with a static cache, compiled; its
-tokens are timed on a cache that is filled by nothing but its length.
+CPU), w = 2048, 8192, 32768 and r = 1, 4, 16, generates by `generate_tokens`; a token is the mean of
+a stretch of steps, draws included. An older commit does the same in a process of its own; there it
+is the median of some steps. With --dense a Llama of the same size in transformers beside it, with a
+static cache, compiled; its tokens are timed on a cache that is filled by nothing but its length.
 
     python benchmarks/decoding.py [--device cpu|cuda] [--commit HASH|FOLDER] [--dense] [--json FILE]
 """
