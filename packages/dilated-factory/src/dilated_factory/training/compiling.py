@@ -1,13 +1,15 @@
 """torch.compile for a model's blocks, one graph for all of them, and whether it can be had."""
 
-import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from dilated_factory.errors import InputError
+from dilated_factory.models.layers import FeedForward
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.parallel import Parallel
 
@@ -47,6 +49,16 @@ def compile_blocks(model: LongNetLM) -> None:
         block.compile()
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Leave out what the compiler says of its own doings while it traces a block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning
+        )
+        yield
+
+
 def compiler_fault(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here; None if it can."""
     try:
@@ -62,6 +74,14 @@ def recompute(model: LongNetLM, what: str) -> None:
     model.activation_checkpointing = what == "all"
     if what == "feed_forward":
         for block in model.blocks:
-            part = block.feed_forward
-            assert isinstance(part, torch.nn.Module)
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+            # A class and no wrapper: names of weights stay, and all blocks share one graph.
+            block.feed_forward.__class__ = RecomputedFeedForward
+
+
+class RecomputedFeedForward(FeedForward):
+    """A feed-forward layer that keeps its input only and computes the rest again in backward."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, N, E) to (B, N, E)."""
+        output: torch.Tensor = checkpoint(super().forward, hidden, use_reentrant=False)
+        return output

@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -19,7 +19,7 @@ from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.room import require_room
 from dilated_factory.training.background import Ahead, Beside
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
-from dilated_factory.training.compiling import compile_blocks, recompute
+from dilated_factory.training.compiling import compile_blocks, compiling, recompute
 from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.lock import FolderLock
 from dilated_factory.training.optimizer import (
@@ -138,6 +138,7 @@ class Trainer:
         parallel.require_same("corpus", corpus.digest)
         self.model = initial_model(run.config, parallel.attention(run.config))
         recompute(self.model, run.config.recompute)
+        self._compiled = compiled
         if compiled:
             compile_blocks(self.model)
         self._loss = parallel.loss_of(self.model)
@@ -260,6 +261,7 @@ class Trainer:
         try:
             with (
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
+                compiling() if self._compiled else nullcontext(),
                 Beside() as writing,
             ):
                 self._agree(should_stop())
