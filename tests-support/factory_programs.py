@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +19,7 @@ from dilated_core import DilatedPattern
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.corpus import load_corpus
-from dilated_factory.training.loop import Trainer
+from dilated_factory.training.loop import StepMetrics, Trainer
 from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.sharded import ShardedMuon, shard_weights, whole
@@ -116,6 +115,32 @@ def train_shares(
     return loss.item(), [whole(x) if isinstance(x, DTensor) else x for x in grads]
 
 
+def _traced_by(compile: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch.compile that makes graphs as for the compiler, and runs them as they are."""
+    return lambda call, **_: compile(call, backend="aot_eager")
+
+
+def train_traced(path: Path, config: TrainConfig, data_parallel: DataParallel) -> list[float]:
+    """Train with blocks that are traced as for the compiler and run as they are, in float32."""
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", _traced_by(torch.compile)):
+        trainer = _trainer(path, config, 1, data_parallel, compiled=True)
+    graphs = counters["stats"]
+    graphs.clear()
+    seen: list[int] = []
+    losses: list[float] = []
+
+    def note(metrics: StepMetrics) -> None:
+        losses.append(metrics.loss)
+        seen.append(graphs["unique_graphs"])
+
+    trainer.train(on_step=note)
+    assert seen[0] > 0
+    # The first step of FSDP makes its parameters; from the second one on nothing is traced again.
+    assert seen[1:] == [seen[1]] * (len(seen) - 1), seen
+    return losses
+
+
 def _sgd(trainer: Trainer) -> None:
     trainer.optimizers = [torch.optim.SGD(trainer.model.parameters(), momentum=0.9)]
 
@@ -153,13 +178,14 @@ def _trainer(
     data_parallel: DataParallel,
     *,
     optimizer: Callable[[Trainer], None] = lambda trainer: None,
+    compiled: bool = False,
 ) -> Trainer:
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     parallel = join(device(), sequence_parallel=sequence_parallel, data_parallel=data_parallel)
     corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
     if not (path / "config.json").exists():
-        trainer = Trainer.start(path, config, corpus, parallel=parallel)
+        trainer = Trainer.start(path, config, corpus, parallel=parallel, compiled=compiled)
         optimizer(trainer)
         return trainer
     trainer = Trainer(RunFolder.open(path), corpus, parallel=parallel)
@@ -221,8 +247,7 @@ def compiled_losses(
         model = LongNetLM(config.model, attention=parallel.attention(config), dtype=torch.float64)
         model.activation_checkpointing = checkpointing
         if kind == "compiled":
-            without_code = partial(torch.compile, backend="aot_eager")
-            with mock.patch.object(torch, "compile", without_code):
+            with mock.patch.object(torch, "compile", _traced_by(torch.compile)):
                 model.compile_blocks()
         loss_of_share = parallel.loss_of(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

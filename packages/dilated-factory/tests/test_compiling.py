@@ -23,17 +23,18 @@ CPU, CUDA = Parallel(torch.device("cpu")), Parallel(torch.device("cuda"))
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are made as for the compiler and run as they are: to compile them takes minutes."""
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compile(call, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
-    "fields", [{}, {"recompute": "all"}, {"recompute": "feed_forward"}], ids=str
+    "fields", [{}, *({"recompute": x} for x in ("all", "feed_forward", "pointwise"))], ids=str
 )
 def test_compiled_steps_are_eager_ones_from_one_graph(
     tiny_train: TrainConfig, tmp_path: Path, fields: dict[str, Any]

@@ -295,6 +295,56 @@ def test_mixed_precision_is_that_of_whole_weights(
     assert parts == pytest.approx(whole, rel=1e-2)
 
 
+@pytest.mark.slow
+@both_kinds
+def test_compiled_blocks_train_like_eager_ones(
+    config: TrainConfig,
+    alone: Trainer,
+    get_ranks: Callable[[int], Ranks],
+    tmp_path: Path,
+    data_parallel: str,
+) -> None:
+    path = tmp_path / "run"
+    micro = config.model_copy(update={"micro_batch_size": 1})
+    get_ranks(2).run(programs.train_traced, path, micro, data_parallel, timeout=240)
+    assert_same_curve(RunFolder.open(path).read_metrics(), alone.run.read_metrics())
+
+
+@both_kinds
+def test_accumulated_and_validated_steps_are_those_of_one_process(
+    config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path, data_parallel: str
+) -> None:
+    fields = {"micro_batch_size": 1, "validate_every": 3, "validation_bytes": 192}
+    both = config.model_copy(update=fields)
+    runs = []
+    for world_size, kind, each in ((1, "ddp", config), (2, data_parallel, both)):
+        get_ranks(world_size).run(
+            programs.train_exactly, tmp_path / str(world_size), each, 1, kind, timeout=120
+        )
+        runs.append(RunFolder.open(tmp_path / str(world_size)))
+    one, two = runs
+    assert_same_run(two, one)
+    whole = config.model_copy(update={**fields, "micro_batch_size": None})
+    get_ranks(1).run(programs.train_exactly, tmp_path / "whole", whole, 1, timeout=120)
+    expected = RunFolder.open(tmp_path / "whole").read_metrics()
+    looks = [
+        [line.get("validation_bits_per_byte") for line in metrics]
+        for metrics in (two.read_metrics(), expected)
+    ]
+    assert [look is None for look in looks[0]] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert [x for x in looks[0] if x] == pytest.approx([x for x in looks[1] if x], rel=1e-6)
+    assert two.newest()[1].best_step == RunFolder.open(tmp_path / "whole").newest()[1].best_step
+
+
 @pytest.mark.multi_gpu
 @both_kinds
 @pytest.mark.parametrize("sequence_parallel", [1, 2])

@@ -45,6 +45,7 @@ def metrics(config: TrainConfig, path: Path, **options: Any) -> list[dict[str, f
     [
         {"micro_batch_size": 1},
         {"micro_batch_size": 2},
+        {"recompute": "pointwise"},
         {"recompute": "feed_forward"},
         {"recompute": "all"},
     ],

@@ -189,7 +189,7 @@ class TrainConfig(FrozenConfig):
         default=None, ge=1, description="steps between looks at held-out bytes; none means never"
     )
     validation_bytes: int = Field(default=65536, ge=1, description="about how many, each time")
-    recompute: Literal["none", "feed_forward", "all"] = Field(
+    recompute: Literal["none", "pointwise", "feed_forward", "all"] = Field(
         default="none", description="of each block, what backward computes again to save memory"
     )
     dtype: Dtype = Field(default="float32", description="bfloat16 is mixed precision")

@@ -1,4 +1,4 @@
-"""torch.compile for a model's blocks, one graph for all of them, and whether it can be had."""
+"""Whether torch.compile can be had for a model's blocks, and its quiet."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -6,11 +6,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from dilated_factory.errors import InputError
-from dilated_factory.models.layers import FeedForward
-from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.parallel import Parallel
 
 Compile = Literal["auto", "on", "off"]
@@ -43,12 +40,6 @@ def decide_compile(
     return False
 
 
-def compile_blocks(model: LongNetLM) -> None:
-    """Compile each block where it stands, so that compilation takes as long for any depth."""
-    for block in model.blocks:
-        block.compile()
-
-
 @contextmanager
 def compiling() -> Iterator[None]:
     """Leave out what the compiler says of its own doings while it traces a block."""
@@ -67,21 +58,3 @@ def compiler_fault(device: torch.device) -> str | None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
     return None
-
-
-def recompute(model: LongNetLM, what: str) -> None:
-    """Have backward compute again what is not worth its memory: "none", "feed_forward" or "all"."""
-    model.activation_checkpointing = what == "all"
-    if what == "feed_forward":
-        for block in model.blocks:
-            # A class and no wrapper: names of weights stay, and all blocks share one graph.
-            block.feed_forward.__class__ = RecomputedFeedForward
-
-
-class RecomputedFeedForward(FeedForward):
-    """A feed-forward layer that keeps its input only and computes the rest again in backward."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, N, E) to (B, N, E)."""
-        output: torch.Tensor = checkpoint(super().forward, hidden, use_reentrant=False)
-        return output

@@ -16,10 +16,11 @@ from dilated_factory.configs.models import Parent, TrainConfig
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.layers import AttentionFactory
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.models.stack import Checkpointing
 from dilated_factory.room import require_room
 from dilated_factory.training.background import Ahead, Beside
 from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
-from dilated_factory.training.compiling import compile_blocks, compiling, recompute
+from dilated_factory.training.compiling import compiling
 from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.lock import FolderLock
 from dilated_factory.training.optimizer import (
@@ -56,6 +57,15 @@ class StepMetrics:
     def record(self) -> dict[str, float]:
         """What metrics.jsonl says of it."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+# What `recompute` of a configuration is to the model.
+_RECOMPUTED: dict[str, Checkpointing] = {
+    "none": False,
+    "pointwise": "pointwise",
+    "feed_forward": "selective",
+    "all": True,
+}
 
 
 class Best(NamedTuple):
@@ -137,10 +147,10 @@ class Trainer:
         parallel.require_fit(run.config)
         parallel.require_same("corpus", corpus.digest)
         self.model = initial_model(run.config, parallel.attention(run.config))
-        recompute(self.model, run.config.recompute)
+        self.model.activation_checkpointing = _RECOMPUTED[run.config.recompute]
         self._compiled = compiled
         if compiled:
-            compile_blocks(self.model)
+            self.model.compile_blocks()
         self._loss = parallel.loss_of(self.model)
         self.optimizers: list[Optimizer] = build_optimizers(
             self.model, run.config, sharded=parallel.is_sharded
