@@ -1,11 +1,15 @@
 """What training shows: smoothed loss, speed, time left."""
 
 import io
+from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
+from dilated_factory import LongNetConfig, LongNetLM
 from dilated_factory.cli.display import clock, file_size, training_display
+from dilated_factory.training.flops import flops_per_token, peak_flops
 from dilated_factory.training.loop import StepMetrics
 
 
@@ -76,3 +80,31 @@ def test_the_time_left_is_that_of_the_steps_left() -> None:
 )
 def test_the_clock(seconds: float | None, shown: str) -> None:
     assert clock(seconds) == shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_held_out_loss_and_the_share_of_the_peak_are_shown_where_they_are_known(
+    terminal: bool,
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=140, color_system=None)
+    # 500 bytes a second of 60 operations each.
+    with training_display(console, flops_per_byte=60.0, peak=75_000.0) as display:
+        for step in range(1, 101):
+            held_out = 3.25 if step == 50 else None
+            display.show(replace(metrics(step, 2.0), validation_bits_per_byte=held_out))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    last = shown[shown.rindex("step ") :]
+    assert "2.000 bits/byte (3.250 held out)" in last
+    assert "500 tokens/s, MFU 40%" in last
+
+
+def test_operations_of_a_token_are_those_of_its_matrices_and_of_the_keys_it_sees() -> None:
+    config = LongNetConfig(
+        embed_dim=32, num_heads=2, num_layers=3, ffn_dim=40, context=10, segment_lengths=(10,),
+        dilation_rates=(1,),
+    )  # fmt: skip
+    matrices = 3 * (4 * 32 * 32 + 2 * 32 * 40) + 256 * 32
+    attention = 3 * 2 * 4 * 16 * (10 + 1) / 2  # layers, heads, 4 * head_dim, keys on average
+    assert flops_per_token(LongNetLM(config)) == 6 * matrices + 3 * attention
+    assert peak_flops(torch.device("cpu"), "bfloat16") is None

@@ -188,7 +188,9 @@ class TrainConfig(FrozenConfig):
     validate_every: int | None = Field(
         default=None, ge=1, description="steps between looks at held-out bytes; none means never"
     )
-    validation_bytes: int = Field(default=65536, ge=1, description="about how many, each time")
+    validation_bytes: int = Field(
+        default=65536, ge=1, description="about how many, a batch at least"
+    )
     recompute: Literal["none", "pointwise", "feed_forward", "all"] = Field(
         default="none", description="of each block, what backward computes again to save memory"
     )

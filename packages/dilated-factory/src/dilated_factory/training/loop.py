@@ -345,8 +345,9 @@ class Trainer:
         """Mean bits of held-out bytes, in windows of one context; a collective call."""
         config, data = self.run.config, self.corpus.validation
         ranks, context = self.parallel.data_ranks, config.model.context
-        starts = validation_starts(len(data), context, config.validation_bytes, ranks)
         rows = config.micro_batch_size or config.batch_size // ranks
+        # Whole batches, since a compiled block would be compiled anew for another size.
+        starts = validation_starts(len(data), context, config.validation_bytes, rows * ranks)
         total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
         was_training = self.model.training
         self.model.eval()
