@@ -20,7 +20,12 @@ import torch.distributed as dist
 
 from dilated_factory.errors import InputError, missing_package
 from dilated_factory.interop.gigapath import SlideEncoder
-from dilated_factory.slides.readers import SlideFeatures, count_tiles, read_slide_features
+from dilated_factory.slides.readers import (
+    DAMAGED_NPZ,
+    SlideFeatures,
+    count_tiles,
+    read_slide_features,
+)
 from dilated_factory.training.atomic import replacing, write_text
 
 
@@ -148,12 +153,13 @@ def read_embeddings(
                 names = [name.decode() for name in file["names"][...]]
                 embeddings, told = file["embeddings"][...], file.attrs["settings"]
         else:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 names, embeddings = file["names"].tolist(), file["embeddings"]
                 told = str(file["settings"])
-    except (KeyError, OSError, ValueError) as error:
+        settings_there = json.loads(told)
+    except (KeyError, OSError, RecursionError, *DAMAGED_NPZ) as error:
         raise InputError(f"{str(path)!r} holds no embeddings of slides: {error}.") from None
-    _check_settings(path, json.loads(told), settings)
+    _check_settings(path, settings_there, settings)
     return names, embeddings
 
 

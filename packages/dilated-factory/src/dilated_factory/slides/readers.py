@@ -4,6 +4,8 @@
 
 import codecs
 import pickle
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,6 +145,10 @@ def slide_files(paths: list[Path]) -> list[Path]:
     return found
 
 
+# A TypeError is an array that is in no archive.
+DAMAGED_NPZ = (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """The arrays of a file by name, and its attributes, those of coordinates before others."""
@@ -165,9 +171,9 @@ def _opened(path: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
         import numpy as np
 
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 content = {key: archive[key] for key in archive.files}
-        except (ValueError, EOFError) as error:
+        except DAMAGED_NPZ as error:
             raise InputError(f"{str(path)!r} is not a whole .npz file: {error}.") from None
         yield _split(content)
     else:
