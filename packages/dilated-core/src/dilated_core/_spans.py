@@ -15,7 +15,7 @@ from dilated_core import _attend, _row_attention, _triton
 from dilated_core._branches import Branches
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial, accumulate_dtype, merge_
-from dilated_core._schedules.packed import DilatedRows, pack
+from dilated_core._schedules.packed import DilatedRows, count_packed, pack
 from dilated_core._schedules.runs import HeadStride, RowRuns, Task, TaskList
 from dilated_core._torch.engine import Stretch, attend_wide, backward_wide, unit_stride
 from dilated_core._torch.rows import grouped, views_of
@@ -51,6 +51,26 @@ class DilatedSpans:
     ) -> DilatedRows:
         """The rows of a span of keys that a span of queries, which it does not meet, sees."""
         return pack(self.pattern, queries, keys, heads, kv_heads, is_causal)
+
+    def packed_counts(
+        self,
+        queries: tuple[Tensor, Tensor],
+        keys: tuple[Tensor, Tensor],
+        heads: int,
+        kv_heads: int,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """How many rows `packed_rows` has, of many pairs of spans at once: int64 (P,).
+
+        Args:
+            queries: where spans begin and end, int64 (P,) each, or (1,).
+            keys: the same.
+            heads: query heads.
+            kv_heads: key heads.
+            is_causal: whether the keys after each query are hidden.
+        """
+        return count_packed(self.pattern, queries, keys, heads, kv_heads, is_causal)
 
     def cliques(
         self, length: int, shard: int, heads: int, *, is_causal: bool

@@ -1,7 +1,10 @@
 """What ring attention costs, before there is a rank to run it on: bytes, memory, time."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from dilated_core.extending import accumulate_dtype
 from dilated_core.interfaces import AttentionPattern, PackedRows
 from dilated_ring._documents import Documents, read_documents
 from dilated_ring._nodes import NodeRoutes
-from dilated_ring._routes import Problem, Route, gather_routes, ring_routes
+from dilated_ring._routes import Problem, gather_routes, hops, ring_routes, row_counts
 from dilated_ring._strategy import Strategy, check_strategy, choose_strategy
 from dilated_ring._trade import Trade, make_trade
 
@@ -36,7 +39,7 @@ class Traffic:
         """Bytes of a forward and its backward."""
         return self.forward + self.backward
 
-    def __add__(self, other: "Traffic") -> "Traffic":
+    def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.forward + other.forward, self.backward + other.backward)
 
 
@@ -240,6 +243,13 @@ def _check_sizes(**sizes: float) -> None:
             )
 
 
+class _Moves(NamedTuple):
+    """How many packed rows one exchange brings a rank from others, and takes to them, by rank."""
+
+    received: dict[int, int]
+    sent: dict[int, int]
+
+
 @dataclass(frozen=True)
 class _Costs:
     """Bytes of what moves to one rank, and of what it holds."""
@@ -262,7 +272,9 @@ class _Costs:
             return self._trade_traffic(trade, near=True), self._trade_traffic(trade, near=False)
         if self._in_two_steps(problem, strategy):
             return self._node_traffic(NodeRoutes.of(problem, self.rank, self.node_size))
-        routes = _routes(problem, self.rank, strategy)
+        # Bytes are the same in one exchange and in many.
+        counted = row_counts(problem, self.rank) is not None
+        routes = _routes(problem, self.rank, "gather" if counted else strategy)
         return (
             self._route_traffic(routes, strategy, near=True),
             self._route_traffic(routes, strategy, near=False),
@@ -310,13 +322,14 @@ class _Costs:
         same = other // self.node_size == self.rank // self.node_size
         return other != self.rank and same == near
 
-    def _route_traffic(self, routes: Sequence[Route], strategy: Strategy, *, near: bool) -> Traffic:
-        def moved(ranks: Sequence[int], packed: Sequence[PackedRows]) -> int:
-            found = zip(ranks, packed, strict=True)
-            return sum(rows.count for other, rows in found if self._from(other, near=near))
+    def _route_traffic(
+        self, routes: Sequence[_Moves], strategy: Strategy, *, near: bool
+    ) -> Traffic:
+        def moved(rows: Mapping[int, int]) -> int:
+            return sum(n for other, n in rows.items() if self._from(other, near=near))
 
-        received = sum(moved(route.sources, route.received) for route in routes)
-        sent = sum(moved(route.destinations, route.sent) for route in routes)
+        received = sum(moved(route.received) for route in routes)
+        sent = sum(moved(route.sent) for route in routes)
         rows, home = self.pairs(received, self.item), self.pairs(sent, self.wide)
         return Traffic(rows, home + (rows if strategy == "ring" else 0))
 
@@ -357,10 +370,10 @@ class _Costs:
             self.pairs(received + sent + held, self.wide),
         )
 
-    def _route_memory(self, routes: tuple[Route, ...], strategy: Strategy) -> tuple[int, int, int]:
+    def _route_memory(self, routes: list[_Moves], strategy: Strategy) -> tuple[int, int, int]:
         """Kept rows, and messages at once in a forward and in a backward."""
-        received = [route.rows_received for route in routes]
-        sent = [route.rows_sent for route in routes]
+        received = [sum(route.received.values()) for route in routes]
+        sent = [sum(route.sent.values()) for route in routes]
         if strategy == "gather":
             home = self.pairs(sum(received) + sum(sent), self.wide)
             return self.pairs(sum(received), self.item), self.pairs(sum(sent), self.item), home
@@ -385,8 +398,26 @@ class _Costs:
         return received * vector * self.item, forward, backward
 
 
-def _routes(problem: Problem, rank: int, strategy: Strategy) -> tuple[Route, ...]:
-    return (gather_routes if strategy == "gather" else ring_routes)(problem, rank)
+def _routes(problem: Problem, rank: int, strategy: Strategy) -> list[_Moves]:
+    """The exchanges of a rank, made by counting alone where the pattern can be counted."""
+    counted = row_counts(problem, rank)
+    if counted is None:
+        made = (gather_routes if strategy == "gather" else ring_routes)(problem, rank)
+        return [
+            _Moves(_counts(x.sources, x.received), _counts(x.destinations, x.sent)) for x in made
+        ]
+    received, sent = counted
+    if strategy == "gather":
+        return [_Moves(dict(enumerate(received)), dict(enumerate(sent)))]
+    size = problem.world_size
+    return [
+        _Moves({there: received[there]}, {here: sent[here]})
+        for there, here in (((rank - hop) % size, (rank + hop) % size) for hop in hops(problem))
+    ]
+
+
+def _counts(ranks: Sequence[int], packed: Sequence[PackedRows]) -> dict[int, int]:
+    return {rank: rows.count for rank, rows in zip(ranks, packed, strict=True)}
 
 
 def _by_branch(pattern: DilatedPattern, problem: Problem) -> Iterator[tuple[Branch, Problem]]:

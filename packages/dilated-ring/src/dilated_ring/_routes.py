@@ -6,6 +6,8 @@ n rows of a shard, P ranks. Rank p has the rows from p * n up to (p + 1) * n.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from dilated_core.extending import remembered
 from dilated_core.interfaces import AttentionPattern, PackedRows
 
@@ -46,15 +48,18 @@ class Problem:
             queries, self.span(source), self.heads, self.kv_heads, is_causal=self.is_causal
         )
 
-    def sources(self, rank: int) -> set[int]:
-        """The other ranks some of whose rows a rank may see."""
+    def seen(self, rank: int) -> list[range]:
+        """The ranks some of whose rows a rank may see, it too."""
         if not self.shard:
-            return set()
+            return []
         visible = self.pattern.spans.visible_keys(
             self.span(rank), self.length, is_causal=self.is_causal
         )
-        ranks = (range(keys.start // self.shard, -(-keys.stop // self.shard)) for keys in visible)
-        return {source for found in ranks for source in found} - {rank}
+        return [range(keys.start // self.shard, -(-keys.stop // self.shard)) for keys in visible]
+
+    def sources(self, rank: int) -> set[int]:
+        """The other ranks some of whose rows a rank may see."""
+        return {source for found in self.seen(rank) for source in found} - {rank}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,36 +101,69 @@ class Route:
 @remembered(64)
 def gather_routes(problem: Problem, rank: int) -> tuple[Route, ...]:
     """All rows in one exchange, or none where no rank needs any."""
-    hops = _hops(problem)
-    return (_route(problem, rank, hops),) if hops else ()
+    found = hops(problem)
+    return (_route(problem, rank, found),) if found else ()
 
 
 @remembered(64)
 def ring_routes(problem: Problem, rank: int) -> tuple[Route, ...]:
     """One exchange for each distance between ranks, nearest first, but for those no rank needs."""
-    return tuple(_route(problem, rank, [hop]) for hop in _hops(problem))
+    return tuple(_route(problem, rank, [hop]) for hop in hops(problem))
+
+
+def row_counts(problem: Problem, rank: int) -> tuple[list[int], list[int]] | None:
+    """How many packed rows a rank receives from each rank, and how many it sends to each.
+
+    None where the pattern cannot count them without making them.
+    """
+    count = getattr(problem.pattern.spans, "packed_counts", None)
+    if count is None:
+        return None
+    starts = torch.arange(problem.world_size) * problem.shard
+    spans = (starts, starts + problem.shard)
+    own = (spans[0][rank : rank + 1], spans[1][rank : rank + 1])
+    found = []
+    for queries, keys in ((own, spans), (spans, own)):
+        rows = count(queries, keys, problem.heads, problem.kv_heads, is_causal=problem.is_causal)
+        rows[rank] = 0
+        found.append(rows.tolist())
+    return found[0], found[1]
 
 
 def received_rows(problem: Problem, rank: int) -> int:
     """How many packed rows a rank receives in all."""
+    counted = row_counts(problem, rank)
+    if counted is not None:
+        return sum(counted[0])
     queries = problem.span(rank)
     return sum(problem.rows(queries, source).count for source in problem.sources(rank))
 
 
-def _hops(problem: Problem) -> list[int]:
+def hops(problem: Problem) -> list[int]:
     """The distances (destination - source) modulo P over which some rank needs rows."""
     size = problem.world_size
-    found = {(rank - source) % size for rank in range(size) for source in problem.sources(rank)}
-    return sorted(found)
+    found = bytearray(size)
+    for rank in range(size):
+        for ranks in problem.seen(rank):
+            near, far = rank - ranks.stop + 1, rank - ranks.start
+            # Those below 0 are what they are modulo P.
+            for low, high in ((max(near, 0), far), (near + size, min(far, -1) + size)):
+                if low <= high:
+                    found[low : high + 1] = b"\1" * (high + 1 - low)
+    return [hop for hop in range(1, size) if found[hop]]
 
 
-def _route(problem: Problem, rank: int, hops: Iterable[int]) -> Route:
+def _route(problem: Problem, rank: int, over: Iterable[int]) -> Route:
     size = problem.world_size
-    hops = list(hops)
+    over = list(over)
     needed = problem.sources(rank)
-    sources = sorted({(rank - hop) % size for hop in hops} & needed)
-    candidates = sorted({(rank + hop) % size for hop in hops})
-    destinations = [other for other in candidates if rank in problem.sources(other)]
+    sources = sorted({(rank - hop) % size for hop in over} & needed)
+    candidates = sorted({(rank + hop) % size for hop in over})
+    destinations = [
+        other
+        for other in candidates
+        if other != rank and any(rank in ranks for ranks in problem.seen(other))
+    ]
     queries = problem.span(rank)
     return Route(
         tuple(sources),

@@ -17,6 +17,8 @@ from dilated_core._branches import Branches
 from dilated_core._schedules.runs import HeadStride, RowRuns, Task, head_strides
 from dilated_core._schedules.schedule import clip
 
+_BEYOND = 2**61
+
 
 class PackedBlock(NamedTuple):
     """Packed rows of one branch and offset: those of each key head in turn.
@@ -106,6 +108,56 @@ def pack(
             for row in zip_longest(*columns):
                 tasks += _grouped(task for task in row if task is not None)
     return DilatedRows(tuple(blocks), tuple(tasks))
+
+
+def count_packed(
+    pattern: Branches,
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    heads: int,
+    kv_heads: int,
+    is_causal: bool,
+) -> Tensor:
+    """How many rows `pack` finds for each pair of a span of queries and one of keys.
+
+    Args:
+        pattern: which keys a query sees.
+        queries: first positions and ends of spans, int64 (P,) each, or (1,).
+        keys: the same; no span of them meets that of its queries.
+        heads: query heads.
+        kv_heads: key heads.
+        is_causal: whether the keys after each query are hidden.
+
+    Returns:
+        int64 (P,).
+    """
+    (q0, q1), (k0, k1) = queries, keys
+    first, last = torch.maximum(q0, k0), torch.minimum(q1, k1) - 1
+    total = torch.zeros_like(first)
+    streams = pattern.streams(heads)
+    for (w, r), branch in zip(pattern.branches, streams, strict=True):
+        # Beyond all positions they are alike, and sums of them stay within 64 bits.
+        w, r = min(w, _BEYOND), min(r, _BEYOND)
+        start = first // w * w
+        meets = last // w == first // w
+        if is_causal:
+            meets &= k0 < q1
+        if w == 1 or not meets.any():
+            continue
+        for offset, kept in branch:
+            read = len({head // (heads // kv_heads) for head in kept})
+            q, k = (
+                _kept_rows(start + offset, r, torch.maximum(start, lo), (start + w).minimum(hi))
+                for lo, hi in (queries, keys)
+            )
+            total += torch.where(meets & (q > 0), k * read, 0)
+    return total
+
+
+def _kept_rows(first: Tensor, step: int, lo: Tensor, hi: Tensor) -> Tensor:
+    """How many of first, first + step, ... lie from lo up to hi."""
+    start = first + (-((first - lo) // step)).clamp(min=0) * step
+    return (-((start - hi) // step)).clamp(min=0)
 
 
 def _blocks(

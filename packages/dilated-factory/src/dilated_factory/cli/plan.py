@@ -29,6 +29,7 @@ from dilated_factory.errors import InputError
 from dilated_factory.tools.planning import Needs, Workload, make_plan, measure_flops_per_second
 
 MOST_DEVICES = 2**16
+MOST_SHARES = 2**22  # heads times devices: rows are counted for each
 
 
 def plan(
@@ -81,6 +82,10 @@ def plan(
         dilated plan 1000000000 --devices 1024 --training --tflops 400 \
             --gigabytes-per-second 40
     """
+    if heads * devices > MOST_SHARES:
+        raise InputError(
+            f"--heads times --devices must be at most {MOST_SHARES:,}. Got {heads} and {devices}."
+        )
     pattern = read_pattern(
         segment_lengths,
         dilation_rates,
