@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOME = {
     "attention,packed,cache,blocks": 120,
     "pool,threads,configurations": 25,
-    "killed,damaged,lines": 6,
+    "killed,full,damaged,lines": 6,
 }
 
 

@@ -36,8 +36,9 @@ def targets() -> dict[str, Target]:
     return {
         "attention": numeric.Attention(), "packed": numeric.Packed(), "cache": numeric.Cache(),
         "blocks": numeric.Blocks(), "ring": ranks.Ring(), "pool": memory.Pool(),
-        "threads": memory.Threads(), "killed": files.Killed(), "damaged": files.Damaged(),
-        "configurations": files.Configurations(), "lines": files.Lines(),
+        "threads": memory.Threads(), "killed": files.Killed(), "full": files.Full(),
+        "damaged": files.Damaged(), "configurations": files.Configurations(),
+        "lines": files.Lines(),
     }  # fmt: skip
 
 

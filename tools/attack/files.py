@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import tempfile
@@ -146,6 +147,31 @@ class Killed:
             is_whole(path)
             left = [p.name for p in path.iterdir() if p.name.endswith(".tmp")]
             assert not left, left
+
+
+class Full:
+    """A disk that is full at a random byte, stood for by a limit on the size of files."""
+
+    def draw(self, rng: random.Random) -> Case:
+        return {"limits": [rng.choice((0, 100, 1000, rng.randrange(12_000))) for _ in range(2)]}
+
+    def check(self, case: Case) -> None:
+        place()
+        with scratch() as folder:
+            path = folder / "run"
+            for limit in case["limits"]:
+                child = os.fork()
+                if not child:
+                    with contextlib.suppress(BaseException):
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                        train(path)
+                    os._exit(0)
+                os.waitpid(child, 0)
+            if path.exists() and not (path / "config.json").exists():
+                left = [p.name for p in path.iterdir()]
+                assert not left, left
+            train(path)
+            is_whole(path)
 
 
 class Damaged:
