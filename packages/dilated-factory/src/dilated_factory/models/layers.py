@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dilated_core import DilatedKVCache, MultiheadDilatedAttention
 from dilated_core.extending import autocast
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
+from dilated_factory.models.gelu_norm import can_serve, gelu_norm
 
 # Called once for each layer of a model, so that an attention with weights has its own in each.
 AttentionFactory: TypeAlias = Callable[[], AttentionModule]
@@ -102,11 +103,14 @@ class FeedForward(nn.Module):
         return output
 
     def _inner(self, wide: Tensor) -> Tensor:
+        norm = self.inner_norm
+        if can_serve(wide):
+            return gelu_norm(wide, norm.weight, norm.bias, norm.eps)
         if self.float32_gelu and wide.dtype == torch.float64:
             wide = F.gelu(wide.float()).double()
         else:
             wide = F.gelu(wide)
-        normed: Tensor = self.inner_norm(wide)
+        normed: Tensor = norm(wide)
         return normed
 
 
