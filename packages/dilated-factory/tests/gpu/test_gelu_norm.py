@@ -11,7 +11,7 @@ from triton_interpreter import case_names, interpret
 
 SCRIPT = Path(__file__).with_name("interpreted_gelu_norm.py")
 NAMES = case_names(SCRIPT)
-FEATURES = [1, 48, 97, 3072, 5000]
+FEATURES = [16, 48, 97, 3072, 5000]
 
 
 @pytest.fixture(scope="module")
