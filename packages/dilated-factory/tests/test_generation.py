@@ -173,10 +173,10 @@ def test_an_injected_attention_generates_without_a_cache(tiny_model: LongNetConf
     other.load_state_dict(plain.state_dict())
     prompt = torch.tensor([list(b"abc")])
     with pytest.raises(ValueError, match="attention must be dilated attention for a cache"):
-        generate_tokens(other, prompt, max_new_tokens=5)
+        generate_tokens(other, prompt, max_new_tokens=5, use_cache=True)
     found = [
-        generate_tokens(model, prompt, max_new_tokens=5, temperature=0, use_cache=False)
-        for model in (plain, other)
+        generate_tokens(model, prompt, max_new_tokens=5, temperature=0, use_cache=use_cache)
+        for model, use_cache in ((plain, False), (other, None))
     ]
     assert torch.equal(*found)
 
@@ -297,3 +297,25 @@ def test_caches_are_one_a_layer(model: LongNetLM) -> None:
     caches = [DilatedKVCache(model.config.pattern)] * 3
     with pytest.raises(ValueError, match=r"caches must be one a layer \(2\). Got 3"):
         model(torch.zeros(1, 2, dtype=torch.int64), caches=caches)
+
+
+def test_a_block_sparse_model_trains_and_generates_at_any_length() -> None:
+    sparse = pytest.importorskip("dilated_sparse", reason="dilated-sparse is not installed")
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=23, embed_dim=16, num_heads=2, num_layers=2, segment_lengths=(8,),
+        dilation_rates=(1,), context=8,
+    )  # fmt: skip
+    layout = sparse.layouts.sliding_window(8, 3, block_size=4)
+    model = LongNetLM(config, attention=lambda: sparse.BlockSparseAttention(layout)).double()
+    tokens = torch.randint(23, (2, 8))
+    for length in (2, 5, 8):
+        model.loss(tokens[:, :length]).backward()
+    assert not model.can_cache
+    added = generate_tokens(model, tokens[:, :4], max_new_tokens=3, temperature=0)
+    seen = tokens[:, :4]
+    for step in range(3):
+        seen = torch.cat([seen, model(seen)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(added[:, step], seen[:, -1])
+    with pytest.raises(ValueError, match="attention must be dilated attention for a cache"):
+        generate_tokens(model, tokens, max_new_tokens=1, use_cache=True)

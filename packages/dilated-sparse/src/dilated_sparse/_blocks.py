@@ -297,4 +297,7 @@ def _check_span(name: str, span: range, length: int, block_size: int) -> None:
     if not 0 <= span.start <= span.stop <= length:
         raise ValueError(f"{name} must lie in range(0, {length}). Got {span!r}.")
     if span.start % block_size or (span.stop % block_size and span.stop != length):
-        raise ValueError(f"{name} must start and end at multiples of {block_size}. Got {span!r}.")
+        raise ValueError(
+            f"{name} must start and end at multiples of {block_size}. Got {span!r}. "
+            "`layout.at` cuts anywhere."
+        )

@@ -91,7 +91,7 @@ def generate_tokens(
     top_p: float | None = None,
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
 ) -> Tensor:
     """Continue sequences of tokens; return int64 (B, max_new_tokens), on the device of ``tokens``.
 
@@ -115,13 +115,14 @@ def generate_tokens(
         seed: of the draws, 0 to 2**63 - 1.
         use_cache: keep decoding state, so that a token costs one position; it needs dilated
             attention. False computes the whole sequence again for each token, with any attention.
+            None keeps state where it can be.
 
     Raises:
         InputError: (a ValueError) an argument is out of its range.
     """
     steps = stream_tokens(
         model, tokens, key_padding_mask, max_new_tokens, Draw(temperature, top_k, top_p),
-        stop_tokens, seed, use_cache=use_cache,
+        stop_tokens, seed, use_cache=model.can_cache if use_cache is None else use_cache,
     )  # fmt: skip
     # Copies: a graph writes each step to the same place.
     added = [step.clone() for step in steps]

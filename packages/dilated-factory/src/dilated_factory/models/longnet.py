@@ -70,6 +70,11 @@ class LongNetLM(LongNetStack[LongNetConfig]):
     embedding: nn.Embedding
     head: nn.Linear
 
+    @property
+    def can_cache(self) -> bool:
+        """Whether `new_caches` can make decoding state: the attention of all layers is dilated."""
+        return all(isinstance(x.attention.attention, DilatedAttention) for x in self._layers())
+
     def new_caches(self) -> list[DilatedKVCache]:
         """Empty decoding state, one cache a layer, for `forward` under torch.no_grad().
 
