@@ -125,11 +125,20 @@ def test_ranks_trade_heads(
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
+@pytest.mark.parametrize("ends", [None, [0, 5, 5, 17, 20]])
 def test_narrow_dtypes_are_merged_wide(
-    ranks: GetRanks, world: World, dtype: torch.dtype, bound: float, strategy: str
+    ranks: GetRanks,
+    world: World,
+    dtype: torch.dtype,
+    bound: float,
+    strategy: str,
+    ends: list[int] | None,
 ) -> None:
-    whole = fixed(world, DilatedPattern([4, 1000], [1, 3]), 12, heads=4, kv_heads=4)
-    problem = RingProblem(whole, options={"strategy": strategy})
+    batch = 2 if ends is None else 1
+    whole = fixed(world, DilatedPattern([4, 1000], [1, 3]), 12, heads=4, kv_heads=4, batch=batch)
+    if ends is not None and strategy == "heads":
+        strategy = "auto"
+    problem = RingProblem(whole, options={"strategy": strategy}, ends=ends)
     assert worst_error(ranks, world, problem, dtype) < bound
 
 

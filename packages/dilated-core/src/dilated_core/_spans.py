@@ -114,6 +114,9 @@ class DilatedSpans:
         asked = self._call(call, keys)
         upstream = Upstream(grad_out, grad_lse, query, keys.key, keys.value, total)
         if self._has_kernel(call, query, keys):
+            # The kernels write the gradient to a query, and its terms, where its out and lse are.
+            whole = Partial(total.out.contiguous(), total.lse.contiguous())
+            upstream = upstream._replace(total=whole)
             return _triton.attend_span_backward(asked, upstream, call.queries.start)
         return backward_wide(asked, upstream, **_where(call))
 

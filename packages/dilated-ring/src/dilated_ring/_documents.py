@@ -9,7 +9,7 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple, cast
 
@@ -279,7 +279,8 @@ class DocumentSpans:
         if len(parts) == 1:
             return parts[0]
         batch, length, heads, _ = query.shape
-        out = query.new_empty(query.shape, dtype=parts[0].out.dtype if parts else query.dtype)
+        widest = reduce(torch.promote_types, (part.out.dtype for part in parts), query.dtype)
+        out = query.new_empty(query.shape, dtype=widest)
         dtype = accumulate_dtype(query.dtype)
         lse = query.new_empty((batch, length, heads), dtype=dtype).transpose(1, 2)
         for piece, part in zip(pieces, parts, strict=True):
