@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,19 @@ def test_validation_is_the_loss_on_held_out_bytes_and_its_best_is_kept(
     assert evaluate_contexts(trainer.model, trainer.corpus.validation, (48,))
 
 
+def test_the_best_checkpoint_outlives_later_ones(
+    tiny_train: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_train.model_copy(update={"validate_every": 4, "steps": 20})
+    trainer = start(config, tmp_path / "run", checkpoint_every=2)
+    looks = iter([3.0, 2.0, 4.0, 2.0, 5.0])
+    monkeypatch.setattr(trainer, "validate", lambda: next(looks))
+    trainer.train()
+    assert [path.name[-2:] for path in trainer.run.checkpoints()] == ["08", "18", "20"]
+    assert trainer.run.best()[1].step == 8
+    assert load_trained(tmp_path / "run", best=True).state.step == 8
+
+
 def test_a_run_without_validation_has_no_best(finished_run: Path) -> None:
     with pytest.raises(RunError, match="was not validated"):
         RunFolder.open(finished_run).best()
@@ -206,11 +220,11 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    trainer = start(tiny_train, tmp_path / "run", checkpoint_every=2)
+    trainer = start(tiny_train, tmp_path / "run", checkpoint_every=20)
     monkeypatch.setattr(RunFolder, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        trainer.train()
-    assert trainer.step < 40  # it did not go on to the end
+        trainer.train(on_step=lambda metrics: time.sleep(0.05 if metrics.step > 20 else 0))
+    assert trainer.step < 40  # it did not go on to the next checkpoint
     assert trainer.run.checkpoints() == []
     monkeypatch.undo()
     assert resume(tmp_path / "run").step == 0
