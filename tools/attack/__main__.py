@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,9 +32,12 @@ class Target(Protocol):
 
 def targets() -> dict[str, Target]:
     """All targets by name, and by their shares of the time."""
-    from tools.attack import files, memory, numeric, ranks
+    from tools.attack import files, kernels, memory, numeric, ranks
 
-    return {
+    interpreted: dict[str, Target] = {}
+    if find_spec("triton") is not None:
+        interpreted["kernels"] = kernels.Kernels()
+    return interpreted | {
         "attention": numeric.Attention(), "packed": numeric.Packed(), "cache": numeric.Cache(),
         "blocks": numeric.Blocks(), "ring": ranks.Ring(), "pool": memory.Pool(),
         "threads": memory.Threads(), "killed": files.Killed(), "full": files.Full(),
