@@ -4,13 +4,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, DilatedKVCache, DilatedPattern
 from dilated_core.interfaces import AttentionModule
-from dilated_factory import TransformerDecoderLayer, TransformerEncoderLayer
+from dilated_factory import (
+    LongNetEncoder,
+    LongNetEncoderConfig,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
+from dilated_factory.models.layers import DropPath, FeedForward
 from dilated_factory.models.positions import RotaryEmbedding
 from dilated_testing import relative_error
 
@@ -227,3 +234,39 @@ def test_wrong_arguments_are_named(build: object, error: type[Exception], says: 
     assert callable(build)
     with pytest.raises(error, match=says):
         build()
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu", "swish"])
+def test_an_activation_is_the_one_of_its_name(name: str) -> None:
+    function = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}[name]
+    feed = FeedForward(8, 16, activation=name)
+    hidden = torch.randn(2, 5, 8)
+    assert torch.equal(feed(hidden), feed.fc2(feed.inner_norm(function(feed.fc1(hidden)))))
+    with pytest.raises(ValueError, match="activation must be one of 'gelu', 'relu', 'swish'"):
+        FeedForward(8, 16, activation="tanh")
+
+
+def test_a_skipped_path_adds_nothing_in_training_and_its_mean_stays() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    added = torch.randn(4000, 2, 3)
+    left = drop(added)
+    skipped = (left == 0).all(-1).all(-1)
+    assert 0.2 < skipped.double().mean() < 0.3
+    assert torch.allclose(left[~skipped], added[~skipped] / 0.75)
+    assert torch.equal(drop.eval()(added), added)
+
+
+def test_the_chance_to_skip_rises_to_the_last_layer() -> None:
+    config = LongNetEncoderConfig(
+        embed_dim=16, num_heads=1, num_layers=3, drop_path=0.4, segment_lengths=(8,),
+        dilation_rates=(1,),
+    )  # fmt: skip
+    model = LongNetEncoder(config)
+    chances = [module.chance for module in model.modules() if isinstance(module, DropPath)]
+    assert chances == [0.2, 0.4]
+    inputs = torch.randn(1, 9, 16)
+    assert not torch.equal(model(inputs), model(inputs))
+    plain = LongNetEncoder(config.model_copy(update={"drop_path": 0.0})).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(inputs), plain(inputs))

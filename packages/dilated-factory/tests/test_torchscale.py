@@ -1,6 +1,8 @@
 """torchscale's checkpoints: its own outputs, from a dict and from files, and clear errors."""
 
+import argparse
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -9,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dilated_factory import LongNetConfig, LongNetEncoder, LongNetEncoderConfig, load_torchscale
+from dilated_factory import (
+    LongNetConfig,
+    LongNetEncoder,
+    LongNetEncoderConfig,
+    LongNetLM,
+    load_torchscale,
+)
+from dilated_factory.interop.torchscale import their_name
 from dilated_testing import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -166,7 +175,7 @@ def test_a_dtype_is_kept() -> None:
 def test_all_that_does_not_fit_is_listed_at_once() -> None:
     state, _, fields = golden("torchscale_decoder")
     state["layers.1.ffn.fc1.bias"] = torch.zeros(3, dtype=torch.float64)
-    state["layers.0.surplus"] = state["embed_positions.weight"] = torch.zeros(1)
+    state["layers.0.surplus"] = state["embed_patches.weight"] = torch.zeros(1)
     del state["layer_norm.weight"], state["layers.0.self_attn.k_proj.bias"]
     with pytest.raises(ValueError, match="state_dict must hold exactly") as caught:
         load_torchscale(state, LongNetConfig(**fields))
@@ -174,7 +183,7 @@ def test_all_that_does_not_fit_is_listed_at_once() -> None:
         "missing layer_norm.weight",
         "missing layers.0.self_attn.k_proj.bias",
         "unexpected layers.0.surplus",
-        "unexpected embed_positions.weight",
+        "unexpected embed_patches.weight",
         "layers.1.ffn.fc1.bias must have shape (64,), got (3,)",
     ):
         assert problem in str(caught.value)
@@ -233,3 +242,157 @@ def test_a_misplaced_branch_is_warned_of_and_no_other() -> None:
     said = str(caught[0].message)
     assert "(segment length 20, dilation rate 3), (segment length 33, dilation rate 4)." in said
     assert caught[0].filename == __file__
+
+
+ENCODERS = ("torchscale_encoder_relu", "torchscale_encoder_swish_learned")
+
+
+def encoder(name: str, **change: Any) -> tuple[LongNetEncoder, dict[str, Tensor]]:
+    state, tensors, fields = golden(name)
+    told = json.loads((GOLDEN / f"{name}.json").read_text())
+    fields |= {
+        "activation": told["activation"],
+        "scale_embedding": told["scale_embedding"],
+        "head": True,
+        **change,
+    }
+    return load_torchscale(state, LongNetEncoderConfig(**fields)), tensors
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_gives_torchscales_logits_by_its_activation_and_positions(name: str) -> None:
+    model, tensors = encoder(name)
+    assert relative_error(model(tensors["tokens"]), tensors["logits"]) < 1e-8
+    assert model.config.positions == ("learned" if "learned" in name else "none")
+    for change in (
+        {"activation": "gelu"},
+        {"scale_embedding": not model.config.scale_embedding},
+        {"positions": "sinusoidal"},
+    ):
+        if "positions" in change and "learned" in name:
+            with pytest.raises(ValueError, match="positions must be 'learned' for this checkpoint"):
+                encoder(name, **change)
+        else:
+            other, _ = encoder(name, **change)
+            assert relative_error(other(tensors["tokens"]), tensors["logits"]) > 1e-3
+
+
+def test_learned_positions_end_where_their_table_does() -> None:
+    model, tensors = encoder(ENCODERS[1])
+    rows = golden(ENCODERS[1])[0]["embed_positions.weight"].shape[0]
+    assert model.config.context == rows - 2
+    with pytest.raises(ValueError, match=f"no longer than context={rows - 2}.*Got {rows - 1}"):
+        model(torch.zeros(1, rows - 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"config.context must be {rows - 2} for this checkpoint"):
+        encoder(ENCODERS[1], context=rows + 7)
+    shifted = torch.arange(3, 3 + tensors["tokens"].shape[1] - 7)
+    tokens = tensors["tokens"][:, : len(shifted)]
+    found = model(tokens, positions=shifted)
+    assert relative_error(found, model(tokens)) > 1e-3
+
+
+def fairseq(tmp_path: Path, settings: Any) -> tuple[Path, LongNetConfig, Tensor, Tensor]:
+    """A file of torchscale's recipe, its shape, tokens, and the logits that it means."""
+    shape: dict[str, Any] = {
+        "embed_dim": 16, "num_heads": 1, "num_layers": 2, "vocab_size": 11, "context": 32,
+    }  # fmt: skip
+    pattern: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+    source = LongNetLM(
+        LongNetConfig(
+            **shape, **pattern, positions="none", head_offsets="blocked", activation="relu"
+        )
+    ).eval()
+    tokens = torch.randint(11, (1, 12))
+    rates = torch.exp(torch.arange(8) * -(math.log(10000) / 7))
+    angles = torch.arange(2, 14)[:, None] * rates
+    hidden = source.embedding(tokens) * 4 + torch.cat((angles.sin(), angles.cos()), 1)
+    for block in source.blocks:
+        hidden = block(hidden)
+    logits = source.head(source.norm(hidden))
+    state = {"decoder." + their_name(name): tensor for name, tensor in source.state_dict().items()}
+    state["decoder.embed_positions._float_tensor"] = torch.zeros(1)
+    content = {"model": state, **settings}
+    torch.save(content, tmp_path / "fairseq.pt")
+    return tmp_path / "fairseq.pt", LongNetConfig(**shape, **pattern), tokens, logits
+
+
+SETTINGS = {
+    "activation_fn": "relu",
+    "no_scale_embedding": False,
+    "segment_length": "[8,16]",
+    "dilated_ratio": "[1,2]",
+}
+
+
+@pytest.mark.parametrize("where", ["cfg", "args"])
+def test_fairseqs_recipe_loads_by_the_settings_beside_the_weights(
+    where: str, tmp_path: Path
+) -> None:
+    told = argparse.Namespace(**SETTINGS)
+    settings = {"cfg": {"model": told}} if where == "cfg" else {"args": told}
+    path, config, tokens, logits = fairseq(tmp_path, settings)
+    model = load_torchscale(path, config)
+    assert model.config.positions == "sinusoidal"
+    assert model.config.activation == "relu"
+    assert model.config.scale_embedding
+    assert relative_error(model(tokens), logits) < 1e-5
+    caches = model.new_caches()
+    with torch.no_grad():
+        parts = [model(part, caches=caches) for part in tokens.split((5, 1, 6), 1)]
+    assert relative_error(torch.cat(parts, 1), logits) < 1e-5
+    wrong = config.model_dump(exclude={"segment_lengths", "dilation_rates"}, exclude_defaults=True)
+    fields = {**wrong, "segment_lengths": (4, 16), "dilation_rates": (1, 2)}
+    with pytest.raises(ValueError, match=r"segment_lengths must be \(8, 16\) for this checkpoint"):
+        load_torchscale(path, LongNetConfig(**fields))
+
+
+def test_what_fairseqs_tensors_do_not_tell_has_to_be_said(tmp_path: Path) -> None:
+    path, config, tokens, logits = fairseq(tmp_path, {})
+    fields = config.model_dump(include=config.model_fields_set)
+    with pytest.raises(ValueError, match="activation must be given for a checkpoint of fairseq"):
+        load_torchscale(path, LongNetConfig(**fields))
+    with pytest.raises(ValueError, match="scale_embedding must be given"):
+        load_torchscale(path, LongNetConfig(**fields, activation="relu"))
+    model = load_torchscale(path, LongNetConfig(**fields, activation="relu", scale_embedding=True))
+    assert relative_error(model(tokens), logits) < 1e-5
+    with pytest.raises(ValueError, match=r"config.positions must be 'sinusoidal'"):
+        load_torchscale(path, LongNetConfig(**fields, activation="relu", positions="none"))
+
+
+def test_settings_run_no_code(tmp_path: Path) -> None:
+    class Harm(argparse.Namespace):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "harm",)
+
+    path, config, _, _ = fairseq(tmp_path, {"cfg": {"model": Harm()}})
+    with pytest.raises(pickle.UnpicklingError):
+        load_torchscale(path, config)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_an_embedding_norm_is_taken_from_the_tensors_and_no_last_norm_is_told() -> None:
+    torch.manual_seed(0)
+    config = LongNetEncoderConfig(
+        embed_dim=16, num_heads=2, num_layers=1, segment_lengths=(8,), dilation_rates=(1,),
+        head_offsets="blocked", count_padding=True, positions="none", embedding_norm=True,
+        final_norm=False, float32_gelu=True,
+    )  # fmt: skip
+    source = LongNetEncoder(config)
+    assert source.embedding_norm is not None
+    nn.init.normal_(source.embedding_norm.weight)
+    state = {their_name(name): tensor for name, tensor in source.state_dict().items()}
+    fields: dict[str, Any] = {
+        "embed_dim": 16, "num_heads": 2, "num_layers": 1, "segment_lengths": (8,),
+        "dilation_rates": (1,),
+    }  # fmt: skip
+    model = load_torchscale(state, LongNetEncoderConfig(**fields, final_norm=False))
+    inputs = torch.randn(1, 9, 16) * 3
+    assert model.config.embedding_norm
+    assert torch.equal(model(inputs), source(inputs))
+    assert torch.equal(model(inputs), model.layer_states(inputs)[-1])
+    normed = nn.functional.layer_norm(
+        inputs, (16,), source.embedding_norm.weight, source.embedding_norm.bias
+    )
+    assert torch.allclose(model.layer_states(inputs)[0], normed)
+    with pytest.raises(ValueError, match=r"Likeliest cause: config.final_norm must be False"):
+        load_torchscale(state, LongNetEncoderConfig(**fields))

@@ -18,7 +18,8 @@ __all__ = [
     "parse_config",
 ]
 
-Positions = Literal["rotary", "xpos", "none"]
+Positions = Literal["rotary", "xpos", "learned", "sinusoidal", "none"]
+Activation = Literal["gelu", "relu", "swish"]
 Dtype = Literal["float32", "bfloat16"]
 
 # Past this, the factors of xPos leave the range of float32: (2/7) ** (100 / 2) is 6e-28.
@@ -50,9 +51,16 @@ class StackConfig(FrozenConfig):
     positions: Positions = Field(default="rotary", description="position embedding")
     rotary_base: float = Field(default=10000.0, gt=1, description="base of the rotary angles")
     xpos_scale_base: int = Field(default=512, ge=1, description="distance over which xPos decays")
+    embedding_norm: bool = Field(default=False, description="a norm before the first layer")
+    activation: Activation = Field(default="gelu", description="of the feed-forward layers")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate")
+    drop_path: float = Field(
+        default=0.0, ge=0, lt=1, description="chance to skip the last layer's parts; others less"
+    )
     layer_norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of all norms")
-    float32_gelu: bool = Field(default=False, description="torchscale's habit, even in float64")
+    float32_gelu: bool = Field(
+        default=False, description="activations in float32 even in float64, torchscale's habit"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -131,6 +139,7 @@ class LongNetEncoderConfig(StackConfig):
     vocab_size: int | None = Field(default=None, ge=1)
     scale_embedding: bool = Field(default=True, description="times sqrt(embed_dim)")
     head: bool = Field(default=False, description="logits over the vocabulary, not states")
+    final_norm: bool = Field(default=True, description="a norm after the last layer")
 
     @model_validator(mode="after")
     def _head_has_a_vocabulary(self) -> Self:

@@ -33,6 +33,9 @@ class SlideEncoderConfig(FrozenConfig):
     )
     global_pool: bool = Field(default=False, description="mean of the tiles, not the class token")
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    drop_path: float = Field(
+        default=0.0, ge=0, lt=1, description="chance to skip the last layer's parts; others less"
+    )
     layer_norm_eps: float = Field(default=1e-5, gt=0)
     final_norm_eps: float = Field(default=1e-6, gt=0)
 
@@ -51,6 +54,7 @@ class SlideEncoderConfig(FrozenConfig):
             context=max(self.segment_lengths),
             positions="none",
             dropout=self.dropout,
+            drop_path=self.drop_path,
             layer_norm_eps=self.layer_norm_eps,
             float32_gelu=True,
         )

@@ -5,6 +5,7 @@ outside causal attention the zero keys that fill short segments stay in the soft
 computed in float32, whatever the dtype.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -26,7 +27,7 @@ from dilated_factory.interop.checkpoints import (
 from dilated_factory.interop.gigapath import SlideEncoder
 from dilated_factory.models.encoder import LongNetEncoder
 from dilated_factory.models.longnet import LongNetLM
-from dilated_factory.models.positions import xpos_bases
+from dilated_factory.models.positions import FIRST_ROW, xpos_bases
 
 Stack = TypeVar("Stack", bound=StackConfig)
 
@@ -39,7 +40,15 @@ _LAYER_NAMES = {
     "feed_forward.inner_norm": "ffn.ffn_layernorm",
     "feed_forward": "ffn",
 }
-_OUTER_NAMES = {"embedding": "embed_tokens", "norm": "layer_norm", "head": "output_projection"}
+_OUTER_NAMES = {
+    "embedding": "embed_tokens",
+    "place_embedding": "embed_positions",
+    "embedding_norm": "layernorm_embedding",
+    "norm": "layer_norm",
+    "head": "output_projection",
+}
+# All that fairseq's sinusoidal positions leave in a checkpoint.
+_SINUSOIDS = ("embed_positions._float_tensor", "embed_positions.version", "version")
 _XPOS = "self_attn.xpos.scale"
 
 
@@ -64,8 +73,13 @@ def load_torchscale(
     The kind of ``config`` says which: a `LongNetConfig` a LongNetDecoder (pre-norm, sub-layer
     norms), a `LongNetEncoderConfig` a LongNetEncoder, a `SlideEncoderConfig` GigaPath's slide
     encoder. Of the first two, fields that are not set take what the checkpoint has or torchscale
-    does: ``positions`` and ``tie_embeddings`` by its tensors, ``head_offsets`` "blocked",
-    ``count_padding`` true for an encoder, ``float32_gelu`` true, ``scale_embedding`` false.
+    does: ``positions``, ``embedding_norm`` and ``tie_embeddings`` by its tensors (learned positions
+    with their ``context``), ``head_offsets`` "blocked", ``count_padding`` true for an encoder,
+    ``float32_gelu`` true, ``scale_embedding`` false, ``activation`` "gelu".
+
+    Checkpoints of torchscale's recipe for fairseq ("decoder.") take activation, scale and pattern
+    from the settings in the file, of which no code is run; without settings, ``activation`` and
+    ``scale_embedding`` have to be given, because the defaults of that recipe are others.
 
     What trainers put before the names ("module.", "model.", "slide_encoder.", "decoder.") is found
     by itself; tensors beside it, as of a classifier, belong to other modules and are left. A slide
@@ -133,7 +147,9 @@ def _load_stack(
     own = list(kind(config, device="meta").state_dict())  # type: ignore[arg-type] # by the config
     naming = Naming.of(tensors, [{name: their_name(name) for name in own}])
     state = naming.part(tensors)
-    config = _completed(config, state)
+    config = _completed(config, state, settings, naming.prefix)
+    for name in _SINUSOIDS:
+        state.pop(name, None)
     _drop_xpos(state, config)
 
     def make(**where: Any) -> LongNetLM | LongNetEncoder:
@@ -158,6 +174,8 @@ def _stack_hints(
         ("num_layers", config.num_layers, layer_count(state, layers) or None),
         ("ffn_dim", config.hidden_dim, None if inner is None else len(inner)),
     ]
+    last = f"{layers.removesuffix('layers.')}layer_norm.weight"
+    unnormed = ["config.final_norm must be False where the output is not normalised, as in LongViT"]
     if all(value is None for _, _, value in told):
         some = ", ".join(map(repr, list(state)[:3]))
         return [f"another kind of model: there is no {layers}0, but {some or 'nothing'}"]
@@ -165,7 +183,7 @@ def _stack_hints(
         f"config.{field} must be {value}, not {given}"
         for field, given, value in told
         if value is not None and value != given
-    ]
+    ] + unnormed * (last not in state and isinstance(config, LongNetEncoderConfig))
 
 
 def _slide_hints(
@@ -247,28 +265,68 @@ def warn_of_misplacement(pattern: DilatedPattern) -> None:
         )
 
 
-def _completed(config: Stack, state: Mapping[str, Tensor]) -> Stack:
-    """The configuration with torchscale's habits in the fields that were not set."""
-    has_xpos = any(name.endswith(_XPOS) for name in state)
-    habits: dict[str, object] = {
+def _completed(
+    config: Stack, state: Mapping[str, Tensor], settings: Mapping[str, object], prefix: str
+) -> Stack:
+    """The configuration with what the checkpoint tells, else torchscale's habits, where not set."""
+    told: dict[str, object] = {
         "head_offsets": "blocked",
-        "positions": "xpos" if has_xpos else "none",
         "float32_gelu": True,
+        "embedding_norm": "layernorm_embedding.weight" in state,
+        **_told_positions(config, state),
+        **_told_settings(settings),
     }
     if isinstance(config, LongNetEncoderConfig):
-        habits["count_padding"] = True
-    for field, value in habits.items():
+        told["count_padding"] = True
+    for field, value in told.items():
         if field in config.model_fields_set and getattr(config, field) != value:
             raise ValueError(
                 f"config.{field} must be {value!r} for this checkpoint. "
                 f"Got {getattr(config, field)!r}."
             )
-    if "scale_embedding" not in config.model_fields_set:
-        habits["scale_embedding"] = False
+    if prefix.endswith("decoder."):  # fairseq's recipe, whose defaults are not torchscale's
+        for field in ("activation", "scale_embedding"):
+            if field not in {*told, *config.model_fields_set}:
+                raise ValueError(
+                    f"config.{field} must be given for a checkpoint of fairseq without settings: "
+                    "its tensors do not tell. Got none."
+                )
+    if "scale_embedding" not in {*told, *config.model_fields_set}:
+        told["scale_embedding"] = False
     if isinstance(config, LongNetConfig):
-        habits["tie_embeddings"] = _tied(config, state)
+        told["tie_embeddings"] = _tied(config, state)
     # Through validation, because xPos limits the context.
-    return type(config).model_validate({**config.model_dump(), **habits})
+    return type(config).model_validate({**config.model_dump(), **told})
+
+
+def _told_positions(config: StackConfig, state: Mapping[str, Tensor]) -> dict[str, object]:
+    table = state.get("embed_positions.weight")
+    if table is not None:
+        return {"positions": "learned", "context": len(table) - FIRST_ROW}
+    if any(name.endswith(_XPOS) for name in state):
+        return {"positions": "xpos"}
+    # Sines are in no checkpoint but fairseq's, which has a mark of them.
+    marked = any(name in state for name in _SINUSOIDS[:2])
+    given = config.positions if "positions" in config.model_fields_set else "none"
+    return {"positions": "sinusoidal" if marked or given == "sinusoidal" else "none"}
+
+
+def _told_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """What fairseq's settings of a model tell of our fields."""
+    told: dict[str, object] = {}
+    if "activation_fn" in settings:
+        told["activation"] = str(settings["activation_fn"])
+    if "no_scale_embedding" in settings:
+        told["scale_embedding"] = not settings["no_scale_embedding"]
+    for theirs, field in (
+        ("segment_length", "segment_lengths"),
+        ("dilated_ratio", "dilation_rates"),
+    ):
+        value = settings.get(theirs)
+        numbers = re.findall(r"\d+", value) if isinstance(value, str) else value
+        if isinstance(numbers, list | tuple) and numbers:
+            told[field] = tuple(int(number) for number in numbers)
+    return told
 
 
 def _tied(config: LongNetConfig, state: Mapping[str, Tensor]) -> bool:

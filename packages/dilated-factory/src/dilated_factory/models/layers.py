@@ -16,6 +16,13 @@ from dilated_core.extending import autocast
 from dilated_core.interfaces import AttentionModule, PositionEmbedding
 from dilated_factory.models.gelu_norm import can_serve, gelu_norm
 
+# torchscale's names.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "swish": F.silu,
+}
+
 # Called once for each layer of a model, so that an attention with weights has its own in each.
 AttentionFactory: TypeAlias = Callable[[], AttentionModule]
 
@@ -58,15 +65,19 @@ class NarrowNorm(nn.LayerNorm):
 
 
 class FeedForward(nn.Module):
-    """fc2(norm(gelu(fc1(x)))): GELU feed-forward with MAGNETO's sub-layer norm before fc2.
+    """fc2(norm(gelu(fc1(x)))): feed-forward with MAGNETO's sub-layer norm before fc2.
 
     Args:
         embed_dim: width E of input and output.
         ffn_dim: width F inside.
         layer_norm_eps: epsilon of the norm.
         gain: Xavier gain of both weights.
-        float32_gelu: round the GELU of float64 to float32, as torchscale does.
+        activation: "gelu", "relu" or "swish".
+        float32_gelu: round the activation of float64 to float32, as torchscale does.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: there is no such activation.
     """
 
     def __init__(
@@ -76,16 +87,21 @@ class FeedForward(nn.Module):
         *,
         layer_norm_eps: float = 1e-5,
         gain: float = 1.0,
+        activation: str = "gelu",
         float32_gelu: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation must be one of {known}. Got {activation!r}.")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(embed_dim, ffn_dim, **factory)
         self.inner_norm = NarrowNorm(ffn_dim, eps=layer_norm_eps, **factory)
         self.fc2 = nn.Linear(ffn_dim, embed_dim, **factory)
         self.gain = gain
+        self.activation = activation
         self.float32_gelu = float32_gelu
         self.recompute_inner = False
         self.reset_parameters()
@@ -103,15 +119,38 @@ class FeedForward(nn.Module):
         return output
 
     def _inner(self, wide: Tensor) -> Tensor:
-        norm = self.inner_norm
-        if can_serve(wide):
+        norm, activate = self.inner_norm, ACTIVATIONS[self.activation]
+        if self.activation == "gelu" and can_serve(wide):
             return gelu_norm(wide, norm.weight, norm.bias, norm.eps)
         if self.float32_gelu and wide.dtype == torch.float64:
-            wide = F.gelu(wide.float()).double()
+            wide = activate(wide.float()).double()
         else:
-            wide = F.gelu(wide)
+            wide = activate(wide)
         normed: Tensor = norm(wide)
         return normed
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, what a part adds is 0 for a share of the batch's rows.
+
+    Slides or documents that are packed into one row share its chance. What is left is scaled so
+    that its mean stays (Huang et al., arXiv 1603.09382, with the scale in training).
+    """
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def extra_repr(self) -> str:
+        """The chance to drop."""
+        return f"{self.chance:g}"
+
+    def forward(self, added: Tensor) -> Tensor:
+        """(B, N, E) to (B, N, E)."""
+        if not self.training:
+            return added
+        kept = torch.rand(len(added), 1, 1, device=added.device) >= self.chance
+        return added * (kept / (1 - self.chance)).to(added.dtype)
 
 
 def check_attention(name: str, attention: object) -> None:
@@ -140,7 +179,9 @@ class TransformerLayer(nn.Module):
         dropout: float = 0.0,
         layer_norm_eps: float = 1e-5,
         gain: float = 1.0,
+        activation: str = "gelu",
         float32_gelu: bool = False,
+        drop_path: float = 0.0,
         position_embedding: PositionEmbedding | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -167,10 +208,12 @@ class TransformerLayer(nn.Module):
             4 * embed_dim if ffn_dim is None else ffn_dim,
             layer_norm_eps=layer_norm_eps,
             gain=gain,
+            activation=activation,
             float32_gelu=float32_gelu,
             **factory,
         )
-        self.dropout = nn.Dropout(dropout)
+        drop = nn.Dropout(dropout)
+        self.dropout = nn.Sequential(drop, DropPath(drop_path)) if drop_path else drop
 
     def reset_parameters(self) -> None:
         """Draw all weights of the layer anew."""
@@ -245,7 +288,9 @@ class TransformerEncoderLayer(TransformerLayer):
         dropout: of what each part adds; the attention brings its own for the weights.
         layer_norm_eps: epsilon of all norms.
         gain: Xavier gain of value, output and feed-forward weights; see `magneto_gain`.
-        float32_gelu: round the GELU of float64 to float32, as torchscale does.
+        activation: of the feed-forward part: "gelu", "relu" or "swish".
+        float32_gelu: round the activation of float64 to float32, as torchscale does.
+        drop_path: chance to skip each part while training; see `DropPath`.
         position_embedding: applied to queries and keys, e.g. `RotaryEmbedding`.
         device, dtype: of the parameters.
 
@@ -278,8 +323,8 @@ class TransformerDecoderLayer(TransformerLayer):
         num_heads: query heads.
         attention: causal self-attention between heads: dilated, block-sparse, ring or your own.
         cross_attention: attention to the memory; it has neither a causal mask nor positions.
-        num_kv_heads, ffn_dim, dropout, layer_norm_eps, gain, float32_gelu, position_embedding,
-        device, dtype: as in `TransformerEncoderLayer`.
+        num_kv_heads, ffn_dim, dropout, layer_norm_eps, gain, activation, float32_gelu, drop_path,
+        position_embedding, device, dtype: as in `TransformerEncoderLayer`.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from dilated_core.extending import remembered
 
+# The row of the first position in fairseq's tables; those before it are of padding.
+FIRST_ROW = 2
+
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 
 
@@ -133,6 +136,20 @@ class XPosEmbedding(RotaryEmbedding):
     def _fixed_point(self) -> tuple[tuple[int, ...], ...]:
         pair: tuple[tuple[int, ...], ...] = _integers(self.head_dim, self.base, self.scale_base)
         return pair
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """fairseq's sines, then cosines, of integer positions (N,), float32 (N, width).
+
+    Its frequencies fall from 1 to 1 / 10000 inclusive, and its first position is 2; as there, all
+    is computed in float32.
+    """
+    half = width // 2
+    rates = torch.exp(
+        torch.arange(half, device=positions.device) * -(math.log(10000.0) / max(half - 1, 1))
+    )
+    angles = (positions + FIRST_ROW).float().unsqueeze(-1) * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def xpos_bases(head_dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from dilated_factory.models.layers import (
     TransformerLayer,
     magneto_gain,
 )
-from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
+from dilated_factory.models.positions import FIRST_ROW, RotaryEmbedding, XPosEmbedding, sinusoids
 
 Checkpointing: TypeAlias = bool | Recompute
 ConfigT = TypeVar("ConfigT", bound=LongNetConfig | LongNetEncoderConfig)
@@ -49,6 +49,14 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         positions = position_embedding(config)
         with nullcontext() if device is None else torch.device(device):
             self.embedding = None if vocab_size is None else nn.Embedding(vocab_size, width)
+            self.place_embedding = (
+                nn.Embedding(FIRST_ROW + config.context, width)
+                if config.positions == "learned"
+                else None
+            )
+            self.embedding_norm = (
+                nn.LayerNorm(width, eps=config.layer_norm_eps) if config.embedding_norm else None
+            )
             self.dropout = nn.Dropout(config.dropout)
             self.blocks = nn.ModuleList(
                 self.layer_type(
@@ -60,11 +68,17 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
                     layer_norm_eps=config.layer_norm_eps,
                     gain=magneto_gain(config.num_layers),
                     position_embedding=positions,
+                    activation=config.activation,
                     float32_gelu=config.float32_gelu,
+                    drop_path=config.drop_path * i / max(config.num_layers - 1, 1),
                 )
-                for _ in range(config.num_layers)
+                for i in range(config.num_layers)
             )
-            self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.norm = (
+                nn.LayerNorm(width, eps=config.layer_norm_eps)
+                if getattr(config, "final_norm", True)
+                else nn.Identity()
+            )
             self.head = (
                 None
                 if vocab_size is None or not getattr(config, "head", True)
@@ -104,17 +118,22 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         """Draw all weights anew, from torch's global random state."""
         for block in self._layers():
             block.reset_parameters()
-        self.norm.reset_parameters()
+        for norm in (self.embedding_norm, self.norm):
+            if isinstance(norm, nn.LayerNorm):
+                norm.reset_parameters()
         self._reset_ends()
 
     def _reset_ends(self) -> None:
         # Standard deviation 1 / sqrt(E): unit variance after the scaling at the input, and logits
         # of unit variance from normalised states at the output.
+        ends: list[nn.Embedding | nn.Linear]
         ends = [end for end in (self.embedding, self.head) if end is not None]
         if getattr(self.config, "tie_embeddings", False):
             first, last = ends
             last.weight = first.weight  # again, because to_empty() parts them
             del ends[1]
+        if self.place_embedding is not None:
+            ends.append(self.place_embedding)
         for end in ends:
             nn.init.normal_(end.weight, std=1 / math.sqrt(self.config.embed_dim))
 
@@ -166,7 +185,13 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
     ) -> Iterator[Tensor]:
         if caches is not None and len(caches) != len(self.blocks):
             raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
-        hidden: Tensor = self.dropout(self._embed(inputs))
+        hidden = self._embed(inputs)
+        if self.config.positions in ("learned", "sinusoidal"):
+            counted = self._counted(hidden, positions, caches)
+            hidden, positions = hidden + self._place(counted).to(hidden.dtype), None
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
+        hidden = self.dropout(hidden)
         yield hidden
         options: dict[str, Any] = {"key_padding_mask": key_padding_mask}
         options["positions"] = self._position_table(hidden, positions, caches)
@@ -196,9 +221,18 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
     ) -> Tensor | None:
         """What the position embedding makes of positions, once for all layers."""
         embedding = next(self._layers()).attention.position_embedding
-        length = hidden.shape[1]
         if not isinstance(embedding, RotaryEmbedding):
             return positions
+        return embedding.table(self._counted(hidden, positions, caches), hidden.dtype)
+
+    def _counted(
+        self,
+        hidden: Tensor,
+        positions: Tensor | None,
+        caches: Sequence[DilatedKVCache] | None,
+    ) -> Tensor:
+        """Where hidden states (B, N, E) are: as given, after a cache, or from 0."""
+        length = hidden.shape[1]
         if positions is None and caches:
             positions = caches[0].next_positions(length, hidden.device)
         elif positions is None:
@@ -208,7 +242,19 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
                 f"positions must have shape (N,)={(length,)} or (B, N)={tuple(hidden.shape[:2])}. "
                 f"Got {tuple(positions.shape)}."
             )
-        return embedding.table(positions, hidden.dtype)
+        return positions
+
+    def _place(self, positions: Tensor) -> Tensor:
+        """What is added to embeddings at positions."""
+        if self.place_embedding is None:
+            return sinusoids(positions, self.config.embed_dim)
+        if positions.shape[-1] > self.config.context:
+            raise ValueError(
+                f"inputs must be no longer than context={self.config.context}, which the learned "
+                f"positions reach to. Got {positions.shape[-1]}."
+            )
+        placed: Tensor = self.place_embedding(positions + FIRST_ROW)
+        return placed
 
     def _embed(self, inputs: Tensor) -> Tensor:
         width = self.config.embed_dim
@@ -233,8 +279,8 @@ def dilated_attention_factory(config: StackConfig) -> AttentionFactory:
 
 
 def position_embedding(config: StackConfig) -> RotaryEmbedding | None:
-    """The position embedding that ``config.positions`` names."""
-    if config.positions == "none":
+    """The position embedding of queries and keys that ``config.positions`` names, if it does."""
+    if config.positions in ("none", "learned", "sinusoidal"):
         return None
     if config.positions == "rotary":
         return RotaryEmbedding(config.head_dim, base=config.rotary_base)
