@@ -50,7 +50,7 @@ def measure(tiles: int, rounds: int) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == PUBLISHED_PARAMETERS, parameters
     inputs = torch.randn(1, tiles, config.tile_dim)
-    coords = torch.randint(config.grid_size * config.tile_size, (1, tiles, 2))
+    coords = torch.randint(int(config.grid_size * config.tile_size), (1, tiles, 2))
     before = peak_bytes()
     seconds = []
     with torch.inference_mode():
