@@ -256,7 +256,8 @@ def compiled_losses(
             generator = torch.Generator().manual_seed(step)
             length = config.model.context + 1
             windows = torch.randint(256, (config.batch_size, length), generator=generator)
-            loss = loss_of_share(*parallel.share(windows))
+            (share,) = parallel.shares(windows)
+            loss = loss_of_share(*share)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
