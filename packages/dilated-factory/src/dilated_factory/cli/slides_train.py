@@ -35,17 +35,19 @@ def train(
     Each fold's folder holds best.pth (under GigaPath's names), metrics.jsonl, curves.png and
     predictions.csv; results.json has the scores with 95 % intervals over patients.
 
-    A whole task.toml, all other fields have defaults (`dilated config schema slide_task`):
+    All fields of a task are in `dilated config schema slide_task`.
+
+    Examples:
+        dilated slides train task.toml --out runs/mutated
+        dilated slides train task.toml --out runs/quick --fold 0 --device cuda
+
+        # task.toml
         table = "labels.csv"
         features = ["features"]
         task = "binary"
         labels = ["mutated"]
         patient_column = "patient"
         checkpoint = "slide_encoder.pth"
-
-    Examples:
-        dilated slides train task.toml --out runs/mutated
-        dilated slides train task.toml --out runs/quick --fold 0 --device cuda
     """
     config = read_task(task)
     files = {path.stem: path for path in slide_files([Path(path) for path in config.features])}
@@ -90,7 +92,7 @@ def score_table(title: str, scores: dict[str, dict[str, Any]]) -> Table:
     table = Table("fold", *names, title=title, title_justify="left")
     for fold, found in scores.items():
         cells = [
-            "{:.3f} ({:.3f} to {:.3f})".format(found[name]["value"], *found[name]["interval"])
+            "{:.3f} ({:.3f}-{:.3f})".format(found[name]["value"], *found[name]["interval"])
             if name in found
             else "-"
             for name in names

@@ -67,9 +67,12 @@ def autocast_dtype(name: str) -> torch.dtype | None:
 
 
 def local_device(name: str) -> torch.device:
-    """The device of that name; under torchrun "cuda" is the one of this process.
+    """The device of that name; under torchrun "cuda" and "auto" are the GPU of this process.
 
     Raises:
         InputError: as `select_device`.
     """
-    return select_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+    device = select_device(name)
+    if name in ("auto", "cuda") and device.type == "cuda":
+        return select_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return device
