@@ -8,7 +8,7 @@ can be given to the command as well.
 
     python examples/relative_places.py [--slides 100] [--epochs 10] [--out FOLDER]
 
-Under five minutes on two cores. Needs dilated-factory[slides].
+It takes minutes on two cores, and needs dilated-factory[slides].
 """
 
 import argparse
