@@ -319,3 +319,10 @@ def test_a_block_sparse_model_trains_and_generates_at_any_length() -> None:
         assert torch.equal(added[:, step], seen[:, -1])
     with pytest.raises(ValueError, match="attention must be dilated attention for a cache"):
         generate_tokens(model, tokens, max_new_tokens=1, use_cache=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_chance_draws_what_cannot_be_drawn(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.3, -1.0, 2.0, -torch.inf, -torch.inf]])
+    for chance, token in ((0.0, 0), (0.999, 2), (1.0, 2)):  # 1.0: the highest rounds to it
+        assert generation.Draw()(logits, torch.tensor([chance], dtype=dtype)).item() == token

@@ -312,6 +312,15 @@ def test_it_compiles_into_one_graph_and_exports_with_a_free_length() -> None:
         assert relative_error(exported(more, places)[0], model(more, places)[0]) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and tells of all that it fixes
+def test_torch_jit_traces_it() -> None:
+    config = SlideEncoderConfig(tile_dim=4, embed_dim=32, num_heads=4, num_layers=1)
+    model = SlideEncoder(config).eval()
+    inputs = torch.randn(2, 5, 4), torch.arange(20).view(2, 5, 2) * 300
+    (traced,) = torch.jit.trace(model, inputs)(*inputs)
+    assert relative_error(traced, model(*inputs)[0]) < 1e-5
+
+
 def test_forward_computes_in_no_float64_and_reads_nothing_back_from_a_device() -> None:
     config = SlideEncoderConfig(tile_dim=4, embed_dim=32, num_heads=4, num_layers=1)
     model = SlideEncoder(config, device="meta")  # a tensor that cannot be read back

@@ -42,7 +42,8 @@ class HeadAttention(nn.Module):
             query: (B, N, H, D).
             key: (B, M, H_kv, D).
         """
-        grouped = query.ndim == 4 and key.ndim == 4 and query.shape[2] != key.shape[2]
+        # Sizes are tensors where torch.jit traces.
+        grouped = query.ndim == 4 and key.ndim == 4 and bool(query.shape[2] != key.shape[2])
         dropout_p = self.dropout if self.training else 0.0
         return {"scale": self.scale, "dropout_p": dropout_p, "enable_gqa": grouped}
 

@@ -197,10 +197,10 @@ class Draw:
             raise InputError(f"top_p must be above 0 and at most 1. Got {self.top_p}.")
 
     def __call__(self, logits: Tensor, chances: Tensor) -> Tensor:
-        """Tokens (B,) int64 from logits (B, V) and uniform chances (B,), without host sync."""
+        """Tokens (B,) int64 from logits (B, V) and uniform chances (B,), in chances' dtype."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        logits = logits.double()
+        logits = logits.to(chances.dtype)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -213,7 +213,7 @@ class Draw:
             weights = weights.masked_fill(weights < least, 0.0)
         # One chance a token, the same on every device. Below one it stays below it when rounded.
         ends = weights.cumsum(-1)
-        at = ends[:, -1:] * chances[:, None] * (1 - 2.0**-40)
+        at = ends[:, -1:] * chances[:, None] * (1 - 8 * torch.finfo(chances.dtype).eps)
         return (ends <= at).sum(-1)
 
 
@@ -242,7 +242,8 @@ class _Continuation:
             # Worth one wait: without it kernels need not look at a mask, now and at every token.
             if rows.between is not None and rows.between.any():
                 self.between = rows.between
-        self.chances = chances.to(device)
+        # Apple's GPUs have no float64.
+        self.chances = chances.to(device, torch.float32 if device.type == "mps" else torch.float64)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.last = torch.zeros(len(tokens), dtype=torch.int64, device=device)
         self.stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
