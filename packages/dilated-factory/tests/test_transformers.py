@@ -781,3 +781,28 @@ def test_auto_classes_know_our_model_after_one_call(tmp_path: Path) -> None:
         loaded.generate(batch, max_new_tokens=5, do_sample=False),
         longnet().generate(batch, max_new_tokens=5, do_sample=False),
     )
+
+
+def test_parts_of_a_batch_and_layers_computed_again_train_as_the_whole() -> None:
+    """As transformers' Trainer 5.24 accumulates: it gives the number of targets of all parts."""
+    from dilated_factory.interop.transformers import LongNetForCausalLM, LongNetPreTrainedConfig
+
+    config = LongNetConfig(
+        vocab_size=61, embed_dim=32, num_heads=4, num_layers=2, segment_lengths=(5,),
+        dilation_rates=(1,), context=37,
+    )  # fmt: skip
+    model: Any = LongNetForCausalLM(LongNetPreTrainedConfig(config.model_dump())).double()
+    assert model.accepts_loss_kwargs
+    batch = torch.randint(61, (2, 37))
+    labels = batch.clone()
+    labels[0, 5:] = -100
+    model(batch, labels=labels).loss.backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing = True
+    assert model.longnet.activation_checkpointing is True
+    count = (labels[:, 1:] != -100).sum()
+    for part, targets in zip(batch.split(1), labels.split(1), strict=True):
+        model(part, labels=targets, num_items_in_batch=count).loss.backward()
+    for parameter, expected in zip(model.parameters(), whole, strict=True):
+        assert relative_error(parameter.grad, expected) < 1e-10

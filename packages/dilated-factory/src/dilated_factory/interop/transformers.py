@@ -364,6 +364,8 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LongNetPreTrainedConfig
     base_model_prefix = "longnet"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer then gives num_items_in_batch
     _tied_weights_keys = {"longnet.head.weight": "longnet.embedding.weight"}  # noqa: RUF012 # theirs
 
     def __init__(self, config: LongNetPreTrainedConfig) -> None:
@@ -378,6 +380,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.longnet.head
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether backward computes each layer again; transformers and its Trainer set it."""
+        return self.longnet.activation_checkpointing is True
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.longnet.activation_checkpointing = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -395,6 +406,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, N, V), and with labels the mean loss of the next token in nats.
 
@@ -411,6 +423,8 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
                 last after the last norm.
             logits_to_keep: of so many last positions, or of these; 0 means all.
             return_dict: False returns a tuple.
+            num_items_in_batch: what the sum of losses is divided by, instead of the number of
+                targets: that of all parts of a batch whose gradients are accumulated.
 
         Raises:
             TypeError: the cache is no `LongNetCache`.
@@ -446,8 +460,9 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask is not None:
                 targets = targets.masked_fill(options["key_padding_mask"][:, :-1], IGNORED)
             loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
-            )
+                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED,
+                reduction="mean" if num_items_in_batch is None else "sum",
+            ) / (1 if num_items_in_batch is None else num_items_in_batch)  # fmt: skip
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         if cache is not None:
             setattr(output, CACHE, cache)
