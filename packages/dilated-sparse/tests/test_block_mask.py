@@ -51,6 +51,3 @@ def test_bad_block_masks_are_named():
     )
     with pytest.raises(ValueError, match=r"block_mask must have square blocks. Got \(4, 2\)"):
         BlockLayout.from_block_mask(uneven)
-    batch = create_block_mask(lambda b, h, q, k: q >= k, 3, 1, 8, 8, device="cpu", BLOCK_SIZE=4)
-    with pytest.raises(ValueError, match=r"block_mask must have batch size 1. Got 3"):
-        BlockLayout.from_block_mask(batch)

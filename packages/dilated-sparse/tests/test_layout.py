@@ -133,7 +133,7 @@ MASK = torch.ones(5, 7, dtype=torch.bool)
     [
         (lambda: BlockLayout.from_dense([[True]]), TypeError, "mask must be a Tensor. Got list"),
         (lambda: BlockLayout.from_dense(MASK.int()), TypeError, "mask must be bool"),
-        (lambda: BlockLayout.from_dense(MASK[0]), ValueError, r"mask must have shape \(N, M\) or"),
+        (lambda: BlockLayout.from_dense(MASK[0]), ValueError, r"mask must have shape \(N, M\), "),
         (
             lambda: BlockLayout.from_dense(MASK, block_size=0),
             ValueError,

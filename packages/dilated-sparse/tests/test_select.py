@@ -145,10 +145,8 @@ def test_bad_arguments_are_named(arguments, error, message):
         select.threshold_blocks(**({"query": x, "key": x, "tau": 0.5} | arguments))
 
 
-def test_one_sequence_at_a_time():
+def test_no_count_of_blocks_is_too_few():
     x = torch.zeros(2, 9, 1, 4)
-    with pytest.raises(ValueError, match=r"query must have batch size 1. Got 2"):
-        select.top_k_blocks(x, x, 3)
     with pytest.raises(ValueError, match=r"count must be positive. Got 0"):
         select.top_k_blocks(x[:1], x[:1], 0)
 

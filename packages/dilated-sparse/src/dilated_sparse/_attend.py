@@ -6,7 +6,7 @@ from typing import Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Partial, autocast, check_call, pick, triton_unsupported
+from dilated_core.extending import Partial, Scores, autocast, check_call, pick, triton_unsupported
 from dilated_core.interfaces import AttendOptions
 from dilated_sparse import _flex_backend, _operators, _reference
 from dilated_sparse._blocks import Layout
@@ -22,9 +22,8 @@ REASONS = {
 }
 UNASKED = {"reference": "it is the slow oracle: it runs only when asked for"}
 # Flex has no lse where `obstacles` refuses return_lse.
-_ATTEND: dict[
-    str, Callable[[BlockCall, Tensor, Tensor, Tensor], Partial | tuple[Tensor, Tensor | None]]
-] = {
+_Attend = Callable[[BlockCall, Tensor, Tensor, Tensor], Partial | tuple[Tensor, Tensor | None]]
+_ATTEND: dict[str, _Attend] = {
     "reference": _reference.attend,
     "torch": _operators.TORCH.attend,
     "flex": _flex_backend.attend,
@@ -45,7 +44,7 @@ def obstacles(
 ) -> dict[str, str | None]:
     """Why the backends that cannot serve a call cannot, as `select_backend` takes it."""
     flex = _flex_backend.unsupported(
-        query, layout, dropout_p=dropout_p, has_padding=has_padding, return_lse=return_lse,
+        query, layout.rows[0], dropout_p=dropout_p, has_padding=has_padding, return_lse=return_lse,
         needs_gradients=needs_gradients,
     )  # fmt: skip
     if flex is None and backend is None and query.device.type == "cpu":
@@ -70,9 +69,13 @@ def attend(
             f"layout must have the query and key lengths {(query.shape[1], key.shape[1])}. "
             f"Got {(layout.length, layout.key_length)}."
         )
-    if layout.heads not in (1, query.shape[2]):
+    if layout.row_heads not in (1, query.shape[2]):
         raise ValueError(
-            f"layout must have 1 head or query's {query.shape[2]}. Got {layout.heads}."
+            f"layout must have 1 head or query's {query.shape[2]}. Got {layout.row_heads}."
+        )
+    if layout.batch not in (1, query.shape[0]):
+        raise ValueError(
+            f"layout must have 1 batch row or query's {query.shape[0]}. Got {layout.batch}."
         )
     query, key, value = autocast(query, key, value)
     wanted = query.requires_grad or key.requires_grad or value.requires_grad
@@ -82,10 +85,28 @@ def attend(
         needs_gradients=wanted and torch.is_grad_enabled(),
     )  # fmt: skip
     name = pick("backend", backend, BACKENDS, REASONS, why_not)
-    out, lse = _ATTEND[name](BlockCall(layout, scores), query, key, value)
+    if layout.batch == 1:
+        out, lse = _ATTEND[name](BlockCall(layout, scores), query, key, value)
+    else:
+        out, lse = _attend_rows(_ATTEND[name], layout, scores, query, key, value)
     if out.dtype != query.dtype:
         out = out.to(query.dtype)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
+
+
+def _attend_rows(
+    attend: _Attend, layout: Layout, scores: Scores, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Each batch row by its own layout; with dropout, each by a seed of its own."""
+    parts, mask = [], scores.key_padding_mask
+    for i, own in enumerate(layout.rows):
+        row = slice(i, i + 1)
+        how = scores._replace(key_padding_mask=None if mask is None else mask[row])
+        if scores.seed is not None:
+            how = how._replace(seed=scores.seed + i)
+        parts.append(attend(BlockCall(own, how), query[row], key[row], value[row]))
+    outs, sums = zip(*parts, strict=True)
+    return torch.cat(outs), None if sums[0] is None else torch.cat(sums)

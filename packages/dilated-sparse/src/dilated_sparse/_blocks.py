@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, Self, TypeVar
 
@@ -20,6 +20,9 @@ from dilated_sparse._grid import FULL, Grid, Runs, from_prototypes, spread, wher
 
 # (head, query positions, key positions) -> bool; int64 tensors that broadcast.
 HeadRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+_TENSORS = ("run_offsets", "run_columns", "run_counts", "run_masks", "table")
 
 
 class Blocks(NamedTuple):
@@ -61,6 +64,22 @@ class Layout:
     run_counts: Tensor
     run_masks: Tensor
     table: Tensor
+    batch: int = 1
+
+    @property
+    def row_heads(self) -> int:
+        """The heads of one batch row: 1, or the number of query heads."""
+        return self.heads // self.batch
+
+    @cached_property
+    def rows(self) -> tuple[Self, ...]:
+        """The layout of each batch row."""
+        if self.batch == 1:
+            return (self,)
+        every = range(self.heads)
+        each = (every[i : i + self.row_heads] for i in range(0, self.heads, self.row_heads))
+        runs = (used_masks(_combine.take(self.grid, self.runs, heads)) for heads in each)
+        return tuple(compress(type(self), self.grid, x, self.row_heads) for x in runs)
 
     @property
     def device(self) -> torch.device:
@@ -130,11 +149,14 @@ class Layout:
         """The same layout on a device."""
         if torch.device(device) == self.device:
             return self
-        moved = (x.to(device) for x in self._tensors)
-        return type(self)(self.length, self.key_length, self.block_size, self.heads, *moved)
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved)
 
     def to_dense(self) -> Tensor:
-        """The token pairs as a bool tensor (heads, N, M), as large as it looks."""
+        """The token pairs as a bool tensor, as large as it looks.
+
+        (heads, N, M), or (batch, heads of a row, N, M) where rows of a batch differ.
+        """
         grid, b = self.grid, self.block_size
         shape = (self.heads * grid.rows, grid.columns, b, b)
         tiles = torch.zeros(shape, dtype=torch.bool, device=self.device)
@@ -146,13 +168,14 @@ class Layout:
         dense = tiles.unflatten(0, (self.heads, grid.rows)).transpose(2, 3)
         dense = dense.reshape(self.heads, grid.rows * b, grid.columns * b)
         inside: Tensor = dense[:, : self.length, : self.key_length]
-        return inside.contiguous()
+        inside = inside.contiguous()
+        return inside if self.batch == 1 else inside.unflatten(0, (self.batch, -1))
 
     def transpose(self) -> Self:
         """Queries and keys exchanged: the rows of dK and dV."""
         grid = Grid(self.key_length, self.length, self.block_size, self.device)
         flipped = _combine.transpose(self.grid, self.runs, self.heads)
-        return compress(type(self), grid, flipped, self.heads)
+        return compress(type(self), grid, flipped, self.heads, self.batch)
 
     def causal(self) -> Self:
         """Without the keys after each query; the queries are the last N of the M positions.
@@ -167,7 +190,7 @@ class Layout:
             )
         allowed = _combine.later_keys_hidden(self.grid, self.heads)
         hidden = _combine.combine(self.grid, self.runs, allowed, torch.bitwise_and)
-        return compress(type(self), self.grid, hidden, self.heads)
+        return compress(type(self), self.grid, hidden, self.heads, self.batch)
 
     def restrict(self, queries: range, keys: range) -> Self:
         """The layout between a span of queries and a span of keys, which then count from 0.
@@ -188,25 +211,30 @@ class Layout:
         kept = (row >= 0) & (row < grid.rows) & (first < stop)
         row = head * grid.rows + row
         row, first, stop, mask = where(kept, row, first, stop, runs.mask)
-        used = torch.zeros(len(self.table) + 1, dtype=torch.bool, device=self.device)
-        used[mask] = True
-        used[FULL] = True
-        index = used.cumsum(0) - 1
-        index[FULL] = FULL
-        inside = Runs(row, first, stop - first, index[mask], self.table[used[:-1]])
-        return compress(type(self), grid, inside, self.heads)
+        inside = used_masks(Runs(row, first, stop - first, mask, self.table))
+        return compress(type(self), grid, inside, self.heads, self.batch)
 
     def per_head(self, heads: int) -> Self:
-        """The same layout with that many heads.
+        """The same layout with that many heads, in each row of a batch.
 
         Raises:
             ValueError: it already has another number of heads.
         """
-        if self.heads == _checks.integer("heads", heads):
+        if _checks.integer("heads", heads) != self.row_heads != 1:
+            raise ValueError(f"heads must be {self.row_heads}, which the layout has. Got {heads}.")
+        return self._widened(self.batch, heads)
+
+    def _widened(self, batch: int, heads: int) -> Self:
+        """With so many batch rows, and heads of each; what there is one of is repeated."""
+        if (self.batch, self.row_heads) == (batch, heads):
             return self
-        if self.heads != 1:
-            raise ValueError(f"heads must be {self.heads}, which the layout has. Got {heads}.")
-        return compress(type(self), self.grid, _combine.repeat(self.grid, self.runs, heads), heads)
+        taken = [
+            (row if self.batch > 1 else 0) * self.row_heads + (head if self.row_heads > 1 else 0)
+            for row in range(batch)
+            for head in range(heads)
+        ]
+        runs = _combine.take(self.grid, self.runs, taken)
+        return compress(type(self), self.grid, runs, batch * heads, batch)
 
     def __or__(self, other: Layout) -> Self:
         return self._combine(other, torch.bitwise_or)
@@ -222,11 +250,15 @@ class Layout:
                 f"layouts must have equal lengths, block sizes and devices to combine. "
                 f"Got {self!r} on {self.device} and {other!r} on {other.device}."
             )
-        heads = max(self.heads, other.heads)
-        one, two = self.per_head(heads).runs, other.per_head(heads).runs
-        return compress(
-            type(self), self.grid, _combine.combine(self.grid, one, two, operation), heads
-        )
+        heads, batch = max(self.row_heads, other.row_heads), max(self.batch, other.batch)
+        if not {self.batch, other.batch} <= {1, batch}:
+            raise ValueError(
+                "layouts must have as many batch rows, or one, to combine. "
+                f"Got {self.batch} and {other.batch}."
+            )
+        one, two = (x.per_head(heads)._widened(batch, heads).runs for x in (self, other))
+        combined = _combine.combine(self.grid, one, two, operation)
+        return compress(type(self), self.grid, combined, batch * heads, batch)
 
     @property
     def code(self) -> str:
@@ -240,19 +272,20 @@ class Layout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
+        batch = f"batch={self.batch}, " if self.batch > 1 else ""
         return (
             f"{type(self).__name__}(length={self.length}, key_length={self.key_length}, "
-            f"block_size={self.block_size}, heads={self.heads}, nnz={self.nnz})"
+            f"block_size={self.block_size}, {batch}heads={self.heads}, nnz={self.nnz})"
         )
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.run_offsets, self.run_columns, self.run_counts, self.run_masks, self.table
+        return tuple(getattr(self, name) for name in _TENSORS)
 
     @cached_property
     def digest(self) -> str:
         """Names the content."""
-        sizes = (self.length, self.key_length, self.block_size, self.heads)
+        sizes = (self.length, self.key_length, self.block_size, self.heads, self.batch)
         digest = hashlib.blake2b(repr(sizes).encode(), digest_size=16)
         for x in self._tensors:
             x = x.cpu().contiguous()
@@ -263,19 +296,33 @@ class Layout:
 Kind = TypeVar("Kind", bound=Layout)
 
 
-def compress(kind: type[Kind], grid: Grid, runs: Runs, heads: int = 1) -> Kind:
+def compress(kind: type[Kind], grid: Grid, runs: Runs, heads: int = 1, batch: int = 1) -> Kind:
     """The layout of a set of blocks: their rows compressed."""
     counts = torch.bincount(runs.row, minlength=heads * grid.rows)
     return kind(
         grid.length, grid.key_length, grid.block_size, heads,
         torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
         runs.column.to(torch.int32), runs.count.to(torch.int32), runs.mask.to(torch.int32),
-        runs.table,
+        runs.table, batch,
     )  # fmt: skip
 
 
+def used_masks(runs: Runs) -> Runs:
+    """The same runs, without the masks that none of them has."""
+    used = torch.zeros(len(runs.table) + 1, dtype=torch.bool, device=runs.table.device)
+    used[runs.mask] = True
+    used[FULL] = True
+    index = used.cumsum(0) - 1
+    index[FULL] = FULL
+    return replace(runs, mask=index[runs.mask], table=runs.table[used[:-1]])
+
+
 def from_head_rule(
-    kind: type[Kind], grid: Grid, rule: HeadRule, candidates: Sequence[tuple[Tensor, Tensor]]
+    kind: type[Kind],
+    grid: Grid,
+    rule: HeadRule,
+    candidates: Sequence[tuple[Tensor, Tensor]],
+    batch: int = 1,
 ) -> Kind:
     """The layout of a rule, from the candidates (row, column) of each head, without any reuse."""
     prototypes = []
@@ -288,7 +335,7 @@ def from_head_rule(
         grid, rows, columns, torch.ones_like(rows), grid.arange(len(rows)), torch.cat(prototypes),
         grid.edge(rows % max(1, grid.rows), columns),
     )  # fmt: skip
-    return compress(kind, grid, runs, len(candidates))
+    return compress(kind, grid, runs, len(candidates), batch)
 
 
 def _check_span(name: str, span: range, length: int, block_size: int) -> None:

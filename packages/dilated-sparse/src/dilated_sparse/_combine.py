@@ -4,7 +4,7 @@ Blocks of a grid are numbered row by row, so a run is an interval of numbers, an
 make of each other is constant between the ends of their runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,14 +60,31 @@ def later_keys_hidden(grid: Grid, heads: int) -> Runs:
     inner = grid.arange(b)
     visible = inner <= inner[:, None] + (kinds - b)[:, None, None]
     one = from_looks(grid, row, column, count, look, _masks.pack(visible))
-    return repeat(grid, one, heads)
+    return take(grid, one, [0] * heads)
 
 
-def repeat(grid: Grid, runs: Runs, heads: int) -> Runs:
-    """The runs of one head for each of some heads."""
-    start = grid.arange(heads)[:, None] * grid.rows
-    column, count, mask = (x.repeat(heads) for x in (runs.column, runs.count, runs.mask))
-    return Runs((start + runs.row).flatten(), column, count, mask, runs.table)
+def take(grid: Grid, runs: Runs, heads: Sequence[int]) -> Runs:
+    """The runs of some heads, in that order; a head may be taken more than once."""
+    head = torch.tensor(heads, dtype=torch.int64, device=grid.device)
+    first, stop = (torch.searchsorted(runs.row, x * grid.rows) for x in (head, head + 1))
+    which, step = spread(stop - first)
+    index = first[which] + step
+    row = runs.row[index] + (which - head[which]) * grid.rows
+    return Runs(row, runs.column[index], runs.count[index], runs.mask[index], runs.table)
+
+
+def stack(grid: Grid, parts: Sequence[Runs], heads: int) -> Runs:
+    """The runs of sets of so many heads each, one after the other."""
+    b = grid.block_size
+    whole = _masks.pack(torch.ones((1, b, b), dtype=torch.bool, device=grid.device))
+    looks = torch.cat([*(x.table for x in parts), whole])
+    rows, masks, start = [], [], 0
+    for i, part in enumerate(parts):
+        rows.append(part.row + i * heads * grid.rows)
+        masks.append(torch.where(part.mask == FULL, len(looks) - 1, part.mask + start))
+        start += len(part.table)
+    column, count = (torch.cat(x) for x in zip(*((p.column, p.count) for p in parts), strict=True))
+    return from_looks(grid, torch.cat(rows), column, count, torch.cat(masks), looks)
 
 
 def transpose(grid: Grid, runs: Runs, heads: int) -> Runs:

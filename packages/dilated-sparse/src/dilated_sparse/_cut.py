@@ -36,7 +36,7 @@ def cut(layout: Kind, length: int, key_length: int) -> Kind:
     look = torch.where(runs.mask == FULL, len(runs.table), runs.mask)
     looks = torch.cat([runs.table, whole])
     found = from_looks(grid, runs.row, runs.column, runs.count, look, looks)
-    return compress(type(layout), grid, found, layout.heads)
+    return compress(type(layout), grid, found, layout.heads, layout.batch)
 
 
 def _shifted(source: Kind, grid: Grid, shift: int) -> Kind:
@@ -44,7 +44,9 @@ def _shifted(source: Kind, grid: Grid, shift: int) -> Kind:
     lookup = TokenLookup(source)
 
     def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return lookup(torch.zeros_like(head), head, query + shift, key)
+        return lookup(
+            torch.div(head, source.row_heads, rounding_mode="floor"), head, query + shift, key
+        )
 
     blocks, rows = source.blocks, max(1, source.grid.rows)
     candidates = []
@@ -55,4 +57,4 @@ def _shifted(source: Kind, grid: Grid, shift: int) -> Kind:
         place = both[0] * max(1, grid.columns) + both[1]
         place = place[(both[0] >= 0) & (both[0] < grid.rows)].unique()
         candidates.append((place // max(1, grid.columns), place % max(1, grid.columns)))
-    return from_head_rule(type(source), grid, visible, candidates)
+    return from_head_rule(type(source), grid, visible, candidates, source.batch)

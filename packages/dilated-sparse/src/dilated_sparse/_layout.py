@@ -5,7 +5,7 @@ N queries, M keys, b block_size, R block rows, C block columns, nnz visible bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dilated_sparse import _block_mask, _checks, _combine, _cut, _picture
-from dilated_sparse._blocks import HeadRule, Layout, Rule, from_head_rule
+from dilated_sparse._blocks import HeadRule, Layout, Rule, compress, from_head_rule
 from dilated_sparse._grid import Grid, make_grid
 from dilated_sparse._spans import LayoutSpans
 
@@ -39,7 +39,10 @@ class BlockLayout(Layout):
         length: number of queries N.
         key_length: number of keys M.
         block_size: tokens on a side of a block; the last blocks may be short.
-        heads: 1 for a layout that all heads share, or the number of query heads.
+        heads: 1 for a layout that all heads share, or the number of query heads; of a layout whose
+            batch rows differ, of all rows together.
+        batch: how many batch rows have a layout of their own, 1 where all share one; `rows` are
+            theirs.
         run_offsets: (heads * R + 1,) int64; row r of head h has the runs from
             run_offsets[h * R + r] up to the next entry.
         run_columns: (runs,) int32, the first column of each, rising in a row.
@@ -53,7 +56,9 @@ class BlockLayout(Layout):
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, block_size: int = 128) -> Self:
-        """The layout of a bool mask (N, M), shared by all heads, or (H, N, M); True = visible.
+        """The layout of a bool mask; True = visible.
+
+        (N, M), shared by all heads, (H, N, M), or (B, H or 1, N, M) where batch rows differ.
 
         Raises:
             TypeError: mask is no bool tensor.
@@ -63,16 +68,19 @@ class BlockLayout(Layout):
             raise TypeError(f"mask must be a Tensor. Got {type(mask).__name__}.")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, True = visible. Got {mask.dtype}.")
-        if mask.ndim not in (2, 3) or 0 in mask.shape[:-2]:
-            raise ValueError(f"mask must have shape (N, M) or (H, N, M). Got {tuple(mask.shape)}.")
-        mask = mask if mask.ndim == 3 else mask[None]
+        if mask.ndim not in (2, 3, 4) or 0 in mask.shape[:-2]:
+            raise ValueError(
+                f"mask must have shape (N, M), (H, N, M) or (B, H, N, M). Got {tuple(mask.shape)}."
+            )
+        batch = len(mask) if mask.ndim == 4 else 1
+        mask = mask.flatten(0, -3) if mask.ndim > 2 else mask[None]
         heads, length, key_length = mask.shape
 
         def visible(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return mask[head, query, key]
 
         grid = make_grid(length, key_length, block_size, mask.device)
-        return cls._from_rule(grid, visible, heads)
+        return cls._from_rule(grid, visible, heads, batch)
 
     @classmethod
     def from_mask_mod(
@@ -83,27 +91,57 @@ class BlockLayout(Layout):
         key_length: int | None = None,
         block_size: int = 128,
         heads: int = 1,
+        batch: int = 1,
         device: torch.device | str = "cpu",
     ) -> Self:
         """The layout of a FlexAttention `mask_mod(batch, head, query, key)`, called on tensors.
 
-        It is called with batch 0 on every token pair: O(heads * N * M) time, O(nnz) memory.
+        It is called on every token pair: O(batch * heads * N * M) time, O(nnz) memory.
         """
+        rule = _block_mask.as_rule(mask_mod, _checks.integer("heads", heads))
+        _checks.integer("batch", batch)
         key_length = length if key_length is None else key_length
         grid = make_grid(length, key_length, block_size, device)
-        return cls._from_rule(grid, _block_mask.as_rule(mask_mod), heads)
+        return cls._from_rule(grid, rule, heads * batch, batch)
 
     @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> Self:
-        """The layout of torch's BlockMask: batch 1, square blocks. O(nnz * b^2) time."""
+        """The layout of torch's BlockMask: square blocks. O(nnz * b^2) time."""
         return _block_mask.to_layout(cls, block_mask)
 
     @classmethod
-    def _from_rule(cls, grid: Grid, visible: HeadRule, heads: int) -> Self:
-        _checks.integer("heads", heads)
+    def stack(cls, layouts: Sequence[BlockLayout]) -> Self:
+        """One layout for a batch whose rows differ: the first is the first row's, and so on.
+
+        Raises:
+            TypeError: one is no BlockLayout.
+            ValueError: there is none, one has rows of its own, or their lengths, block sizes,
+                devices or heads differ (a layout that all heads share goes with any).
+        """
+        layouts = tuple(layouts)
+        for i, x in enumerate(layouts):
+            if not isinstance(x, BlockLayout):
+                raise TypeError(f"layouts[{i}] must be a BlockLayout. Got {type(x).__name__}.")
+        heads = max((x.heads for x in layouts), default=1)
+        if not layouts or any(x.grid != layouts[0].grid or x.batch > 1 for x in layouts):
+            raise ValueError(
+                "layouts must be one or more, of one batch row each, of equal lengths, block sizes "
+                f"and devices. Got {layouts!r}."
+            )
+        grid = layouts[0].grid
+        runs = _combine.stack(grid, [x.per_head(heads).runs for x in layouts], heads)
+        stacked = compress(cls, grid, runs, heads * len(layouts), len(layouts))
+        rules = [x._rule for x in layouts]
+        if any(rule is None for rule in rules):
+            return stacked
+        is_cut = all(rule is not None and rule.is_cut for rule in rules)
+        return stacked.ruled(Rule(partial(_stack_at, layouts), is_cut))
+
+    @classmethod
+    def _from_rule(cls, grid: Grid, visible: HeadRule, heads: int, batch: int) -> Self:
         row = grid.arange(grid.rows).repeat_interleave(grid.columns)
         column = grid.arange(grid.columns).repeat(grid.rows)
-        return from_head_rule(cls, grid, visible, [(row, column)] * heads)
+        return from_head_rule(cls, grid, visible, [(row, column)] * heads, batch)
 
     def to_block_mask(self, *, device: torch.device | str | None = None) -> BlockMask:
         """Torch's BlockMask of the same token pairs; its tensors are O(heads * R * C).
@@ -211,6 +249,10 @@ class BlockLayout(Layout):
 
 def _causal_at(layout: BlockLayout, length: int) -> BlockLayout:
     return layout.at(length).causal()
+
+
+def _stack_at(layouts: tuple[BlockLayout, ...], length: int) -> BlockLayout:
+    return BlockLayout.stack([x.at(length) for x in layouts])
 
 
 def _heads_at(layout: BlockLayout, heads: int, length: int) -> BlockLayout:

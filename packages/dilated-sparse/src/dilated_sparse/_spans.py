@@ -88,6 +88,8 @@ class LayoutSpans:
                 f"pattern must be a layout of the whole sequence, {length} queries and keys. "
                 f"Got {layout.length} and {layout.key_length}."
             )
+        if layout.batch > 1:
+            raise ValueError(f"pattern must be a layout for all rows. Got batch={layout.batch}.")
         if layout.heads not in (1, heads):
             raise ValueError(
                 f"pattern must be a layout of 1 head or query's {heads}. Got {layout.heads}."

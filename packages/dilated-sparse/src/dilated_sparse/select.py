@@ -1,19 +1,20 @@
 """Layouts chosen by content: which blocks of keys matter to each block of queries of a sequence.
 
 Both policies look at blocks of keys through the mean of their keys, so their cost is that of
-attention to one key per block, and their memory is far below the square of the length. They take
-one sequence (batch 1) and give a layout with the heads of the query. The layout carries no
-gradient; attention over it has exact gradients to the rows it shows.
+attention to one key per block, and their memory is far below the square of the length. The layout
+has the heads of the query, and each batch row its own blocks. It carries no gradient; attention
+over it has exact gradients to the rows it shows.
 
 Causal-safe: with is_causal=True the choice for a query depends on nothing after it. It uses the
 first query of a block, since a mean would mix later ones in, and only key blocks that end before
 that query; the blocks of the queries themselves are always kept.
 
-H heads, N queries, M keys, D head_dim, b block_size, C key blocks.
+B batch, H heads, N queries, M keys, D head_dim, b block_size, C key blocks.
 """
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ class BlockSelection(NamedTuple):
 
     Attributes:
         layout: the chosen blocks, with H heads.
-        dropped_mass: (H, N) upper bounds on the share of each query's softmax over all keys that
-            falls on keys which the layout hides.
+        dropped_mass: (H, N), or (B, H, N) of a batch of more than one: upper bounds on the share of
+            each query's softmax over all keys that falls on keys which the layout hides.
     """
 
     layout: BlockLayout
@@ -59,8 +60,8 @@ def top_k_blocks(
     causal), as in the block selection of MoBA (arXiv 2502.13189, section 2.2).
 
     Args:
-        query: (1, N, H, D).
-        key: (1, M, H_kv, D), H a multiple of H_kv.
+        query: (B, N, H, D).
+        key: (B, M, H_kv, D), H a multiple of H_kv.
         count: blocks in a row, fewer where fewer exist.
         is_causal: the layout is for a causal call, whose queries are the last N of the M positions.
         share_heads: the query heads of a key head choose the same blocks, by the sum of their
@@ -69,9 +70,15 @@ def top_k_blocks(
 
     Raises:
         TypeError: an argument has the wrong type, or query and key differ in dtype.
-        ValueError: the batch is not 1, heads or lengths do not fit each other, or a number is out
+        ValueError: the batch is empty, heads or lengths do not fit each other, or a number is out
             of range.
     """
+    if len(each := _batch_rows(query, key)) > 1:
+        choose = partial(
+            top_k_blocks, count=count, is_causal=is_causal, share_heads=share_heads,
+            block_size=block_size,
+        )  # fmt: skip
+        return BlockLayout.stack([choose(*row) for row in each])
     pooled = _Pooled(query, key, block_size, is_causal, None, share_heads=share_heads)
     _checks.integer("count", count)
     chosen = []
@@ -107,8 +114,8 @@ def threshold_blocks(
     a kept block weigh, by Jensen's inequality, at least as much as if all were m.
 
     Args:
-        query: (1, N, H, D).
-        key: (1, M, H_kv, D), H a multiple of H_kv.
+        query: (B, N, H, D).
+        key: (B, M, H_kv, D), H a multiple of H_kv.
         tau: the share to reach, in (0, 1].
         is_causal: the layout is for a causal call, whose queries are the last N of the M positions.
         share_heads: the query heads of a key head choose the same blocks, by the sum of their
@@ -118,9 +125,16 @@ def threshold_blocks(
 
     Raises:
         TypeError: an argument has the wrong type, or query and key differ in dtype.
-        ValueError: the batch is not 1, heads or lengths do not fit each other, or a number is out
+        ValueError: the batch is empty, heads or lengths do not fit each other, or a number is out
             of range.
     """
+    if len(each := _batch_rows(query, key)) > 1:
+        choose = partial(
+            threshold_blocks, tau=tau, is_causal=is_causal, scale=scale, share_heads=share_heads,
+            block_size=block_size,
+        )  # fmt: skip
+        chosen_, bounds_ = zip(*(choose(*row) for row in each), strict=True)
+        return BlockSelection(BlockLayout.stack(chosen_), torch.stack(bounds_))
     pooled = _Pooled(query, key, block_size, is_causal, scale, share_heads=share_heads)
     _checks.share("tau", tau)
     chosen, bounds = [], []
@@ -132,6 +146,13 @@ def threshold_blocks(
         bounds.append(_bound(pooled, rows, kept))
     empty = query.new_zeros(query.shape[2], 0, dtype=accumulate_dtype(query.dtype))
     return BlockSelection(_layout(pooled, chosen), torch.cat(bounds, 1) if bounds else empty)
+
+
+def _batch_rows(query: Tensor, key: Tensor) -> list[tuple[Tensor, Tensor]]:
+    check_call(query, key, key, enable_gqa=True)
+    if not len(query):
+        raise ValueError("query must have a batch of at least 1. Got 0.")
+    return list(zip(query.split(1), key.split(1), strict=True))
 
 
 def _smallest_set(log_mass: Tensor, own: Tensor, tau: float) -> Tensor:
@@ -189,8 +210,6 @@ class _Pooled:
         share_heads: bool,
     ) -> None:
         asked = check_call(query, key, key, is_causal=is_causal, scale=scale, enable_gqa=True)
-        if query.shape[0] != 1:
-            raise ValueError(f"query must have batch size 1. Got {query.shape[0]}.")
         self.is_causal, self.scale = asked.is_causal, asked.scale
         dtype, device = accumulate_dtype(query.dtype), query.device
         self.grid = make_grid(query.shape[1], key.shape[1], block_size, device)
