@@ -172,7 +172,7 @@ def test_an_injected_attention_generates_without_a_cache(tiny_model: LongNetConf
     other = LongNetLM(tiny_model, attention=lambda: attention)
     other.load_state_dict(plain.state_dict())
     prompt = torch.tensor([list(b"abc")])
-    with pytest.raises(ValueError, match="attention must be dilated attention for a cache"):
+    with pytest.raises(ValueError, match="attention must be dilated or block-sparse"):
         generate_tokens(other, prompt, max_new_tokens=5, use_cache=True)
     found = [
         generate_tokens(model, prompt, max_new_tokens=5, temperature=0, use_cache=use_cache)
@@ -311,13 +311,60 @@ def test_a_block_sparse_model_trains_and_generates_at_any_length() -> None:
     tokens = torch.randint(23, (2, 8))
     for length in (2, 5, 8):
         model.loss(tokens[:, :length]).backward()
-    assert not model.can_cache
-    added = generate_tokens(model, tokens[:, :4], max_new_tokens=3, temperature=0)
+    assert model.can_cache
+    added = generate_tokens(
+        model, tokens[:, :4], max_new_tokens=3, temperature=0, use_cache=False
+    )  # fmt: skip
     seen = tokens[:, :4]
     for step in range(3):
         seen = torch.cat([seen, model(seen)[:, -1:].argmax(-1)], 1)
         assert torch.equal(added[:, step], seen[:, -1])
-    with pytest.raises(ValueError, match="attention must be dilated attention for a cache"):
+
+
+def test_block_sparse_attention_decodes_as_the_whole_sequence() -> None:
+    sparse = pytest.importorskip("dilated_sparse")
+    config = LongNetConfig(
+        embed_dim=16, num_layers=2, num_heads=2, vocab_size=23,
+        segment_lengths=(8,), dilation_rates=(1,), context=16,
+    )  # fmt: skip
+    layout = sparse.layouts.longformer(8, 3, 2, block_size=4)
+    model = LongNetLM(config, attention=lambda: sparse.BlockSparseAttention(layout)).double()
+    tokens = torch.randint(23, (2, 19), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for cuts in ([1] * 19, [7] + [1] * 12, [5, 6, 8]):
+            caches = model.new_caches(19)
+            found = torch.cat([model(x, caches=caches) for x in tokens.split(cuts, 1)], 1)
+            torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-10)
+        with pytest.raises(ValueError, match=r"must end within the cache's 19 positions"):
+            model(tokens[:, :1], caches=caches)
+        with pytest.raises(ValueError, match="within the cache's 8 positions"):
+            model(tokens, caches=model.new_caches())
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[1, :4] = True
+    kept, anew = (
+        generate_tokens(
+            model, tokens[:, :9], max_new_tokens=10, key_padding_mask=padding, use_cache=use_cache,
+            stop_tokens=[3], seed=4,
+        )
+        for use_cache in (None, False)
+    )  # fmt: skip
+    assert torch.equal(kept, anew)
+
+
+def test_attention_without_decoding_state_generates_anew_each_time() -> None:
+    sparse = pytest.importorskip("dilated_sparse")
+    config = LongNetConfig(
+        embed_dim=16, num_layers=1, num_heads=2, vocab_size=23, segment_lengths=(8,),
+        dilation_rates=(1,), context=16,
+    )  # fmt: skip
+    layout = sparse.layouts.sliding_window(8, 3, block_size=4)
+    model = LongNetLM(
+        config, attention=lambda: sparse.BlockSparseDilatedAttention(config.pattern, layout)
+    )
+    assert not model.can_cache
+    tokens = torch.randint(23, (2, 4))
+    assert generate_tokens(model, tokens, max_new_tokens=2).shape == (2, 2)
+    with pytest.raises(ValueError, match="attention must be dilated or block-sparse"):
         generate_tokens(model, tokens, max_new_tokens=1, use_cache=True)
 
 

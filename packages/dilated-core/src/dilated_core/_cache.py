@@ -117,7 +117,7 @@ class DilatedKVCache:
                 "a DilatedKVCache gives no gradients: use torch.no_grad() or inference_mode()."
             )
         if lengths is not None:
-            _check_lengths("lengths", lengths, query.shape[:2], query.device)
+            check_lengths("lengths", lengths, query.shape[:2], query.device)
             # On a GPU they are not looked at, since the host would wait.
             lengths = lengths.clamp(0, query.shape[1])
         held, in_graph = self._held, _in_graph(query.device)
@@ -198,7 +198,7 @@ class DilatedKVCache:
         """
         now = self.lengths.tolist()
         if isinstance(length, Tensor):
-            _check_lengths("length", length, (len(now), None), length.device)
+            check_lengths("length", length, (len(now), None), length.device)
             given, most = length.tolist(), now
         elif isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"length must be an int or a Tensor. Got {length!r}.")
@@ -255,7 +255,7 @@ def _common(lengths: Tensor) -> int | None:
     return different.pop() if len(different) == 1 else None if different else 0
 
 
-def _check_lengths(
+def check_lengths(
     name: str, lengths: Tensor, sizes: tuple[int, int | None] | torch.Size, device: torch.device
 ) -> None:
     """Raise unless lengths is (B,) int64 on the device, on the CPU from 0 to L."""

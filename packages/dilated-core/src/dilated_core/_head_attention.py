@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dilated_core import _checks
 from dilated_core._choice import check_name
+from dilated_core.interfaces import DecodingState
 
 
 class HeadAttention(nn.Module):
@@ -46,6 +47,31 @@ class HeadAttention(nn.Module):
         grouped = query.ndim == 4 and key.ndim == 4 and bool(query.shape[2] != key.shape[2])
         dropout_p = self.dropout if self.training else 0.0
         return {"scale": self.scale, "dropout_p": dropout_p, "enable_gqa": grouped}
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `new_cache` can make decoding state."""
+        return False
+
+    def new_cache(self, length: int | None = None) -> DecodingState:
+        """Empty decoding state, for at most `length` positions where it must be told.
+
+        Raises:
+            ValueError: there is none for this attention.
+        """
+        raise ValueError(f"attention must keep decoding state. Got {type(self).__name__}.")
+
+    def check_cache(self, cache: object) -> None:
+        """Raise unless decoding state is one for this attention.
+
+        Raises:
+            TypeError: it is of another type.
+            ValueError: it attends by something else, or there is none for this attention.
+        """
+        raise ValueError(
+            "cache must be None with an injected attention that keeps no state. "
+            f"Got a cache with {type(self).__name__}."
+        )
 
     def shown(self) -> str:
         """What it attends by, first in its repr."""

@@ -12,7 +12,7 @@ from dilated_core._cache import DilatedKVCache
 from dilated_core._call import DilatedCall, check_call
 from dilated_core._head_attention import HeadAttention
 from dilated_core._pattern import DilatedPattern
-from dilated_core.interfaces import AttentionModule, PositionEmbedding
+from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
 
 # need_weights materialises (B, H, N, M); beyond this many entries that is surely a mistake.
 _MAX_WEIGHTS = 1 << 26
@@ -114,6 +114,24 @@ class DilatedAttention(HeadAttention):
             )
         call = DilatedCall(self.pattern, scores)
         return _reference.weights_and_lse(call, query, key)[0].to(query.dtype)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Always: a `DilatedKVCache`."""
+        return True
+
+    def new_cache(self, length: int | None = None) -> DilatedKVCache:
+        """Empty decoding state, for any number of positions."""
+        return DilatedKVCache(self.pattern)
+
+    def check_cache(self, cache: object) -> None:
+        """As `HeadAttention.check_cache`."""
+        if not isinstance(cache, DilatedKVCache):
+            raise TypeError(f"cache must be a DilatedKVCache. Got {type(cache).__name__}.")
+        if cache.pattern != self.pattern:
+            raise ValueError(
+                f"cache must have the attention's pattern {self.pattern}. Got {cache.pattern}."
+            )
 
     def shown(self) -> str:
         """The pattern."""
@@ -227,7 +245,7 @@ class MultiheadDilatedAttention(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
-        cache: DilatedKVCache | None = None,
+        cache: DecodingState | None = None,
         positions: Tensor | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -255,9 +273,10 @@ class MultiheadDilatedAttention(nn.Module):
             (output (B, N, embed_dim), weights or None).
 
         Raises:
-            TypeError: an input is no Tensor, or cache no DilatedKVCache.
+            TypeError: an input is no Tensor, or cache none of the attention's.
             ValueError: an input has another shape, positions come without a position_embedding or
-                not one for each key, cache or need_weights with an injected attention, cache with
+                not one for each key, need_weights with an injected attention, cache with one that
+                keeps no state, or with
                 anything but causal self-attention of its own pattern in eval mode or without
                 dropout, or as `dilated_attention`.
         """
@@ -282,7 +301,7 @@ class MultiheadDilatedAttention(nn.Module):
         elif positions is not None:
             raise ValueError("positions must be None without a position_embedding. Got a Tensor.")
         if cache is not None:
-            scale = cast(DilatedAttention, self.attention).scale
+            scale = cast(HeadAttention, self.attention).scale
             out = cache.attend(
                 q, k, v, scale=scale, key_padding_mask=key_padding_mask, lengths=lengths
             )
@@ -308,24 +327,18 @@ class MultiheadDilatedAttention(nn.Module):
 
     def _check_cached(
         self,
-        cache: DilatedKVCache,
+        cache: DecodingState,
         key: Tensor | None,
         value: Tensor | None,
         is_causal: bool,
         need_weights: bool,
     ) -> None:
-        if not isinstance(cache, DilatedKVCache):
-            raise TypeError(f"cache must be a DilatedKVCache. Got {type(cache).__name__}.")
-        if not isinstance(self.attention, DilatedAttention):
+        if not isinstance(self.attention, HeadAttention):
             raise ValueError(
-                "cache must be None with an injected attention. "
+                "cache must be None with an injected attention that keeps no state. "
                 f"Got a cache with {type(self.attention).__name__}."
             )
-        if cache.pattern != self.attention.pattern:
-            raise ValueError(
-                f"cache must have the attention's pattern {self.attention.pattern}. "
-                f"Got {cache.pattern}."
-            )
+        self.attention.check_cache(cache)
         if not is_causal or need_weights or key is not None or value is not None:
             raise ValueError(
                 "cache must be None except in causal self-attention without need_weights. "

@@ -2,7 +2,7 @@
 
 - `Scores`, `check_call`, `autocast`: what a call does with its scores, checked, as every attention
   function does first with query, key, value (B, length, heads, head_dim) and a padding mask (B, M).
-  `check_tensors` and `check_padding_mask` are parts of it.
+  `check_tensors` and `check_padding_mask` are parts of it; `check_lengths` is for decoding state.
 - `Upstream`: what a backward starts from.
 - `Choice`, `BackendChoice`, `choose`, `pick`: which way serves a call, and why.
 - `HeadAttention`: the base of modules of attention between heads.
@@ -22,6 +22,7 @@
   the first two, when they are called.
 """
 
+from dilated_core._cache import check_lengths
 from dilated_core._caches import on_clear, remembered
 from dilated_core._call import (
     Scores,
@@ -70,6 +71,7 @@ __all__ = [
     "attend_rows_backward",
     "autocast",
     "check_call",
+    "check_lengths",
     "check_name",
     "check_padding_mask",
     "check_tensors",

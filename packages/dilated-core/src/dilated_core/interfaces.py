@@ -31,6 +31,59 @@ class AttentionModule(Protocol):
         ...
 
 
+class DecodingState(Protocol):
+    """Keys and values that later queries of one layer see; `dilated_core.DilatedKVCache` is one."""
+
+    @property
+    def length(self) -> int:
+        """Positions seen so far, of the batch row that has seen most."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, positions that each batch row has seen."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        ...
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold `attend` of one new row."""
+        ...
+
+    def next_positions(self, count: int, device: torch.device) -> Tensor:
+        """Positions of the next rows: (count,) int64, or (B, count) where batch rows differ."""
+        ...
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Append the next rows and attend them causally to all rows so far."""
+        ...
+
+    def reorder(self, index: Tensor) -> None:
+        """Take batch rows `index` (B',) int64."""
+        ...
+
+    def truncate(self, length: int | Tensor) -> None:
+        """Forget the positions from `length` on."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything."""
+        ...
+
+
 @runtime_checkable
 class PositionEmbedding(Protocol):
     """Rotates or scales projected queries and keys by their positions (rotary, xPos ...)."""

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core import DilatedKVCache, DilatedPattern, MultiheadDilatedAttention
+from dilated_core import DilatedPattern, MultiheadDilatedAttention
 from dilated_core.extending import HeadAttention
-from dilated_core.interfaces import AttentionPattern, BufferSource, PositionEmbedding
+from dilated_core.interfaces import AttentionPattern, BufferSource, DecodingState, PositionEmbedding
 from dilated_ring._agreement import Validate, check_validate
 from dilated_ring._documents import whole_pattern
 from dilated_ring._functional import ring_attention
@@ -135,7 +135,7 @@ class LayerCall(TypedDict, total=False):
     is_causal: bool
     key_padding_mask: Tensor | None
     need_weights: bool
-    cache: DilatedKVCache | None
+    cache: DecodingState | None
     lengths: Tensor | None
     cu_seqlens: Tensor | None
 

@@ -209,6 +209,12 @@ class BlockLayout(Layout):
         found = _cut.cut(source, length, key_length)
         return found if rule is None or length != key_length else found.ruled(rule)
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether queries may come one by one: the layout of fewer is the beginning of this one."""
+        in_order = self._rule is None or self._rule.is_cut
+        return self.batch == 1 and self.length == self.key_length and in_order
+
     def ruled(self, rule: Rule | None) -> Self:
         """The same layout with a rule for other lengths; for code inside this package."""
         object.__setattr__(self, "_rule", rule)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern, Partial, dilated_attention, merge
 from dilated_core.extending import HeadAttention, remembered
+from dilated_core.interfaces import DecodingState
 from dilated_sparse._attend import BACKENDS, Backend, attend
+from dilated_sparse._cache import BlockSparseKVCache
 from dilated_sparse._layout import BlockLayout
 
 
@@ -88,6 +90,28 @@ class BlockSparseAttention(HeadAttention):
             return layout
         return _at(layout, *sizes) if is_causal or sizes[0] == sizes[1] else layout
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the layout can be decoded by: `BlockSparseKVCache` says which."""
+        return self.layout.can_decode
+
+    def new_cache(self, length: int | None = None) -> DecodingState:
+        """Empty decoding state for at most `length` positions; the layout's when None.
+
+        Raises:
+            TypeError, ValueError: as `BlockSparseKVCache`.
+        """
+        return BlockSparseKVCache(self.layout, length)
+
+    def check_cache(self, cache: object) -> None:
+        """As `HeadAttention.check_cache`."""
+        if not isinstance(cache, BlockSparseKVCache):
+            raise TypeError(f"cache must be a BlockSparseKVCache. Got {type(cache).__name__}.")
+        if cache.source != self.layout:
+            raise ValueError(
+                f"cache must have the attention's layout {self.layout!r}. Got {cache.source!r}."
+            )
+
     def shown(self) -> str:
         """The layout."""
         return repr(self.layout)
@@ -146,6 +170,14 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
         sparse = attend(layout, query, key, value, **asked)
         dilated = dilated_attention(query, key, value, self.pattern, **asked)
         return merge(Partial(*sparse), Partial(*dilated)).out.to(sparse[0].dtype)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Never: there is no state of both parts."""
+        return False
+
+    new_cache = HeadAttention.new_cache
+    check_cache = HeadAttention.check_cache
 
     def shown(self) -> str:
         """The pattern and the layout."""

@@ -33,7 +33,8 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from dilated_core import DilatedKVCache, DilatedPattern, dilated_attention
+from dilated_core import DilatedPattern, dilated_attention
+from dilated_core.interfaces import DecodingState
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.interop.over_ranks import Misplaced, fault_in_share, rank_in, refuse_share
 from dilated_factory.interop.unserved import (
@@ -272,7 +273,7 @@ class _StateOfLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, state: DilatedKVCache) -> None:
+    def __init__(self, state: DecodingState) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # it has no types
         self.state, self.columns, self.is_initialized = state, 0, True
 
@@ -343,7 +344,7 @@ class LongNetCache(Cache):
         super().__init__(layers=list(self.of_layers))
 
     @property
-    def states(self) -> list[DilatedKVCache]:
+    def states(self) -> list[DecodingState]:
         """The state of each layer."""
         return [layer.state for layer in self.of_layers]
 

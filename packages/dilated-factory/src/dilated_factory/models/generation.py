@@ -113,9 +113,9 @@ def generate_tokens(
             at most 1; None means all.
         stop_tokens: a row ends with the first of these; it is repeated to the end of the row.
         seed: of the draws, 0 to 2**63 - 1.
-        use_cache: keep decoding state, so that a token costs one position; it needs dilated
-            attention. False computes the whole sequence again for each token, with any attention.
-            None keeps state where it can be.
+        use_cache: keep decoding state, so that a token costs one position; it needs dilated or
+            block-sparse attention. False computes the whole sequence again for each token, with
+            any attention. None keeps state where it can be.
 
     Raises:
         InputError: (a ValueError) an argument is out of its range.
@@ -307,7 +307,7 @@ class _Cached(_Continuation):
     def advances(self, count: int) -> Iterator[Callable[[], object]]:
         if not count:
             return
-        self.caches = self.model.new_caches()
+        self.caches = self.model.new_caches(self.tokens.shape[1] + count)
         yield self._prefill
         first = 0
         if count - 1 >= _STEPS_WORTH_A_GRAPH and self._fits_a_graph():

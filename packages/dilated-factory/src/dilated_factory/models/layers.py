@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_core import DilatedKVCache, MultiheadDilatedAttention
+from dilated_core import MultiheadDilatedAttention
 from dilated_core.extending import autocast
-from dilated_core.interfaces import AttentionModule, PositionEmbedding
+from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
 from dilated_factory.models.gelu_norm import can_serve, gelu_norm
 
 # torchscale's names.
@@ -366,7 +366,7 @@ class TransformerDecoderLayer(TransformerLayer):
         key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: DilatedKVCache | None = None,
+        cache: DecodingState | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core import DilatedAttention, DilatedKVCache
-from dilated_core.extending import check_padding_mask
+from dilated_core.extending import HeadAttention, check_padding_mask
+from dilated_core.interfaces import DecodingState
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.models.head_loss import IGNORED, head_loss
 from dilated_factory.models.layers import TransformerDecoderLayer
@@ -72,25 +72,29 @@ class LongNetLM(LongNetStack[LongNetConfig]):
 
     @property
     def can_cache(self) -> bool:
-        """Whether `new_caches` can make decoding state: the attention of all layers is dilated."""
-        return all(isinstance(x.attention.attention, DilatedAttention) for x in self._layers())
+        """Whether `new_caches` can make decoding state: the attention of all layers keeps it."""
+        attentions = [x.attention.attention for x in self._layers()]
+        return all(isinstance(x, HeadAttention) and x.keeps_state for x in attentions)
 
-    def new_caches(self) -> list[DilatedKVCache]:
+    def new_caches(self, length: int | None = None) -> list[DecodingState]:
         """Empty decoding state, one cache a layer, for `forward` under torch.no_grad().
 
+        Args:
+            length: positions at most, for block-sparse attention, whose layout goes on so far; that
+                of the layout when None. Dilated attention needs none.
+
         Raises:
-            ValueError: the attention was injected and is not dilated attention.
+            ValueError: the attention was injected and keeps no decoding state.
         """
         caches = []
-        for block in self.blocks:
-            assert isinstance(block, TransformerDecoderLayer)
+        for block in self._layers():
             attention = block.attention.attention
-            if not isinstance(attention, DilatedAttention):
+            if not isinstance(attention, HeadAttention) or not attention.keeps_state:
                 raise ValueError(
-                    "attention must be dilated attention for a cache. "
+                    "attention must be dilated or block-sparse attention for a cache. "
                     f"Got {type(attention).__name__}."
                 )
-            caches.append(DilatedKVCache(attention.pattern))
+            caches.append(attention.new_cache(length))
         return caches
 
     def hidden_states(
@@ -100,7 +104,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        caches: Sequence[DilatedKVCache] | None = None,
+        caches: Sequence[DecodingState] | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
         """States after the last norm (B, N, E); all arguments but one as in `forward`.
@@ -119,7 +123,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         *,
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        caches: Sequence[DilatedKVCache] | None = None,
+        caches: Sequence[DecodingState] | None = None,
     ) -> list[Tensor]:
         """What enters the first layer and what leaves each: num_layers + 1 tensors (B, N, E).
 
@@ -169,7 +173,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        caches: Sequence[DilatedKVCache] | None = None,
+        caches: Sequence[DecodingState] | None = None,
     ) -> Tensor:
         """Logits (B, N, V) of the next token.
 

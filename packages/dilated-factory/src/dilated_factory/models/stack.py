@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_core import DilatedAttention, DilatedKVCache
+from dilated_core import DilatedAttention
+from dilated_core.interfaces import DecodingState
 from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, StackConfig
 from dilated_factory.models.layers import (
     AttentionFactory,
@@ -179,7 +180,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         *,
         key_padding_mask: Tensor | None,
         positions: Tensor | None,
-        caches: Sequence[DilatedKVCache] | None = None,
+        caches: Sequence[DecodingState] | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Iterator[Tensor]:
@@ -217,7 +218,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         self,
         hidden: Tensor,
         positions: Tensor | None,
-        caches: Sequence[DilatedKVCache] | None,
+        caches: Sequence[DecodingState] | None,
     ) -> Tensor | None:
         """What the position embedding makes of positions, once for all layers."""
         embedding = next(self._layers()).attention.position_embedding
@@ -229,7 +230,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         self,
         hidden: Tensor,
         positions: Tensor | None,
-        caches: Sequence[DilatedKVCache] | None,
+        caches: Sequence[DecodingState] | None,
     ) -> Tensor:
         """Where hidden states (B, N, E) are: as given, after a cache, or from 0."""
         length = hidden.shape[1]
