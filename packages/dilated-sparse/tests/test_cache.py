@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dilated_core import DilatedPattern
 from dilated_sparse import (
@@ -117,6 +118,19 @@ def test_a_named_layout_goes_on_to_the_length_of_the_cache():
     same(found, block_sparse_attention(*inputs, layout, is_causal=True, enable_gqa=True))
     with pytest.raises(ValueError, match=r"key must end within the cache's 101 positions"):
         cache.attend(*(x[:, :1] for x in inputs))
+
+
+def test_a_call_that_fails_changes_nothing(monkeypatch):
+    inputs = tensors(2)
+    part, after = ([x[:, rows] for x in inputs] for rows in (slice(9), slice(9, 12)))
+    cache, kept = BlockSparseKVCache(NAMED["window"]), BlockSparseKVCache(NAMED["window"])
+    for steps in (part, after):
+        with monkeypatch.context() as broken:
+            broken.setattr(Tensor, "cumsum", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                cache.attend(*steps)
+        assert (cache.length, cache.nbytes) == (kept.length, kept.nbytes)
+        same(cache.attend(*steps), kept.attend(*steps))
 
 
 def test_a_refused_call_changes_nothing_and_reset_starts_anew():

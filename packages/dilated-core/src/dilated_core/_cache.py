@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from dilated_core._call import Scores, check_call
+from dilated_core._call import Scores, check_call, check_lengths
 from dilated_core._held_rows import HeldRows
 from dilated_core._pattern import DilatedPattern
 
@@ -253,22 +253,3 @@ def _common(lengths: Tensor) -> int | None:
         return None
     different = set(lengths.tolist())
     return different.pop() if len(different) == 1 else None if different else 0
-
-
-def check_lengths(
-    name: str, lengths: Tensor, sizes: tuple[int, int | None] | torch.Size, device: torch.device
-) -> None:
-    """Raise unless lengths is (B,) int64 on the device, on the CPU from 0 to L."""
-    batch, most = sizes
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{name} must be a Tensor or None. Got {type(lengths).__name__}.")
-    if lengths.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64. Got {lengths.dtype}.")
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name} must have shape (batch,)={(batch,)}. Got {tuple(lengths.shape)}.")
-    if lengths.device != device:
-        raise ValueError(f"{name} must be on query's device {device}. Got {lengths.device}.")
-    if most is not None and lengths.is_cpu:
-        numbers = lengths.tolist()
-        if min(numbers, default=0) < 0 or max(numbers, default=0) > most:
-            raise ValueError(f"{name} must be from 0 to {most}, the new rows. Got {numbers}.")

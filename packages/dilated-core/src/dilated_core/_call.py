@@ -219,3 +219,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, device: torch.device) -> No
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the total number of rows ({total}). Got {ends}."
             )
+
+
+def check_lengths(
+    name: str, lengths: Tensor, sizes: tuple[int, int | None] | torch.Size, device: torch.device
+) -> None:
+    """Raise unless lengths is (B,) int64 on the device, on the CPU from 0 to L."""
+    batch, most = sizes
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None. Got {type(lengths).__name__}.")
+    if lengths.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64. Got {lengths.dtype}.")
+    if lengths.shape != (batch,):
+        raise ValueError(f"{name} must have shape (batch,)={(batch,)}. Got {tuple(lengths.shape)}.")
+    if lengths.device != device:
+        raise ValueError(f"{name} must be on query's device {device}. Got {lengths.device}.")
+    if most is not None and lengths.is_cpu:
+        numbers = lengths.tolist()
+        if min(numbers, default=0) < 0 or max(numbers, default=0) > most:
+            raise ValueError(f"{name} must be from 0 to {most}, the new rows. Got {numbers}.")

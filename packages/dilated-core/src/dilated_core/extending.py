@@ -22,13 +22,13 @@
   the first two, when they are called.
 """
 
-from dilated_core._cache import check_lengths
 from dilated_core._caches import on_clear, remembered
 from dilated_core._call import (
     Scores,
     Upstream,
     autocast,
     check_call,
+    check_lengths,
     check_padding_mask,
     check_tensors,
 )

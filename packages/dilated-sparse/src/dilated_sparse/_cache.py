@@ -131,21 +131,16 @@ class BlockSparseKVCache:
                 f"key must end within the cache's {self.layout.length} positions. "
                 f"Got an end at {max(after)}."
             )
-        if self._keys is None:
+        is_first = self._keys is None
+        if is_first:
             self._take_memory(key)
-        out, start = torch.zeros_like(query), 0
-        # Batch rows side by side that are at one position go together.
-        for (position, real), alike in groupby(zip(before, counts, strict=True)):
-            rows = slice(start, start + len(list(alike)))
-            start = rows.stop
-            if real:
-                mask = scores.key_padding_mask
-                how = (
-                    scores if mask is None else scores._replace(key_padding_mask=mask[rows, :real])
-                )
-                parts = [x[rows, :real] for x in (query, key, value)]
-                out[rows, :real] = self._attend(rows, position, how, *parts)
-        self._append(before, after, key, value, scores.key_padding_mask)
+        try:
+            out = self._attend_all(counts, before, scores, query, key, value)
+            self._append(before, after, key, value, key_padding_mask)
+        except BaseException:
+            if is_first:
+                self._keys = None
+            raise
         self._lengths = after
         return out
 
@@ -264,6 +259,29 @@ class BlockSparseKVCache:
         )  # fmt: skip
         return cast(Tensor, out)
 
+    def _attend_all(
+        self,
+        counts: list[int],
+        before: list[int],
+        scores: Scores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        out, start = torch.zeros_like(query), 0
+        # Batch rows side by side that are at one position go together.
+        for (position, real), alike in groupby(zip(before, counts, strict=True)):
+            rows = slice(start, start + len(list(alike)))
+            start = rows.stop
+            if real:
+                mask = scores.key_padding_mask
+                how = (
+                    scores if mask is None else scores._replace(key_padding_mask=mask[rows, :real])
+                )
+                parts = [x[rows, :real] for x in (query, key, value)]
+                out[rows, :real] = self._attend(rows, position, how, *parts)
+        return out
+
     def _step(
         self, rows: slice, position: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
@@ -304,19 +322,21 @@ class BlockSparseKVCache:
         device, positions = key.device, self._positions
         first, end = (torch.tensor(x, device=device)[:, None] for x in (before, after))
         new = first + torch.arange(key.shape[1], device=device)
-        positions.masked_fill_(self._last[positions.clamp(min=0)] < end, -1)
+        # Nothing of the cache changes before all that may fail is done.
+        positions = torch.where(self._last[positions.clamp(min=0)] < end, -1, positions)
         last = self._last[new.clamp(max=len(self._last) - 1)]
         wanted = (new < end) & (last >= end)
         free = (positions[:, :-1] >= 0).to(torch.int8).argsort(dim=1, stable=True)
         free = torch.nn.functional.pad(free, (0, 1), value=self._slots)
         rank = (wanted.cumsum(1) - 1).clamp(0, self._slots)
         slot = torch.where(wanted, free.gather(1, rank), self._slots)
-        positions.scatter_(1, slot, new)
-        positions[:, -1] = -1
+        padding = torch.zeros_like(wanted) if padding is None else padding
         index = slot[..., None, None].expand_as(key)
         self._keys.scatter_(1, index, key)
         self._values.scatter_(1, index, value)
-        self._padded.scatter_(1, slot, torch.zeros_like(wanted) if padding is None else padding)
+        self._padded.scatter_(1, slot, padding)
+        self._positions.copy_(positions.scatter_(1, slot, new))
+        self._positions[:, -1] = -1
 
 
 def _last_queries(layout: BlockLayout) -> Tensor:
