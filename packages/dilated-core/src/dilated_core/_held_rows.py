@@ -25,8 +25,6 @@ from dilated_core._torch.dense import RowAttention
 from dilated_core._torch.engine import attend_wide
 from dilated_core._triton import HeldTensors
 
-_KEPT_COUNTS = 256
-
 
 class Streams(NamedTuple):
     """The streams of one offset of a branch.
@@ -78,6 +76,43 @@ class Places(NamedTuple):
     kv_head: Tensor
 
 
+class Part(NamedTuple):
+    """Held rows that one new row sees: the first slots of the streams of an offset.
+
+    Attributes:
+        streams: those.
+        start, slots: where the first begins, and how far the next is.
+        held: rows of each.
+        columns: theirs among all that the new row sees.
+    """
+
+    streams: Streams
+    start: int
+    slots: int
+    held: int
+    columns: slice
+
+
+class OneRow(NamedTuple):
+    """What a new row at a position sees, and where it goes.
+
+    Attributes:
+        parts: the held rows.
+        width: all of their columns, and the first, which is the row's own.
+        to: (places,) int64, its slots.
+        kv_heads: (places,) int64, the key head of each.
+        log_counts: (H,), in how many branches each head sees this row, as logarithm.
+        blind: whether that is none for some.
+    """
+
+    parts: list[Part]
+    width: int
+    to: Tensor
+    kv_heads: Tensor
+    log_counts: Tensor
+    blind: bool
+
+
 class RowTable:
     """Where rows go, for a pattern and numbers of heads.
 
@@ -94,8 +129,8 @@ class RowTable:
     def __init__(self, pattern: Branches, heads: int, kv_heads: int, device: torch.device) -> None:
         self.pattern, self.heads, self.kv_heads = pattern, heads, kv_heads
         self.branches: list[BranchRows] = []
-        self._counts: dict[tuple[int, ...], Tensor] = {}
         self._recent: tuple[tuple[int, int], Places] | None = None
+        self._recent_row: tuple[tuple[int, torch.dtype], OneRow] | None = None
         group, self.rows = heads // kv_heads, 0
         head_rows, head_offsets = [], []
         for (w, r), found in zip(pattern.branches, pattern.streams(heads), strict=True):
@@ -129,16 +164,45 @@ class RowTable:
         self.head_rows, self.head_offsets = integers(head_rows), integers(head_offsets)
         self.sizes = integers([list(branch) for branch in pattern.branches])
 
-    def log_counts(self, position: int, dtype: torch.dtype) -> Tensor:
-        """(H,): in how many branches each head sees the row of its own position, as logarithm."""
-        offsets = tuple([position % b.segment_length % b.dilation_rate for b in self.branches])
-        known = self._counts.get(offsets)
-        if known is None:
-            if len(self._counts) >= _KEPT_COUNTS:
-                self._counts.clear()
-            at = self.head_offsets.new_tensor(offsets)[:, None]
-            known = self._counts[offsets] = (self.head_offsets == at).sum(0).double().log()
-        return known.to(dtype)
+    def one_row(self, position: int, dtype: torch.dtype) -> OneRow:
+        """What a row at a position sees and where it goes; kept for the next layers."""
+        if self._recent_row is not None and self._recent_row[0] == (position, dtype):
+            return self._recent_row[1]
+        parts: list[Part] = []
+        width, counts = 1, [0] * self.heads
+        places: list[tuple[int, int]] = []
+        for branch, streams, _, _ in self.meetings(position, 1):
+            slots, slot = branch.slots, position % branch.segment_length // branch.dilation_rate
+            if slot:
+                columns = slice(width, width + slot)
+                parts.append(Part(streams, streams.rows.start, slots, slot, columns))
+                width = columns.stop
+            kv_heads = _numbers(streams.kv_heads, self.kv_heads)
+            places += zip(streams.rows[slot::slots], kv_heads, strict=True)
+            for head in set(_numbers(streams.heads, self.heads)):
+                counts[head] += 1
+        device = self.sizes.device
+        to, kv = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+        logs = [math.log(count) if count else -math.inf for count in counts]
+        log_counts = torch.tensor(logs, dtype=dtype, device=device)
+        found = OneRow(parts, width, to, kv, log_counts, not all(counts))
+        if not torch.compiler.is_compiling():
+            self._recent_row = (position, dtype), found
+        return found
+
+    def meetings(
+        self, position: int, length: int
+    ) -> Iterator[tuple[BranchRows, Streams, int, int]]:
+        """The streams of which new rows see slots, with the first such row and where they end."""
+        for branch in self.branches:
+            w, r = branch.segment_length, branch.dilation_rate
+            inside = position % w
+            stop = min(length, w - inside)
+            for first in range(min(stop, r)):
+                # After the turn of a segment offsets would begin anew, but there is none here.
+                streams = branch.streams.get((inside + first) % r)
+                if streams is not None:
+                    yield branch, streams, first, stop
 
     def places_after(self, position: int, count: int) -> "Places":
         """`places` where all batch rows are at one position; kept for the next layers."""
@@ -251,12 +315,11 @@ class HeldRows:
             (B, L, H, D), in query's dtype or wider.
         """
         if query.shape[1] == 1:
-            total = self._own(position, scores, query, key, value)
-        else:
-            call = DilatedCall(self.table.pattern, scores)
-            total = _attend_new(call, position, query, key, value)
+            return self._attend_row(batch, position, scores, query, key, value)
+        call = DilatedCall(self.table.pattern, scores)
+        total = _attend_new(call, position, query, key, value)
         queries, out = query.transpose(1, 2), total.out.transpose(1, 2)
-        for branch, streams, first, stop in self._meetings(position, query.shape[1]):
+        for branch, streams, first, stop in self.table.meetings(position, query.shape[1]):
             w, r, slots = branch[:3]
             held = ((position + first) % w) // r
             if not held:
@@ -285,35 +348,44 @@ class HeldRows:
                 total.lse[:, :, rows].index_copy_(1, streams.heads, at.lse)
         return total.out
 
-    def _meetings(
-        self, position: int, length: int
-    ) -> Iterator[tuple[BranchRows, Streams, int, int]]:
-        """The streams of which new rows see slots, with the first such row and where they end."""
-        for branch in self.table.branches:
-            w, r = branch.segment_length, branch.dilation_rate
-            inside = position % w
-            stop = min(length, w - inside)
-            for first in range(min(stop, r)):
-                # After the turn of a segment offsets would begin anew, but there is none here.
-                streams = branch.streams.get((inside + first) % r)
-                if streams is not None:
-                    yield branch, streams, first, stop
-
-    def _own(
-        self, position: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor
-    ) -> Partial:
-        """What one new row sees of itself."""
+    def _attend_row(
+        self, batch: slice, position: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """`attend` of one new row: one softmax over all that it sees, its own key first."""
         dtype = accumulate_dtype(query.dtype)
+        plan = self.table.one_row(position, dtype)
         group = query.shape[2] // key.shape[2]
-        q = query.to(dtype)
-        k, v = (x.to(dtype) for x in (key, value))
+        q, k, v = (x[:, 0].to(dtype) for x in (query, key, value))
         if group > 1:
-            k, v = (x.repeat_interleave(group, 2) for x in (k, v))
-        lse = (q * k).sum(-1) * scores.scale + self.table.log_counts(position, dtype)
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        seen = q.new_full((*q.shape[:2], plan.width), -math.inf)
+        own = (q * k).sum(-1) * scores.scale + plan.log_counts
         if scores.key_padding_mask is not None:
-            lse = lse.masked_fill(scores.key_padding_mask[:, :, None], -math.inf)
-        out = v.masked_fill((lse == -math.inf)[..., None], 0.0)
-        return Partial(out, lse.transpose(1, 2))
+            own = own.masked_fill(scores.key_padding_mask, -math.inf)
+        seen[:, :, 0] = own
+        for part in plan.parts:
+            keys = self._rows_of(part, self.key[batch], dtype)
+            queries = _take(q, part.streams.heads).unflatten(1, (-1, part.streams.group))
+            found = _batched(queries, keys.transpose(2, 3)).mul_(scores.scale)
+            if self.padded:
+                mask = self.padding[batch, part.start : part.start + part.held]
+                found.masked_fill_(mask[:, None, None], -math.inf)
+            seen[:, part.streams.heads, part.columns] = found.flatten(1, 2)
+        weights = seen.softmax(-1)
+        if plan.blind or self.padded or scores.key_padding_mask is not None:
+            # A head that sees nothing weighs nothing.
+            weights = weights.masked_fill((seen == -math.inf).all(-1, keepdim=True), 0.0)
+        out = v.masked_fill((own == -math.inf)[..., None], 0.0) * weights[..., :1]
+        for part in plan.parts:
+            values = self._rows_of(part, self.value[batch], dtype)
+            share = weights[:, part.streams.heads, part.columns]
+            found = _batched(share.unflatten(1, (-1, part.streams.group)), values)
+            out[:, part.streams.heads] += found.flatten(1, 2)
+        return out[:, None]
+
+    def _rows_of(self, part: Part, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        size = len(rows), len(part.streams.rows) // part.slots, part.held, rows.shape[2]
+        return _streams_of(rows, part.start, part.slots, size).to(dtype)
 
     @property
     def has_kernel(self) -> bool:
@@ -366,13 +438,12 @@ class HeldRows:
     def _writes_of_one(
         self, position: int, key: Tensor, value: Tensor, padding: Tensor | None
     ) -> Iterator[Callable[[], object]]:
-        for branch, streams, _, _ in self._meetings(position, 1):
-            slot = position % branch.segment_length // branch.dilation_rate
-            rows = slice(streams.rows.start + slot, streams.rows.stop, branch.slots)
-            for mine, new in ((self.key, key), (self.value, value)):
-                yield partial(mine[:, rows].copy_, _take(new[:, 0], streams.kv_heads))
-            if padding is not None:
-                yield partial(self.padding[:, rows].copy_, padding)
+        plan = self.table.one_row(position, accumulate_dtype(key.dtype))
+        to, kv_heads = plan.to, plan.kv_heads
+        for mine, new in ((self.key, key), (self.value, value)):
+            yield partial(mine.index_copy_, 1, to, new[:, 0].index_select(1, kv_heads))
+        if padding is not None:
+            yield partial(self.padding.index_copy_, 1, to, padding.expand(-1, len(to)))
 
     def _writes(
         self, position: int | None, lengths: Tensor | None, key: Tensor, value: Tensor,
@@ -410,6 +481,14 @@ def _streams_of(rows: Tensor, start: int, slots: int, size: tuple[int, ...]) -> 
     return rows.as_strided(size, (whole, slots * row, row, unit), offset)
 
 
+def _batched(left: Tensor, right: Tensor) -> Tensor:
+    """The product of (B, S, n, k) and (B, S, k, m), without a copy for strides that do not fit."""
+    batch, streams = left.shape[:2]
+    dim = 0 if 0 < batch < streams else 1
+    products = [torch.bmm(*pair) for pair in zip(left.unbind(dim), right.unbind(dim), strict=True)]
+    return torch.stack(products, dim) if len(products) > 1 else products[0].unsqueeze(dim)
+
+
 def _take(x: Tensor, heads: slice | Tensor) -> Tensor:
     """Entries along dimension 1: a view where they are evenly spaced."""
     return x[:, heads] if isinstance(heads, slice) else x.index_select(1, heads)
@@ -421,3 +500,8 @@ def _index(numbers: list[int], device: torch.device) -> slice | Tensor:
     if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
         return slice(numbers[0], numbers[-1] + 1, step)
     return torch.tensor(numbers, device=device)
+
+
+def _numbers(index: slice | Tensor, size: int) -> list[int]:
+    """What `_index` was made of."""
+    return list(range(size)[index]) if isinstance(index, slice) else index.tolist()
