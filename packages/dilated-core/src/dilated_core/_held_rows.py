@@ -80,15 +80,17 @@ class Part(NamedTuple):
     """Held rows that one new row sees: the first slots of the streams of an offset.
 
     Attributes:
-        streams: those.
-        start, slots: where the first begins, and how far the next is.
+        heads, group: of the streams.
+        start, slots, streams: where the first begins, how far the next is, how many they are.
         held: rows of each.
         columns: theirs among all that the new row sees.
     """
 
-    streams: Streams
+    heads: slice | Tensor
+    group: int
     start: int
     slots: int
+    streams: int
     held: int
     columns: slice
 
@@ -166,19 +168,21 @@ class RowTable:
 
     def one_row(self, position: int, dtype: torch.dtype) -> OneRow:
         """What a row at a position sees and where it goes; kept for the next layers."""
-        if self._recent_row is not None and self._recent_row[0] == (position, dtype):
-            return self._recent_row[1]
+        kept = None if torch.compiler.is_compiling() else self._recent_row
+        if kept is not None and kept[0] == (position, dtype):
+            return kept[1]
         parts: list[Part] = []
         width, counts = 1, [0] * self.heads
         places: list[tuple[int, int]] = []
         for branch, streams, _, _ in self.meetings(position, 1):
             slots, slot = branch.slots, position % branch.segment_length // branch.dilation_rate
+            start, kv_heads = streams.rows.start, _numbers(streams.kv_heads, self.kv_heads)
+            count = len(kv_heads)
             if slot:
                 columns = slice(width, width + slot)
-                parts.append(Part(streams, streams.rows.start, slots, slot, columns))
+                parts.append(Part(streams.heads, streams.group, start, slots, count, slot, columns))
                 width = columns.stop
-            kv_heads = _numbers(streams.kv_heads, self.kv_heads)
-            places += zip(streams.rows[slot::slots], kv_heads, strict=True)
+            places += [(start + i * slots + slot, kv) for i, kv in enumerate(kv_heads)]
             for head in set(_numbers(streams.heads, self.heads)):
                 counts[head] += 1
         device = self.sizes.device
@@ -365,12 +369,12 @@ class HeldRows:
         seen[:, :, 0] = own
         for part in plan.parts:
             keys = self._rows_of(part, self.key[batch], dtype)
-            queries = _take(q, part.streams.heads).unflatten(1, (-1, part.streams.group))
+            queries = _take(q, part.heads).unflatten(1, (-1, part.group))
             found = _batched(queries, keys.transpose(2, 3)).mul_(scores.scale)
             if self.padded:
                 mask = self.padding[batch, part.start : part.start + part.held]
                 found.masked_fill_(mask[:, None, None], -math.inf)
-            seen[:, part.streams.heads, part.columns] = found.flatten(1, 2)
+            seen[:, part.heads, part.columns] = found.flatten(1, 2)
         weights = seen.softmax(-1)
         if plan.blind or self.padded or scores.key_padding_mask is not None:
             # A head that sees nothing weighs nothing.
@@ -378,13 +382,13 @@ class HeldRows:
         out = v.masked_fill((own == -math.inf)[..., None], 0.0) * weights[..., :1]
         for part in plan.parts:
             values = self._rows_of(part, self.value[batch], dtype)
-            share = weights[:, part.streams.heads, part.columns]
-            found = _batched(share.unflatten(1, (-1, part.streams.group)), values)
-            out[:, part.streams.heads] += found.flatten(1, 2)
+            share = weights[:, part.heads, part.columns]
+            found = _batched(share.unflatten(1, (-1, part.group)), values)
+            out[:, part.heads] += found.flatten(1, 2)
         return out[:, None]
 
     def _rows_of(self, part: Part, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        size = len(rows), len(part.streams.rows) // part.slots, part.held, rows.shape[2]
+        size = len(rows), part.streams, part.held, rows.shape[2]
         return _streams_of(rows, part.start, part.slots, size).to(dtype)
 
     @property

@@ -12,6 +12,7 @@ from dilated_core.extending import check_padding_mask
 from dilated_factory.configs.models import XPOS_MAX_SPAN, LongNetConfig
 from dilated_factory.errors import InputError
 from dilated_factory.models.longnet import LeftAligned, LongNetLM
+from dilated_factory.models.row_step import RowStep
 
 # Tokens of a prompt that go through the model at once.
 PREFILL_CHUNK = 65536
@@ -308,6 +309,7 @@ class _Cached(_Continuation):
         if not count:
             return
         self.caches = self.model.new_caches(self.tokens.shape[1] + count)
+        self.row_step = RowStep(self.model) if RowStep.can_serve(self.model) else None
         yield self._prefill
         first = 0
         if count - 1 >= _STEPS_WORTH_A_GRAPH and self._fits_a_graph():
@@ -350,6 +352,10 @@ class _Cached(_Continuation):
 
     def _advance(self) -> None:
         alive = self.alive.long() if len(self.stops) else None
+        if self.row_step is not None:
+            with torch.inference_mode():
+                self.take(self.row_step(self.last[:, None], self.caches, alive))
+            return
         state = self.model.hidden_states(self.last[:, None], caches=self.caches, lengths=alive)
         self.take(state[:, 0])
 

@@ -119,15 +119,18 @@ class FeedForward(nn.Module):
         return output
 
     def _inner(self, wide: Tensor) -> Tensor:
-        norm, activate = self.inner_norm, ACTIVATIONS[self.activation]
+        norm = self.inner_norm
         if self.activation == "gelu" and can_serve(wide):
             return gelu_norm(wide, norm.weight, norm.bias, norm.eps)
-        if self.float32_gelu and wide.dtype == torch.float64:
-            wide = activate(wide.float()).double()
-        else:
-            wide = activate(wide)
-        normed: Tensor = norm(wide)
+        normed: Tensor = norm(self.activated(wide))
         return normed
+
+    def activated(self, wide: Tensor) -> Tensor:
+        """The activation of what fc1 gives."""
+        activate = ACTIVATIONS[self.activation]
+        if self.float32_gelu and wide.dtype == torch.float64:
+            return activate(wide.float()).double()
+        return activate(wide)
 
 
 class DropPath(nn.Module):

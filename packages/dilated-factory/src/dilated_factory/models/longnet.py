@@ -73,7 +73,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
     @property
     def can_cache(self) -> bool:
         """Whether `new_caches` can make decoding state: the attention of all layers keeps it."""
-        attentions = [x.attention.attention for x in self._layers()]
+        attentions = [x.attention.attention for x in self.layers()]
         return all(isinstance(x, HeadAttention) and x.keeps_state for x in attentions)
 
     def new_caches(self, length: int | None = None) -> list[DecodingState]:
@@ -87,7 +87,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             ValueError: the attention was injected and keeps no decoding state.
         """
         caches = []
-        for block in self._layers():
+        for block in self.layers():
             attention = block.attention.attention
             if not isinstance(attention, HeadAttention) or not attention.keeps_state:
                 raise ValueError(

@@ -103,7 +103,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
                 f"Got {value!r}."
             )
         self._checkpointing = value
-        for block in self._layers():
+        for block in self.layers():
             block.recompute = None if isinstance(value, bool) else value
 
     def compile_blocks(self) -> None:
@@ -112,12 +112,12 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         It compiles one layer for all of them, once for each dtype and each of training and
         inference. Calls with caches are not compiled, and neither is a copy of the model.
         """
-        for block in self._layers():
+        for block in self.layers():
             block.compile_forward()
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, from torch's global random state."""
-        for block in self._layers():
+        for block in self.layers():
             block.reset_parameters()
         for norm in (self.embedding_norm, self.norm):
             if isinstance(norm, nn.LayerNorm):
@@ -186,16 +186,9 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
     ) -> Iterator[Tensor]:
         if caches is not None and len(caches) != len(self.blocks):
             raise ValueError(f"caches must be one a layer ({len(self.blocks)}). Got {len(caches)}.")
-        hidden = self._embed(inputs)
-        if self.config.positions in ("learned", "sinusoidal"):
-            counted = self._counted(hidden, positions, caches)
-            hidden, positions = hidden + self._place(counted).to(hidden.dtype), None
-        if self.embedding_norm is not None:
-            hidden = self.embedding_norm(hidden)
-        hidden = self.dropout(hidden)
+        hidden, table = self.entrance(inputs, positions, caches)
         yield hidden
-        options: dict[str, Any] = {"key_padding_mask": key_padding_mask}
-        options["positions"] = self._position_table(hidden, positions, caches)
+        options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "positions": table}
         if lengths is not None:
             options["lengths"] = lengths
         if cu_seqlens is not None:
@@ -209,7 +202,24 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
                 hidden = block(hidden, **options)
             yield hidden
 
-    def _layers(self) -> Iterator[TransformerLayer]:
+    def entrance(
+        self,
+        inputs: Tensor,
+        positions: Tensor | None,
+        caches: Sequence[DilatedKVCache] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What enters the first layer (B, N, E), and the positions that all layers are given."""
+        hidden = self._embed(inputs)
+        if self.config.positions in ("learned", "sinusoidal"):
+            counted = self._counted(hidden, positions, caches)
+            hidden, positions = hidden + self._place(counted).to(hidden.dtype), None
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
+        hidden = self.dropout(hidden)
+        return hidden, self._position_table(hidden, positions, caches)
+
+    def layers(self) -> Iterator[TransformerLayer]:
+        """The layers, first to last."""
         for block in self.blocks:
             assert isinstance(block, TransformerLayer)
             yield block
@@ -221,7 +231,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         caches: Sequence[DecodingState] | None,
     ) -> Tensor | None:
         """What the position embedding makes of positions, once for all layers."""
-        embedding = next(self._layers()).attention.position_embedding
+        embedding = next(self.layers()).attention.position_embedding
         if not isinstance(embedding, RotaryEmbedding):
             return positions
         return embedding.table(self._counted(hidden, positions, caches), hidden.dtype)
