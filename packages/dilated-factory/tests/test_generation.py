@@ -373,3 +373,69 @@ def test_no_chance_draws_what_cannot_be_drawn(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.3, -1.0, 2.0, -torch.inf, -torch.inf]])
     for chance, token in ((0.0, 0), (0.999, 2), (1.0, 2)):  # 1.0: the highest rounds to it
         assert generation.Draw()(logits, torch.tensor([chance], dtype=dtype)).item() == token
+
+
+@pytest.mark.parametrize("positions", ["rotary", "xpos", "none", "learned", "sinusoidal"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
+def test_no_tokens_give_no_logits(
+    positions: str, shape: tuple[int, int], tiny_model: LongNetConfig
+) -> None:
+    model = LongNetLM(tiny_model.model_copy(update={"positions": positions})).eval()
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    caches = model.new_caches()
+    logits = model(tokens)
+    assert logits.shape == (*shape, 256)
+    logits.sum().backward()
+    with torch.no_grad():
+        assert model(tokens, caches=caches).shape == (*shape, 256)
+    assert {cache.length for cache in caches} == {shape[1]}
+
+
+@pytest.mark.parametrize("first", [0, 5, 8, 16, 21])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_call_that_fails_in_any_layer_leaves_all_caches_where_they_were(
+    first: int, steps: int, ragged: bool, tiny_model: LongNetConfig
+) -> None:
+    torch.manual_seed(0)
+    model = LongNetLM(tiny_model, dtype=torch.float64).eval()
+    tokens = torch.randint(256, (2, 29))
+    caches = model.new_caches()
+    lengths = torch.tensor([first, max(first - 3, 0)]) if ragged else None
+    stop = first + steps
+    with torch.no_grad():
+        if first:
+            model.hidden_states(tokens[:, :first], caches=caches, lengths=lengths)
+        before = [cache.lengths.tolist() for cache in caches]
+        # Where the last layer, its feed-forward part, the last norm and the head are.
+        for part in (model.blocks[0].feed_forward, model.blocks[1], model.norm, model.head):
+            handle = part.register_forward_pre_hook(_fail)
+            with pytest.raises(MemoryError):
+                model(tokens[:, first:stop], caches=caches)
+            handle.remove()
+            assert [cache.lengths.tolist() for cache in caches] == before
+            with pytest.raises(ValueError, match=r"between 0 and|multiple of segment"):
+                caches[0].truncate(stop)
+        found = model(tokens[:, first:], caches=caches)
+        for row, real in enumerate(before[0] if before[0] else [0, 0]):
+            whole = torch.cat([tokens[row, :real], tokens[row, first:]])[None]
+            expected = model(whole)[0, real:]
+            torch.testing.assert_close(found[row], expected, rtol=1e-10, atol=1e-12)
+
+
+def _fail(*_: object) -> None:
+    raise MemoryError
+
+
+def test_a_call_that_failed_takes_no_row_that_is_gone_for_held(tiny_model: LongNetConfig) -> None:
+    model = LongNetLM(tiny_model).eval()
+    caches = model.new_caches()
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.int64), caches=caches)
+        handle = model.norm.register_forward_pre_hook(_fail)
+        with pytest.raises(MemoryError):
+            model(torch.zeros(1, 1, dtype=torch.int64), caches=caches)
+        handle.remove()
+    # The row that failed took the place of the first one of the segment before.
+    with pytest.raises(ValueError, match="no longer held"):
+        caches[0].truncate(7)

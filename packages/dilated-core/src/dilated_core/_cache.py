@@ -6,6 +6,7 @@ long the context is: bytes go with the sum of w / r.
 B batch, L new rows, H query heads, H_kv key heads, D head_dim.
 """
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -229,6 +230,53 @@ class DilatedKVCache:
         # Where the length is still that of the truncation, nothing was appended since.
         cut, before = (x.tolist() for x in self._cut)
         return [b if n == c else n for n, c, b in zip(now, cut, before, strict=True)]
+
+    def bookmark(self, count: int) -> Callable[[], None]:
+        """What brings the cache back to where it is now, for calls over several layers that fail.
+
+        Not within a CUDA graph.
+
+        Args:
+            count: at most so many rows are appended meanwhile.
+
+        Returns:
+            A function to call at most once, and before anything but `attend`.
+        """
+        held, position, cut = self._held, self._position, self._cut
+        if held is None:
+            return self._forget
+        if _in_graph(held.key.device):
+            return lambda: None
+        # Rows that a later segment's take the place of are lost but for a copy.
+        kept = None
+        if count > 1 and (
+            position is None
+            or any(
+                position % w and position // w != (position + count - 1) // w
+                for w in self.pattern.segment_lengths
+            )
+        ):
+            kept = held.padded, [x.clone() for x in held.tensors]
+        lengths = (
+            held.lengths.clone() if position is None else torch.full_like(held.lengths, position)
+        )
+
+        def back() -> None:
+            if kept is None:
+                seen = torch.tensor(self._seen(lengths.tolist()))
+                self._cut = lengths.cpu(), torch.maximum(held.lengths.cpu(), seen)
+                held.lengths.copy_(lengths)
+            else:
+                held.padded, tensors = kept
+                for mine, old in zip(held.tensors, tensors, strict=True):
+                    mine.copy_(old)
+                self._cut = cut
+            self._position = position
+
+        return back
+
+    def _forget(self) -> None:
+        self._held, self._position, self._cut = None, 0, None
 
     def reset(self) -> None:
         """Forget everything, and keep the memory for the next sequence of the same shape."""

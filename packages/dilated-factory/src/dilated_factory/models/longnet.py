@@ -3,7 +3,7 @@
 # Shapes: B batch, N length, E embed_dim, V vocab_size.
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.models.head_loss import IGNORED, head_loss
 from dilated_factory.models.layers import TransformerDecoderLayer
 from dilated_factory.models.stack import LongNetStack
+
+ResultT = TypeVar("ResultT")
 
 
 class LeftAligned:
@@ -112,8 +114,8 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         With ``lengths``, (B,) int64, only so many tokens of a row are real, the first, and go into
         the caches, which must be given; the mask then moves no row.
         """
-        return self._normed(
-            tokens, key_padding_mask=key_padding_mask, positions=positions, caches=caches,
+        return _or_nothing(
+            tokens, caches, self._normed, key_padding_mask=key_padding_mask, positions=positions,
             lengths=lengths, cu_seqlens=cu_seqlens,
         )  # fmt: skip
 
@@ -129,10 +131,10 @@ class LongNetLM(LongNetStack[LongNetConfig]):
 
         None of them has gone through the last norm; arguments as in `forward`.
         """
-        states, back = self._placed(
-            inputs, key_padding_mask=key_padding_mask, positions=positions, caches=caches
-        )
-        return [back(state) for state in states]
+        return _or_nothing(
+            inputs, caches, self._all_states, key_padding_mask=key_padding_mask,
+            positions=positions,
+        )  # fmt: skip
 
     def _placed(
         self, inputs: Tensor, **options: Any
@@ -189,17 +191,20 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             cu_seqlens: (S + 1,) int32 or int64, 0 and then the end of each of S documents that the
                 tokens (1, N) are; each gives what it gives alone. Over ranks the ends are those of
                 the whole sequence, and positions must be given: `local_positions` makes them.
-            caches: of `new_caches`; the tokens follow those in them, and are added.
+            caches: of `new_caches`; the tokens follow those in them, and are added, in all or,
+                where the call fails, in none.
 
         Raises:
             ValueError: ``tokens`` is not (B, N), or the caches are not one a layer.
             TypeError: ``tokens`` is not int64.
         """
-        hidden = self.hidden_states(
-            tokens, key_padding_mask=key_padding_mask, positions=positions, cu_seqlens=cu_seqlens,
-            caches=caches,
+        return _or_nothing(
+            tokens, caches, self._logits, key_padding_mask=key_padding_mask, positions=positions,
+            cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        logits: Tensor = self.head(hidden)
+
+    def _logits(self, tokens: Tensor, **options: Any) -> Tensor:
+        logits: Tensor = self.head(self._normed(tokens, **options))
         return logits
 
     def loss(
@@ -260,6 +265,25 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         count, ranks = _count_targets(targets, group)
         total = head_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten())
         return total * ranks / count
+
+
+def _or_nothing(
+    inputs: Tensor,
+    caches: Sequence[DilatedKVCache] | None,
+    compute: Callable[..., ResultT],
+    **options: Any,
+) -> ResultT:
+    """Compute with caches, which a failure leaves where they were."""
+    backs: list[Callable[[], None]] = []
+    if caches is not None and not torch.compiler.is_compiling():
+        count = inputs.shape[1] if inputs.ndim > 1 else 0
+        backs = [x.bookmark(count) for x in caches if isinstance(x, DilatedKVCache)]
+    try:
+        return compute(inputs, caches=caches, **options)
+    except BaseException:
+        for back in backs:
+            back()
+        raise
 
 
 def _count_targets(

@@ -205,11 +205,14 @@ def _cosine_and_sine(turns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def _turn(features: Tensor, table: Tensor) -> Tensor:
     """Turn the feature pairs of (B, N, H, D) by cosines and sines ([B,] N, D / 2, 2)."""
     wide = features.to(torch.promote_types(features.dtype, table.dtype))
-    pairs, factors = wide.reshape(*wide.shape[:-1], -1, 2), table.unsqueeze(-3)
+    pairs: Tensor = wide.unflatten(-1, (-1, 2))
+    factors = table.unsqueeze(-3)
     if torch.compiler.is_compiling():
         # By flips, since a compiler fuses no halves that are put together.
         signs = torch.arange(-1, 2, 2, device=table.device)
         turned = pairs * factors[..., :1] + pairs.flip(-1) * (factors[..., 1:] * signs)
+    elif not features.numel():
+        turned = pairs  # complex numbers need a last stride of 1, which no rows may not have
     else:
         # One pass over memory, where nothing fuses the many of the line above.
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(factors))

@@ -159,7 +159,10 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
 
         None of them has gone through the last norm; arguments as in `forward`.
         """
-        states, back = self._placed(inputs, key_padding_mask=key_padding_mask, positions=positions)
+        return self._all_states(inputs, key_padding_mask=key_padding_mask, positions=positions)
+
+    def _all_states(self, inputs: Tensor, **options: Any) -> list[Tensor]:
+        states, back = self._placed(inputs, **options)
         return [back(state) for state in states]
 
     def _normed(self, inputs: Tensor, **options: Any) -> Tensor:
