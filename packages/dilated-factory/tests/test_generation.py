@@ -439,3 +439,23 @@ def test_a_call_that_failed_takes_no_row_that_is_gone_for_held(tiny_model: LongN
     # The row that failed took the place of the first one of the segment before.
     with pytest.raises(ValueError, match="no longer held"):
         caches[0].truncate(7)
+
+
+@pytest.mark.parametrize("first", [0, 9])
+def test_a_call_that_fails_leaves_caches_of_layouts_where_they_were(first: int) -> None:
+    sparse = pytest.importorskip("dilated_sparse", reason="dilated-sparse is not installed")
+    layout = sparse.layouts.sliding_window(16, window=4, block_size=2).causal()
+    config = LongNetConfig(embed_dim=16, num_heads=2, num_layers=2, context=16)
+    model = LongNetLM(config, attention=lambda: sparse.BlockSparseAttention(layout)).double()
+    model.eval()
+    tokens, caches = torch.randint(256, (2, 14)), model.new_caches(14)
+    with torch.no_grad():
+        if first:
+            model(tokens[:, :first], caches=caches)
+        handle = model.norm.register_forward_pre_hook(_fail)
+        with pytest.raises(MemoryError):
+            model(tokens[:, first:], caches=caches)
+        handle.remove()
+        assert {cache.length for cache in caches} == {first}
+        found, expected = model(tokens[:, first:], caches=caches), model(tokens)[:, first:]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -83,6 +83,10 @@ class DecodingState(Protocol):
         """Forget everything."""
         ...
 
+    def bookmark(self, count: int) -> Callable[[], None]:
+        """What brings it back to where it is now, before `count` rows are appended."""
+        ...
+
 
 @runtime_checkable
 class PositionEmbedding(Protocol):

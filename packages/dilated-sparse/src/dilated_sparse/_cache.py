@@ -4,6 +4,7 @@ B batch, L new rows, H query heads, H_kv key heads, D head_dim, S slots, b block
 """
 
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import cast
 
@@ -74,9 +75,7 @@ class BlockSparseKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows held: 0 before the first call, then constant."""
-        if self._keys is None:
-            return 0
-        return sum(x.nbytes for x in (self._keys, self._values, self._padded, self._positions))
+        return sum(x.nbytes for x in self._held() or ())
 
     def next_positions(self, count: int, device: torch.device) -> Tensor:
         """Positions of the next rows: (count,) int64, or (B, count) where batch rows differ."""
@@ -191,6 +190,29 @@ class BlockSparseKVCache:
         self._lengths = [0] * len(self._lengths)
         if self._keys is not None:
             self._positions.fill_(-1)
+
+    def bookmark(self, count: int) -> Callable[[], None]:
+        """What brings the cache back to where it is now, for calls over several layers that fail.
+
+        Args:
+            count: rows that are appended meanwhile; whatever it is, all that is held is copied.
+        """
+        lengths, held = self._lengths, self._held()
+        kept = None if held is None else [x.clone() for x in held]
+
+        def back() -> None:
+            self._lengths = lengths
+            if kept is None:
+                self._keys = None
+            else:
+                self._keys, self._values, self._padded, self._positions = kept
+
+        return back
+
+    def _held(self) -> tuple[Tensor, ...] | None:
+        if self._keys is None:
+            return None
+        return self._keys, self._values, self._padded, self._positions
 
     def _check_fits(self, key: Tensor) -> None:
         if self._keys is None:

@@ -269,7 +269,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
 
 def _or_nothing(
     inputs: Tensor,
-    caches: Sequence[DilatedKVCache] | None,
+    caches: Sequence[DecodingState] | None,
     compute: Callable[..., ResultT],
     **options: Any,
 ) -> ResultT:
@@ -277,7 +277,7 @@ def _or_nothing(
     backs: list[Callable[[], None]] = []
     if caches is not None and not torch.compiler.is_compiling():
         count = inputs.shape[1] if inputs.ndim > 1 else 0
-        backs = [x.bookmark(count) for x in caches if isinstance(x, DilatedKVCache)]
+        backs = [cache.bookmark(count) for cache in caches]
     try:
         return compute(inputs, caches=caches, **options)
     except BaseException:

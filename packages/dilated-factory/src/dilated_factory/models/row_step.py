@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_core import DilatedAttention, DilatedKVCache, MultiheadDilatedAttention
+from dilated_core import DilatedAttention, MultiheadDilatedAttention
+from dilated_core.interfaces import DecodingState
 from dilated_factory.models.layers import (
     DropPath,
     FeedForward,
@@ -57,7 +58,7 @@ class RowStep:
         )
 
     def __call__(
-        self, tokens: Tensor, caches: Sequence[DilatedKVCache], lengths: Tensor | None
+        self, tokens: Tensor, caches: Sequence[DecodingState], lengths: Tensor | None
     ) -> Tensor:
         """States after the last norm (B, E) of tokens (B, 1) that follow those in the caches."""
         hidden, table = self.model.entrance(tokens, None, caches)

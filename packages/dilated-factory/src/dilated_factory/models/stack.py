@@ -209,7 +209,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         self,
         inputs: Tensor,
         positions: Tensor | None,
-        caches: Sequence[DilatedKVCache] | None,
+        caches: Sequence[DecodingState] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """What enters the first layer (B, N, E), and the positions that all layers are given."""
         hidden = self._embed(inputs)
