@@ -15,7 +15,7 @@ from dilated_core import _attend, _row_attention, _triton
 from dilated_core._branches import Branches
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial, accumulate_dtype, merge_
-from dilated_core._schedules.packed import DilatedRows, count_packed, pack
+from dilated_core._schedules.packed import DilatedRows, count_packed, count_pairs, pack
 from dilated_core._schedules.runs import HeadStride, RowRuns, Task, TaskList
 from dilated_core._torch.engine import Stretch, attend_wide, backward_wide, unit_stride
 from dilated_core._torch.rows import grouped, views_of
@@ -71,6 +71,17 @@ class DilatedSpans:
             is_causal: whether the keys after each query are hidden.
         """
         return count_packed(self.pattern, queries, keys, heads, kv_heads, is_causal)
+
+    def pair_counts(self, queries: Tensor, keys: Tensor, heads: int, *, is_causal: bool) -> Tensor:
+        """How many pairs of a query and a key are attended, between neighbouring edges: (Q, K).
+
+        Args:
+            queries: the edges of Q spans, rising int64 (Q + 1,).
+            keys: those of K spans (K + 1,).
+            heads: query heads.
+            is_causal: whether the keys after each query are hidden.
+        """
+        return count_pairs(self.pattern, queries, keys, heads, is_causal)
 
     def cliques(
         self, length: int, shard: int, heads: int, *, is_causal: bool

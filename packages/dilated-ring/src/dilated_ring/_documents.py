@@ -263,6 +263,24 @@ class DocumentSpans:
         )
         return DocumentRows(rows if rows.count else None, number, seen.rows.start)
 
+    def pair_counts(self, queries: Tensor, keys: Tensor, heads: int, *, is_causal: bool) -> Tensor:
+        """How many pairs are attended between neighbouring edges: those of each document."""
+        found = queries.new_zeros(len(queries) - 1, len(keys) - 1)
+        rows, columns = queries.tolist(), keys.tolist()
+        for begin, end in pairwise(self.documents.ends):
+            if begin == end:
+                continue
+            here, there = (
+                slice(bisect_right(edges, begin) - 1, bisect_left(edges, end))
+                for edges in (rows, columns)
+            )
+            edges = (
+                x[at.start : at.stop + 1].clamp(begin, end) - begin
+                for x, at in ((queries, here), (keys, there))
+            )
+            found[here, there] += self.inner.pair_counts(*edges, heads, is_causal=is_causal)
+        return found
+
     def cliques(self, length: int, shard: int, heads: int, *, is_causal: bool) -> None:
         """Segments of documents begin anywhere, so they are no cliques of whole shards."""
         return

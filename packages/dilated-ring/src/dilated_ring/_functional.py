@@ -16,12 +16,17 @@ from dilated_ring._documents import summary, whole_pattern
 from dilated_ring._exchange import Rows
 from dilated_ring._faults import Call
 from dilated_ring._heads import HeadsJob
+from dilated_ring._lending import LendJob
+from dilated_ring._loans import cannot_lend, make_ledger
 from dilated_ring._nodes import NodeRows
 from dilated_ring._routes import Problem, gather_routes, ring_routes
 from dilated_ring._strategy import STRATEGIES, Strategy, check_strategy, choose_strategy
 from dilated_ring._topology import Ring, find_ring
 from dilated_ring._trade import make_trade, obstacle
 from dilated_ring._uncompiled import uncompiled
+
+
+_OBSTACLES = {"heads": obstacle, "lend": cannot_lend}
 
 
 class _Given(NamedTuple):
@@ -88,9 +93,11 @@ def ring_attention(
         return_lse: also return the log-sum-exp.
         strategy: how rows travel: "gather" (all in one exchange), "heads" (ranks trade rows for
             heads, and back), "ring" (an exchange for each distance between ranks, two in memory
-            at a time) or "auto": in a mesh of two dimensions "gather"; else "heads" where it moves
-            at most half of what "gather" does; else "gather", or "ring" where the rows that arrive
-            would take more memory than query, key, value and output of the rank.
+            at a time), "lend" (as "gather", but ranks with less to do attend queries of others to
+            their own keys) or "auto": in a mesh of two dimensions "gather"; else "heads" where it
+            moves at most half of what "gather" does; else "lend" where ranks would be uneven and
+            it pays; else "gather", or "ring" where the rows that arrive would take more memory
+            than query, key, value and output of the rank.
         validate: compare what decides which rows travel in each forward and backward, and all else
             in the "first" call of a group or "always"; or nothing ("off"), which is for ranks
             that cannot differ: rows that do not fit then end processes, or are wrong.
@@ -145,9 +152,10 @@ def _check(ring: Ring, given: _Given) -> Scores:
         raise ValueError(f"key must have query's length {n}. Got {key.shape[1]}.")
     pattern = whole_pattern(given.pattern, query, given.cu_seqlens, n * ring.world_size)
     pattern.spans.check(n * ring.world_size, n, query.shape[2])
-    if given.strategy == "heads":
+    if given.strategy in _OBSTACLES:
         problem = _problem(ring, query, key, pattern, scores)
-        pick("strategy", "heads", STRATEGIES, {}, {"heads": obstacle(problem)})
+        obstacles = {given.strategy: _OBSTACLES[given.strategy](problem)}
+        pick("strategy", given.strategy, STRATEGIES, {}, obstacles)
     return scores
 
 
@@ -226,6 +234,9 @@ def _job(
     kind = given.pattern.code, strategy  # documents change from call to call
     if strategy == "heads":
         return HeadsJob(call, ring, make_trade(problem, ring.rank), buffers, kind, agreed)
+    if strategy == "lend":
+        ledger = make_ledger(problem, ring.rank)
+        return LendJob(pattern.spans, call, ring, ledger, buffers, kind, agreed)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     keeps = trains and strategy == "gather"
     rounds = _rounds(problem, ring.rank, ring.node_size, strategy)

@@ -124,6 +124,30 @@ class LayoutSpans:
         """The blocks of a span of keys that a span of queries, which it does not meet, sees."""
         return _pack(self.layout, queries, keys, kv_heads, is_causal)
 
+    @property
+    def grain(self) -> int:
+        """Spans begin and end at its multiples."""
+        return self.layout.block_size
+
+    def pair_counts(self, queries: Tensor, keys: Tensor, heads: int, *, is_causal: bool) -> Tensor:
+        """How many pairs are attended between neighbouring edges, by whole blocks: int64 (Q, K).
+
+        Args:
+            queries: the edges of Q spans, rising int64 (Q + 1,), multiples of `grain`.
+            keys: those of K spans (K + 1,).
+            heads: query heads.
+            is_causal: whether the keys after each query are hidden.
+        """
+        layout = _causal(self.layout) if is_causal else self.layout
+        b, runs = layout.block_size, layout.runs
+        row, first, count = (x.cpu().long() for x in (runs.row, runs.column, runs.count))
+        edges = keys // b
+        stop = torch.minimum((first + count)[:, None], edges[1:])
+        each = (stop - torch.maximum(first[:, None], edges[:-1])).clamp(min=0)
+        span = torch.searchsorted(queries // b, row % max(1, layout.grid.rows), right=True) - 1
+        found = each.new_zeros(len(queries) - 1, len(keys) - 1).index_add_(0, span, each)
+        return found * (b * b * (heads // layout.heads))
+
     def cliques(self, length: int, shard: int, heads: int, *, is_causal: bool) -> None:
         """Blocks are no cliques."""
         return
