@@ -25,7 +25,6 @@ from dilated_ring._topology import Ring, find_ring
 from dilated_ring._trade import make_trade, obstacle
 from dilated_ring._uncompiled import uncompiled
 
-
 _OBSTACLES = {"heads": obstacle, "lend": cannot_lend}
 
 

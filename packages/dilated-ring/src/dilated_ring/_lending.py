@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dilated_core import Partial
 from dilated_core.extending import Upstream, accumulate_dtype, merge_, remembered
@@ -78,13 +79,11 @@ class LendJob:
         (foreign, masks), (queries, _) = kept
         rows, own_rows = _rows(ledger)
         with open_wire(self, query, keys, "backward") as wire:
-            # What the gradient of a score subtracts; a helper needs no output of all keys for it.
-            delta = (grad_out.to(dtype) * total.out.to(dtype)).sum(-1)
-            if grad_lse is not None:
-                delta = delta - grad_lse.transpose(1, 2)
-            numbers = torch.stack([total.lse.transpose(1, 2), delta], -1)
-            step = "exchange of gradients of results"
-            arrive = [self._lend(wire, x, step) for x in (grad_out, numbers)]
+            # Some ranks may have a gradient of lse, and others none: all send one.
+            at_lse = torch.zeros_like(total.lse) if grad_lse is None else grad_lse.to(dtype)
+            numbers = torch.stack([total.lse.transpose(1, 2), at_lse.transpose(1, 2)], -1)
+            step = "exchange of results and their gradients"
+            arrive = [self._lend(wire, x, step) for x in (total.out, grad_out, numbers)]
             wire.call.step = "gradients of keys of other ranks"
             message = wire.leases.empty(tuple(foreign.shape), dtype)
             adds: list[tuple[slice, Callable[[Tensor], None]]] = []
@@ -103,17 +102,17 @@ class LendJob:
             )
             for own, add in adds:
                 add(dq[:, own])
-            grads, numbers = (wait() for wait in arrive)
+            results, grads, numbers = (wait() for wait in arrive)
             wire.call.step = "gradients of lent queries"
             home = torch.empty_like(queries, dtype=dtype)
             for (span, here, helped), index in zip(ledger.helped, own_rows, strict=True):
-                q, do = (x[here].transpose(0, 1) for x in (queries, grads))
-                lse, shift = (x.permute(1, 2, 0) for x in numbers[here].unbind(-1))
+                q, out, do = (x[here].transpose(0, 1) for x in (queries, results, grads))
+                lse, at_lse = (x.permute(1, 2, 0) for x in numbers[here].unbind(-1))
                 to_keys = wire.leases.empty((helped.count, len(do), 2, q.shape[3]), dtype)
                 to_queries = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
                 self.spans.attend_packed_backward(
-                    replace(self.call, queries=span), do, -shift, q, _packed(keys, index),
-                    [helped], Partial(torch.zeros_like(to_queries), lse), unpack(to_keys),
+                    replace(self.call, queries=span), do, _any(at_lse), q, _packed(keys, index),
+                    [helped], Partial(out, lse), unpack(to_keys),
                 )(to_queries)  # fmt: skip
                 home[here] = to_queries.transpose(0, 1)
                 index.add(to_keys, dk, dv)
@@ -166,6 +165,12 @@ def _packed(keys: KeyRows, index: Index) -> KeyRows:
     pack(message, keys, row, head)
     padding = None if keys.padding is None else keys.padding[:, row].T
     return unpack(message, padding)
+
+
+def _any(grad_lse: Tensor) -> Tensor | None:
+    """None where it is zero, on CPUs, whose fused attention has no such gradient."""
+    known = grad_lse.device.type == "cpu" and not isinstance(grad_lse, FakeTensor)
+    return None if known and not grad_lse.any() else grad_lse
 
 
 def _slice(keys: KeyRows, here: slice) -> KeyRows:

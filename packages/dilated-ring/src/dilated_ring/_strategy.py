@@ -11,7 +11,7 @@ from dilated_ring._trade import make_trade, obstacle
 Strategy = Literal["auto", "gather", "heads", "lend", "ring"]
 # Of the mean work of the ranks and the largest.
 _EVEN = 0.9
-# A query that is lent travels, and so do its output and the gradients of both: four vectors.
+# A query that is lent travels, and so do results and gradients: five vectors in all.
 _KEYS_EACH = 256
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)[1:]
 
