@@ -24,7 +24,7 @@ sizes = st.integers(1, 2**20)
 shares = st.floats(0, 0.999)
 counts = st.integers(0, 2**20)
 scales = st.none() | st.floats(-1e6, 1e6)
-strategies = st.sampled_from(["auto", "gather", "heads", "ring"])
+strategies = st.sampled_from(["auto", "gather", "heads", "lend", "ring"])
 validations = st.sampled_from(["first", "always", "off"])
 
 LAYOUTS: dict[type[FrozenConfig], dict[str, st.SearchStrategy[Any]]] = {

@@ -274,11 +274,13 @@ class DocumentSpans:
                 slice(bisect_right(edges, begin) - 1, bisect_left(edges, end))
                 for edges in (rows, columns)
             )
-            edges = (
+            seeing, seen = (
                 x[at.start : at.stop + 1].clamp(begin, end) - begin
                 for x, at in ((queries, here), (keys, there))
             )
-            found[here, there] += self.inner.pair_counts(*edges, heads, is_causal=is_causal)
+            found[here, there] += self.documents.pattern.spans.pair_counts(
+                seeing, seen, heads, is_causal=is_causal
+            )
         return found
 
     def cliques(self, length: int, shard: int, heads: int, *, is_causal: bool) -> None:

@@ -1,6 +1,6 @@
 """The public function: check on all ranks, pick a strategy, compute."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from dilated_ring._topology import Ring, find_ring
 from dilated_ring._trade import make_trade, obstacle
 from dilated_ring._uncompiled import uncompiled
 
-_OBSTACLES = {"heads": obstacle, "lend": cannot_lend}
+_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"heads": obstacle, "lend": cannot_lend}
 
 
 class _Given(NamedTuple):
@@ -153,8 +153,9 @@ def _check(ring: Ring, given: _Given) -> Scores:
     pattern.spans.check(n * ring.world_size, n, query.shape[2])
     if given.strategy in _OBSTACLES:
         problem = _problem(ring, query, key, pattern, scores)
-        obstacles = {given.strategy: _OBSTACLES[given.strategy](problem)}
-        pick("strategy", given.strategy, STRATEGIES, {}, obstacles)
+        name: str = given.strategy
+        obstacles = {name: _OBSTACLES[name](problem)}
+        pick("strategy", name, STRATEGIES, {}, obstacles)
     return scores
 
 

@@ -80,8 +80,8 @@ class LendJob:
         rows, own_rows = _rows(ledger)
         with open_wire(self, query, keys, "backward") as wire:
             # Some ranks may have a gradient of lse, and others none: all send one.
-            at_lse = torch.zeros_like(total.lse) if grad_lse is None else grad_lse.to(dtype)
-            numbers = torch.stack([total.lse.transpose(1, 2), at_lse.transpose(1, 2)], -1)
+            shift = torch.zeros_like(total.lse) if grad_lse is None else grad_lse.to(dtype)
+            numbers = torch.stack([total.lse.transpose(1, 2), shift.transpose(1, 2)], -1)
             step = "exchange of results and their gradients"
             arrive = [self._lend(wire, x, step) for x in (total.out, grad_out, numbers)]
             wire.call.step = "gradients of keys of other ranks"
@@ -104,20 +104,20 @@ class LendJob:
                 add(dq[:, own])
             results, grads, numbers = (wait() for wait in arrive)
             wire.call.step = "gradients of lent queries"
-            home = torch.empty_like(queries, dtype=dtype)
+            to_owners = torch.empty_like(queries, dtype=dtype)
             for (span, here, helped), index in zip(ledger.helped, own_rows, strict=True):
                 q, out, do = (x[here].transpose(0, 1) for x in (queries, results, grads))
-                lse, at_lse = (x.permute(1, 2, 0) for x in numbers[here].unbind(-1))
+                lse, shift = (x.permute(1, 2, 0) for x in numbers[here].unbind(-1))
                 to_keys = wire.leases.empty((helped.count, len(do), 2, q.shape[3]), dtype)
                 to_queries = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
                 self.spans.attend_packed_backward(
-                    replace(self.call, queries=span), do, _any(at_lse), q, _packed(keys, index),
+                    replace(self.call, queries=span), do, _any(shift), q, _packed(keys, index),
                     [helped], Partial(out, lse), unpack(to_keys),
                 )(to_queries)  # fmt: skip
-                home[here] = to_queries.transpose(0, 1)
+                to_owners[here] = to_queries.transpose(0, 1)
                 index.add(to_keys, dk, dv)
                 wire.leases.release(to_keys)
-            returned = self._return(wire, home, "return of gradients of queries")
+            returned = self._return(wire, to_owners, "return of gradients of queries")
             landed = flight.wait("return of gradients")
             rows.land(landed.rows, dk, dv)
             landed.release()

@@ -54,6 +54,10 @@ class Loans(NamedTuple):
         moved = sum(max(0, a - b) for a, b in zip(self.alone, self.shared, strict=True))
         return moved / max(1, sum(len(loan.queries) for loan in self.loans))
 
+    def rows_helped(self, rank: int) -> int:
+        """Query rows that a rank is lent."""
+        return sum(len(loan.queries) for loan in self.loans if loan.helper == rank)
+
 
 def balance(work: Sequence[int]) -> float:
     """The mean over the largest."""
@@ -78,10 +82,12 @@ def find_loans(problem: Problem) -> Loans:
     if not problem.shard:
         return Loans((), *((0,) * len(ranks),) * 2)
     spans = problem.pattern.spans
+    count = getattr(spans, "pair_counts", None)
+    assert count is not None  # as cannot_lend says
     grain = getattr(spans, "grain", 1)
     cuts = sorted({problem.shard * cut // _CUTS // grain * grain for cut in range(_CUTS)})
     edges = torch.tensor([problem.span(rank).start + cut for rank in ranks for cut in cuts])
-    pairs = spans.pair_counts(  # type: ignore[attr-defined]  # not every pattern can: cannot_lend
+    pairs = count(
         torch.cat([edges, torch.tensor([problem.length])]),
         torch.arange(problem.world_size + 1) * problem.shard,
         problem.heads,
@@ -157,6 +163,7 @@ class Ledger:
         rests: what its other queries attend of other ranks, those that see the same ones at once.
         received, sent: query rows from, and to, each rank.
         route: keys for the queries that are not lent.
+        heads: query heads.
     """
 
     helped: tuple[Helped, ...]
@@ -165,6 +172,12 @@ class Ledger:
     received: list[int]
     sent: list[int]
     route: Route
+    heads: int
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of head_dim that arrive before the attention: queries, keys and values."""
+        return 2 * self.route.rows_received + sum(self.received) * self.heads
 
 
 @remembered(64)
@@ -185,7 +198,7 @@ def make_ledger(problem: Problem, rank: int) -> Ledger:
               for loan, rows in zip(helped, _slices(helped), strict=True)),
         tuple(Lent(slice(loan.queries.start - own.start, len(own)), rows)
               for loan, rows in zip(lent, _slices(lent), strict=True)),
-        tuple(_rests(problem, rank, loans, route)), received, sent, route,
+        tuple(_rests(problem, rank, loans, route)), received, sent, route, problem.heads,
     )  # fmt: skip
 
 

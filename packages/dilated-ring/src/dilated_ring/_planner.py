@@ -13,6 +13,7 @@ from dilated_core import Branch, DilatedPattern
 from dilated_core.extending import accumulate_dtype
 from dilated_core.interfaces import AttentionPattern, PackedRows
 from dilated_ring._documents import Documents, read_documents
+from dilated_ring._loans import Ledger, balance, cannot_lend, find_loans, make_ledger
 from dilated_ring._nodes import NodeRoutes
 from dilated_ring._routes import Problem, gather_routes, hops, ring_routes, row_counts
 from dilated_ring._strategy import Strategy, check_strategy, choose_strategy
@@ -96,12 +97,15 @@ class Plan:
         shard: rows of each rank.
         strategy: how rows travel.
         reason: why.
-        branches: the branches of a DilatedPattern, and the bytes that each moves; else none.
+        branches: the branches of a DilatedPattern, and the bytes that each moves; else none, as
+            with "lend", where all branches share the queries that travel.
         traffic: bytes that all rows move.
         across: the part of `traffic` that comes from other nodes.
         memory: bytes that the rank holds.
-        flops: floating-point operations of this rank's forward; the mean over ranks if not causal;
-            None, as are the times, of a pattern other than DilatedPattern.
+        balance: pairs of a query and a key that ranks attend, the mean over the largest; None with
+            "heads", or where the pattern cannot count them or the ranks are more than 64.
+        flops: floating-point operations of this rank's forward; the mean over ranks if not causal,
+            unless queries are lent; None, as are the times, of a pattern other than DilatedPattern.
         forward: predicted time of a forward, or None.
         backward: predicted time of a backward, or None.
     """
@@ -114,6 +118,7 @@ class Plan:
     traffic: Traffic
     across: Traffic
     memory: Memory
+    balance: float | None
     flops: int | None
     forward: Seconds | None
     backward: Seconds | None
@@ -203,15 +208,22 @@ def plan(
     costs = _Costs(rank, size, batch, head_dim, dtype.itemsize, accumulate_dtype(dtype).itemsize)
     inside, across = costs.traffic(problem, picked)
     flops: int | None = None
+    even = None
+    if picked != "heads" and cannot_lend(problem) is None:
+        loans = find_loans(problem)
+        even = balance(loans.shared if picked == "lend" else loans.alone)
     times: list[Seconds] = []
     branches: list[tuple[Branch, Traffic]] = []
     if isinstance(pattern, DilatedPattern):
-        for branch, alone in _by_branch(pattern, problem):
+        for branch, alone in _by_branch(pattern, problem) if picked != "lend" else ():
             # Segments that divide the shards need nothing from other ranks.
             travels = documents is not None or shard % branch[0]
             parts = costs.traffic(alone, picked) if travels else (_NOTHING, _NOTHING)
             branches.append((branch, parts[0] + parts[1]))
-        flops = batch * _flops(pattern, problem, documents, rank, head_dim)
+        if picked == "lend":
+            flops = batch * 4 * head_dim * find_loans(problem).shared[rank]
+        else:
+            flops = batch * _flops(pattern, problem, documents, rank, head_dim)
         local = min(flops, batch * pattern.flops(shard, heads, head_dim, is_causal=is_causal))
         passes = (
             (1.0, inside.forward, across.forward, False),
@@ -225,7 +237,7 @@ def plan(
             times.append(_seconds(flops / rate, local / rate, beside, after))
     return Plan(
         rank, shard, picked, choice.reason, tuple(branches), inside + across, across,
-        costs.memory(problem, picked), flops, *(times or (None, None)),
+        costs.memory(problem, picked), even, flops, *(times or (None, None)),
     )  # fmt: skip
 
 
@@ -270,6 +282,9 @@ class _Costs:
         if strategy == "heads":
             trade = make_trade(problem, self.rank)
             return self._trade_traffic(trade, near=True), self._trade_traffic(trade, near=False)
+        if strategy == "lend":
+            ledger = make_ledger(problem, self.rank)
+            return self._lend_traffic(ledger, near=True), self._lend_traffic(ledger, near=False)
         if self._in_two_steps(problem, strategy):
             return self._node_traffic(NodeRoutes.of(problem, self.rank, self.node_size))
         # Bytes are the same in one exchange and in many.
@@ -295,7 +310,7 @@ class _Costs:
         if self._in_two_steps(problem, strategy):
             return (near, far) if home else (far, near)
         # In a trade all links are busy at once; the hops of a ring follow each other.
-        return max(near, far) if strategy == "heads" else near + far, 0.0
+        return max(near, far) if strategy in ("heads", "lend") else near + far, 0.0
 
     def memory(self, problem: Problem, strategy: Strategy) -> Memory:
         """What the rank holds."""
@@ -305,6 +320,8 @@ class _Costs:
         gradients = vectors * (heads + 2 * kv_heads) * self.wide
         if strategy == "heads":
             kept, forward, backward = self._trade_memory(make_trade(problem, self.rank))
+        elif strategy == "lend":
+            kept, forward, backward = self._lend_memory(make_ledger(problem, self.rank))
         elif self._in_two_steps(problem, strategy):
             nodes = NodeRoutes.of(problem, self.rank, self.node_size)
             kept, forward, backward = self._node_memory(nodes)
@@ -359,6 +376,35 @@ class _Costs:
             (rows + results) * vector * self.item + results * self.batch * self.wide,
             queries * (vector * self.item + 2 * self.batch * self.wide) + home * vector * self.wide,
         )
+
+    def _lend_traffic(self, ledger: Ledger, *, near: bool) -> Traffic:
+        def moved(rows: list[int]) -> int:
+            return sum(count for other, count in enumerate(rows) if self._from(other, near=near))
+
+        keys, home = (moved(rows) for rows in ledger.route.splits(len(ledger.sent)))
+        number = self.batch * ledger.heads
+        vector = number * self.head_dim
+        helped, lent = moved(ledger.received), moved(ledger.sent)
+        return Traffic(
+            self.pairs(keys, self.item) + helped * vector * self.item
+            + lent * (vector * self.item + number * self.wide),
+            self.pairs(home, self.wide) + lent * vector * self.wide
+            + helped * 2 * (vector * self.item + number * self.wide),
+        )  # fmt: skip
+
+    def _lend_memory(self, ledger: Ledger) -> tuple[int, int, int]:
+        """The same where queries are lent: all of a pass at once."""
+        keys, home = ledger.route.rows_received, ledger.route.rows_sent
+        number = self.batch * ledger.heads
+        vector, rows = number * self.head_dim, sum(ledger.received) + sum(ledger.sent)
+        results = rows * (vector * self.item + number * self.wide)
+        own = max((helped.packed.count for helped in ledger.helped), default=0)
+        return (
+            self.pairs(keys, self.item) + sum(ledger.received) * vector * self.item,
+            self.pairs(home + own, self.item) + sum(ledger.sent) * vector * self.item + results,
+            self.pairs(keys + home + own, self.wide) + self.pairs(own, self.item)
+            + 2 * results + rows * vector * self.wide,
+        )  # fmt: skip
 
     def _node_memory(self, routes: NodeRoutes) -> tuple[int, int, int]:
         """Kept rows, and messages at once in a forward and in a backward."""

@@ -5,7 +5,7 @@ from typing import Literal, cast, get_args
 
 from dilated_core.extending import Choice, choose
 from dilated_ring._loans import balance, cannot_lend, find_loans, make_ledger
-from dilated_ring._routes import Problem, received_rows
+from dilated_ring._routes import Problem, hops, received_rows
 from dilated_ring._trade import make_trade, obstacle
 
 Strategy = Literal["auto", "gather", "heads", "lend", "ring"]
@@ -67,7 +67,7 @@ def _preference(
         return {"gather": once}, dict.fromkeys(("heads", "lend", "ring"), once)
     rank = problem.world_size - 1  # when causal, none receives more
     gathered = 2 * received_rows(problem, rank)
-    if not gathered:
+    if not gathered and not hops(problem):
         alone = "no row travels"
         return {"gather": alone}, dict.fromkeys(("heads", "lend", "ring"), alone)
     slow = ""
@@ -104,13 +104,14 @@ def _lending(problem: Problem, held: int) -> tuple[bool, str]:
     )
     if alone >= _EVEN or shared < _EVEN:
         return False, works
+    ranks = range(problem.world_size)
     keys = found.keys_each / problem.heads
     if keys < _KEYS_EACH:
         return False, f"{works}, each of which sees {keys:.0f} keys where it is lent"
-    ledgers = [make_ledger(problem, rank) for rank in range(problem.world_size)]
-    arriving = max(
-        2 * ledger.route.rows_received + sum(ledger.received) * problem.heads for ledger in ledgers
-    )
+    arriving = problem.heads * max(found.rows_helped(rank) for rank in ranks)
+    if arriving <= held:
+        ledgers = (make_ledger(problem, rank) for rank in ranks)
+        arriving = max(ledger.vectors for ledger in ledgers)
     if arriving > held:
         return False, f"{works}, but a rank would receive {arriving:,} vectors, and has {held:,}"
     return True, works

@@ -23,7 +23,7 @@ HeadOffsets = Literal["interleaved", "blocked"]
 HeadGroups = Literal["shared", "split"]
 DilatedBackend = Literal["reference", "torch", "triton"]
 SparseBackend = Literal["reference", "torch", "flex", "triton"]
-Strategy = Literal["auto", "gather", "heads", "ring"]
+Strategy = Literal["auto", "gather", "heads", "lend", "ring"]
 Validate = Literal["first", "always", "off"]
 DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 
