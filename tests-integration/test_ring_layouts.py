@@ -71,13 +71,13 @@ def layout_problems(draw: st.DrawFn, world_size: int) -> Any:
 @DRAWN
 def test_any_layout(ranks: GetRanks, world: World, data: st.DataObject) -> None:
     problem = data.draw(layout_problems(world.size))
-    options = {"strategy": data.draw(st.sampled_from(["gather", "ring"]))}
+    options = {"strategy": data.draw(st.sampled_from(["gather", "lend", "ring"]))}
     assert worst_error(ranks(world), problem, options) < 1e-10
 
 
 @pytest.mark.parametrize("world", worlds(4))
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("strategy", ["gather", "lend", "ring"])
 @pytest.mark.parametrize("name", ["window", "bigbird", "strided", "nothing"])
 def test_named_layouts(
     ranks: GetRanks, world: World, name: str, strategy: str, is_causal: bool
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named(length: int, shard: int, heads: int, message
 
 
 @pytest.mark.parametrize("world", worlds(2, 4))
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("strategy", ["gather", "lend", "ring"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_plan_of_a_layout_counts_the_bytes_of_a_run(
     ranks: GetRanks, world: World, strategy: str, is_causal: bool
@@ -136,3 +136,33 @@ def test_a_plan_of_a_layout_counts_the_bytes_of_a_run(
         assert sum(counts.received) > 0
     with pytest.raises(ValueError, match="must be a multiple of the layout's block size 4"):
         ring.plan(layout, length=n * world.size, world_size=6 * world.size, heads=4, head_dim=8)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@given(data=st.data())
+def test_pairs_are_counted_by_whole_blocks(is_causal: bool, data: st.DataObject) -> None:
+    block, rows, heads = (data.draw(st.integers(1, most)) for most in (5, 9, 3))
+    length = block * rows
+    mask = data.draw(programs.dense_masks(data.draw(st.sampled_from([1, heads])), length, length))
+    layout = sparse.BlockLayout.from_dense(mask, block_size=block)
+    seen = (mask.tril() if is_causal else mask).expand(heads, -1, -1)
+    blocks = seen.unflatten(2, (rows, block)).unflatten(1, (rows, block)).any(4).any(2).sum(0)
+    assert layout.spans.grain == block
+    edges = torch.arange(rows + 1) * block
+    found = layout.spans.pair_counts(edges, edges, heads, is_causal=is_causal)
+    assert found.equal(blocks * block**2)
+    halves = torch.tensor([0, rows // 2 * block, length])
+    if rows > 1:
+        found = layout.spans.pair_counts(halves, edges, heads, is_causal=is_causal)
+        parts = blocks.split([rows // 2, rows - rows // 2])
+        assert found.equal(torch.stack([part.sum(0) for part in parts]) * block**2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_plan_tells_that_a_layout_is_evened_out(kv_heads: int) -> None:
+    job = {"length": 4096, "world_size": 4, "heads": 4, "kv_heads": kv_heads, "head_dim": 32}
+    made = ring.plan(layouts.document([4096]), **job, is_causal=True)
+    assert made.strategy == "lend"
+    assert made.balance >= 0.9
+    gathered = ring.plan(layouts.document([4096]), **job, is_causal=True, strategy="gather")
+    assert gathered.balance < 0.6

@@ -137,8 +137,10 @@ def attend(faulty: int, place: str, fault: str, strategy: str, healthy: int = 0)
     source = Source(None)
     torch.manual_seed(dist.get_rank())
     query, key, value = (torch.randn(2, 8, 4, 8, device=device()).requires_grad_() for _ in "qkv")
+    # Only where queries see the keys before them do ranks have more and less to do.
+    how: dict[str, Any] = {"strategy": strategy, "is_causal": strategy == "lend"}
     for _ in range(healthy):
-        cast(Tensor, ring_attention(query, key, value, pattern, strategy=strategy)).sum().backward()
+        cast(Tensor, ring_attention(query, key, value, pattern, **how)).sum().backward()
     if dist.get_rank() == faulty:
         if place.startswith("lease"):
             source = Source(int(place.removeprefix("lease ")))
@@ -151,7 +153,7 @@ def attend(faulty: int, place: str, fault: str, strategy: str, healthy: int = 0)
             for _ in range(2):  # a rank that needs nothing more in the first call knows in the next
                 out = cast(
                     Tensor,
-                    ring_attention(query, key, value, pattern, strategy=strategy, buffers=source),
+                    ring_attention(query, key, value, pattern, buffers=source, **how),
                 )
                 out.square().sum().backward()
     except RingError as caught:
@@ -201,7 +203,10 @@ def order_of_waits(strategy: str, at_first_launch: bool) -> list[list[str]]:
         patch.setattr(DilatedSpans, "attend_span", note("attend", DilatedSpans.attend_span))
         patch.setattr(Call, "wait", note("wait", Call.wait))
         for given in (pattern, pattern, other):
-            ring_attention(query, query, query, given, strategy=strategy, validate="off")
+            causal = strategy == "lend"
+            ring_attention(
+                query, query, query, given, is_causal=causal, strategy=strategy, validate="off"
+            )
             calls.append(done.copy())
             done.clear()
     return calls

@@ -337,7 +337,10 @@ def use_buffers(strategy: str) -> tuple[int, bool, bool]:
     found = []
     recorder = Recorder()
     for buffers in (None, recorder):
-        out = ring_attention(query, key, value, PATTERN, strategy=strategy, buffers=buffers)
+        out = ring_attention(
+            query, key, value, PATTERN, is_causal=strategy == "lend", strategy=strategy,
+            buffers=buffers,
+        )  # fmt: skip
         grads = torch.autograd.grad(out.square().sum(), (query, key, value))
         found.append([out, *grads])
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,5 +1,6 @@
 """What ranks run in the tests of the planner."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dilated_core import DilatedPattern
-from dilated_ring import ring_attention
+from dilated_ring import Strategy, ring_attention
 from process_ranks import device
 from ring_programs import Members, group_of
 
@@ -131,3 +132,28 @@ def count(
     finally:
         dist.all_to_all_single = exact
     return counts
+
+
+def busy(
+    pattern: DilatedPattern,
+    shape: tuple[int, int, int, int],
+    kv_heads: int,
+    strategy: Strategy = "auto",
+) -> float:
+    """The least CPU time of a causal forward and backward of this rank, of several."""
+    batch, n, heads, head_dim = shape
+    query, key, value = (
+        torch.randn(batch, n, h, head_dim, device=device(), requires_grad=True)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    least = float("inf")
+    for _ in range(9):
+        dist.barrier()
+        began = time.process_time()
+        out = ring_attention(
+            query, key, value, pattern, is_causal=True, enable_gqa=True, strategy=strategy
+        )
+        assert isinstance(out, Tensor)
+        out.sum().backward()
+        least = min(least, time.process_time() - began)
+    return least

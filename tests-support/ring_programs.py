@@ -69,7 +69,7 @@ def ring_problems(draw: st.DrawFn, world_size: int, max_shard: int = 13) -> Ring
     if draw(st.integers(0, 2)) == 0:
         whole = draw(_traded(whole, world_size))
     can_trade = world_size == 1 or obstacle(routes_of(whole, world_size)) is None
-    strategies = ["gather", "ring", "auto", *["heads"] * can_trade]
+    strategies = ["gather", "lend", "ring", "auto", *["heads"] * can_trade]
     return RingProblem(whole, options={"strategy": draw(st.sampled_from(strategies))})
 
 

@@ -20,7 +20,7 @@ from tools.attack import oracle
 from tools.attack.numeric import TOLERANCE, draw_pattern, pattern_of, same, tensors
 
 Case = dict[str, Any]
-STRATEGIES = ("auto", "auto", "gather", "heads", "ring")
+STRATEGIES = ("auto", "auto", "gather", "heads", "lend", "ring")
 ANSWER_WITHIN = 300  # a busy machine takes long to start processes
 
 

@@ -1,5 +1,7 @@
 """Attention span by span is attention of the whole, for any cut of the sequence into spans."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_core.interfaces import AttentionPattern, Clique, KeyRows
-from dilated_testing import Problem, problems, relative_error
+from dilated_testing import Problem, patterns, problems, relative_error
 from span_by_span import Part, cut, rows_of, run_by_spans
 
 
@@ -134,3 +136,26 @@ def test_only_whole_wide_segments_are_cliques():
     assert counted.cliques(48, 12, 4, is_causal=True) is not None
     split = DilatedPattern([4, 24], [1, 2], head_groups="split")
     assert split.spans.cliques(48, 12, 4, is_causal=True) is None
+
+
+@given(patterns(), st.integers(1, 60), st.booleans(), st.data())
+def test_pairs_between_spans_are_those_of_the_definition(pattern, length, is_causal, data):
+    heads = len(pattern.branches) + data.draw(st.integers(0, 3))
+    cuts = st.sets(st.integers(1, length - 1)) if length > 1 else st.just(set())
+    queries, keys = ([0, *sorted(data.draw(cuts)), length] for _ in "qk")
+    seen = pattern.multiplicity(length, heads, is_causal=is_causal).sum(0)
+    expected = [
+        [int(seen[a:b, c:d].sum()) for c, d in pairwise(keys)] for a, b in pairwise(queries)
+    ]
+    edges = torch.tensor(queries), torch.tensor(keys)
+    assert pattern.spans.pair_counts(*edges, heads, is_causal=is_causal).tolist() == expected
+
+
+def test_pairs_of_segments_and_rates_beyond_all_positions_are_counted():
+    pattern = DilatedPattern([2**62, 8], [2**62, 3])
+    edges = torch.tensor([0, 5, 20])
+    seen = pattern.multiplicity(20, 3).sum(0)
+    found = pattern.spans.pair_counts(edges, edges, 3, is_causal=False)
+    assert found.tolist() == [
+        [int(seen[a:b, c:d].sum()) for c, d in ((0, 5), (5, 20))] for a, b in ((0, 5), (5, 20))
+    ]

@@ -74,7 +74,7 @@ def test_every_document_gives_what_it_gives_alone(ranks: GetRanks, world: World,
 
 
 @pytest.mark.parametrize("world", ALL)
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("strategy", ["gather", "lend", "ring"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "pattern",
@@ -121,7 +121,7 @@ def test_ranks_trade_heads(
 
 
 @pytest.mark.parametrize("world", worlds(2))
-@pytest.mark.parametrize("strategy", ["gather", "heads", "ring"])
+@pytest.mark.parametrize("strategy", ["gather", "heads", "lend", "ring"])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )

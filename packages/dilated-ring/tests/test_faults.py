@@ -41,6 +41,7 @@ def compile_kernels(strategy: str, world: World) -> None:
     [
         ("gather", World(2), 0),
         ("ring", World(3), 0),
+        ("lend", World(2), 0),
         # On a GPU messages overlap with the attention only after the first step.
         *(
             pytest.param("gather", World(2, "cuda"), steps, marks=pytest.mark.multi_gpu)
@@ -90,14 +91,14 @@ def test_every_survivor_names_the_rank_and_the_step(
 
 def test_without_a_fault_buffers_are_lent_and_given_back() -> None:
     with Ranks(2, group_timeout=TIMEOUT) as group:
-        for strategy in ("gather", "ring"):
+        for strategy in ("gather", "lend", "ring"):
             for report in group.run(programs.attend, 1, "attend_span", "none", strategy):
                 assert report.error is None
                 assert report.lent >= 6
                 assert report.kept == 0
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ring", "heads"])
+@pytest.mark.parametrize("strategy", ["gather", "ring", "heads", "lend"])
 def test_kernels_are_not_loaded_while_a_message_is_under_way(strategy: str) -> None:
     with Ranks(2, group_timeout=TIMEOUT) as group:
         for first, second, other in group.run(programs.order_of_waits, strategy, True):

@@ -255,7 +255,7 @@ def test_a_group_that_is_destroyed_is_kept_by_nothing(
 
 
 @pytest.mark.parametrize("world", worlds(2, 4))
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("strategy", ["gather", "lend", "ring"])
 def test_buffers_are_given_back_and_not_used_after(
     ranks: GetRanks, world: World, strategy: str
 ) -> None:

@@ -1,5 +1,7 @@
 """Which strategy is picked, and the reason that is given."""
 
+from typing import Any
+
 import pytest
 
 from dilated_core import DilatedPattern
@@ -37,6 +39,54 @@ def test_what_is_picked(
     assert all(dict(choice.rejected).values())
 
 
+@pytest.mark.parametrize(
+    ("shard", "ranks", "heads", "kv_heads", "expected"),
+    [
+        (1024, 4, 4, 1, "lend"),
+        (256, 4, 4, 1, "lend"),
+        (255, 4, 4, 1, "gather"),  # a query that travels would see too few keys
+        (1024, 4, 8, 4, "lend"),  # heads would not halve the bytes
+        (1024, 4, 4, 4, "heads"),  # even too, and it moves less
+        (1024, 2, 3, 1, "lend"),
+        (1024, 8, 4, 1, "ring"),  # the queries that would arrive do not fit
+    ],
+)
+def test_queries_are_lent_where_causal_work_is_uneven(
+    shard: int, ranks: int, heads: int, kv_heads: int, expected: str
+) -> None:
+    choice = choose_strategy(Problem(DENSE, shard, ranks, heads, kv_heads, True))
+    assert choice.strategy == expected
+    assert choose_strategy(Problem(DENSE, shard, ranks, 5, 1, False)).strategy != "lend"
+
+
+def test_queries_are_not_lent_where_pairs_cannot_be_counted() -> None:
+    class Uncounted:
+        """A pattern that knows no pairs."""
+
+        code, spans = "dense", FewerSpans(DENSE.spans)
+
+    problem = Problem(Uncounted(), 1024, 4, 4, 1, True)
+    assert choose_strategy(problem).strategy == "gather"
+    with pytest.raises(ValueError, match="cannot count what its queries see"):
+        choose_strategy(problem, "lend")
+    with pytest.raises(ValueError, match="at most 64 ranks"):
+        choose_strategy(Problem(DENSE, 1024, 65, 4, 1, True), "lend")
+    with pytest.raises(ValueError, match="too many pairs"):
+        choose_strategy(Problem(DENSE, 2**27, 4, 4, 1, True), "lend")
+
+
+class FewerSpans:
+    """The attention of a pattern, without what is not in the protocol."""
+
+    def __init__(self, spans: Any) -> None:
+        self._spans = spans
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("pair_counts", "packed_counts"):
+            raise AttributeError(name)
+        return getattr(self._spans, name)
+
+
 def test_trading_heads_moves_two_gths_of_what_gather_does() -> None:
     for ranks in (2, 4, 8):
         problem = Problem(WIDE, 16, ranks, 8, 8, False)
@@ -48,7 +98,7 @@ def test_in_a_mesh_of_nodes_rows_cross_once_for_each_node() -> None:
     choice = choose_strategy(Problem(DENSE, 16, 8, 8, 8, False), in_nodes=True)
     assert choice.strategy == "gather"
     assert choice.reason == "a row crosses between nodes once for each node"
-    assert {*dict(choice.rejected)} == {"heads", "ring"}
+    assert {*dict(choice.rejected)} == {"heads", "lend", "ring"}
 
 
 def test_a_strategy_that_is_given_is_taken_or_refused() -> None:

@@ -268,12 +268,15 @@ class DocumentSpans:
         found = queries.new_zeros(len(queries) - 1, len(keys) - 1)
         rows, columns = queries.tolist(), keys.tolist()
         for begin, end in pairwise(self.documents.ends):
-            if begin == end:
-                continue
             here, there = (
-                slice(bisect_right(edges, begin) - 1, bisect_left(edges, end))
+                slice(
+                    max(0, bisect_right(edges, begin) - 1),
+                    min(len(edges) - 1, bisect_left(edges, end)),
+                )
                 for edges in (rows, columns)
             )
+            if begin == end or here.start >= here.stop or there.start >= there.stop:
+                continue
             seeing, seen = (
                 x[at.start : at.stop + 1].clamp(begin, end) - begin
                 for x, at in ((queries, here), (keys, there))

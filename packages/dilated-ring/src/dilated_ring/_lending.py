@@ -5,7 +5,8 @@ results come back and are merged; in the backward gradients go the same ways.
 B batch, n rows of this rank, R lent rows, T rows of one loan, H query heads, D head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,14 +39,14 @@ class LendJob:
         ledger, dtype = self.ledger, accumulate_dtype(query.dtype)
         rows, own_rows = _rows(ledger)
         with open_wire(self, query, keys, "forward") as wire:
-            arrive = self._lend(wire, query, "exchange of queries")
+            arrive = self._lend(wire, query, "exchange of queries", keep=True)
             flight = rows.start(wire, keys, keep=True)
             wire.call.step = "attention to this rank's keys"
             total = self.spans.attend_span(self.call, query, keys)
             queries = arrive()
             wire.call.step = "attention of lent queries"
-            out = torch.empty_like(queries)
-            lse = out.new_empty(out.shape[:3], dtype=dtype)
+            out = wire.leases.empty(tuple(queries.shape), queries.dtype)
+            lse = wire.leases.empty(tuple(queries.shape[:3]), dtype)
             for (span, here, packed), index in zip(ledger.helped, own_rows, strict=True):
                 q = queries[here].transpose(0, 1)
                 part = Partial(
@@ -53,7 +54,8 @@ class LendJob:
                     lse.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf),
                 )
                 call = replace(self.call, queries=span)
-                self.spans.attend_packed_(call, part, q, _packed(keys, index), [packed])
+                with _packed(wire, keys, index) as own_keys:
+                    self.spans.attend_packed_(call, part, q, own_keys, [packed])
                 out[here], lse[here] = part.out.transpose(0, 1), part.lse.permute(2, 0, 1)
             returns = [self._return(wire, x, "return of results") for x in (out, lse)]
             arrived = flight.wait("exchange of keys and values")
@@ -104,16 +106,17 @@ class LendJob:
                 add(dq[:, own])
             results, grads, numbers = (wait() for wait in arrive)
             wire.call.step = "gradients of lent queries"
-            to_owners = torch.empty_like(queries, dtype=dtype)
+            to_owners = wire.leases.empty(tuple(queries.shape), dtype)
             for (span, here, helped), index in zip(ledger.helped, own_rows, strict=True):
                 q, out, do = (x[here].transpose(0, 1) for x in (queries, results, grads))
                 lse, shift = (x.permute(1, 2, 0) for x in numbers[here].unbind(-1))
                 to_keys = wire.leases.empty((helped.count, len(do), 2, q.shape[3]), dtype)
                 to_queries = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
-                self.spans.attend_packed_backward(
-                    replace(self.call, queries=span), do, _any(shift), q, _packed(keys, index),
-                    [helped], Partial(out, lse), unpack(to_keys),
-                )(to_queries)  # fmt: skip
+                with _packed(wire, keys, index) as own_keys:
+                    self.spans.attend_packed_backward(
+                        replace(self.call, queries=span), do, _any(shift), q, own_keys, [helped],
+                        Partial(out, lse), unpack(to_keys),
+                    )(to_queries)  # fmt: skip
                 to_owners[here] = to_queries.transpose(0, 1)
                 index.add(to_keys, dk, dv)
                 wire.leases.release(to_keys)
@@ -126,11 +129,15 @@ class LendJob:
                 dq[:, own] += home[here].transpose(0, 1)
         return dq, dk, dv
 
-    def _lend(self, wire: Wire, each: Tensor, step: str) -> Callable[[], Tensor]:
+    def _lend(
+        self, wire: Wire, each: Tensor, step: str, *, keep: bool = False
+    ) -> Callable[[], Tensor]:
         """Send something of lent queries (B, n, ...); the function waits for (R, B, ...)."""
-        parts = [each[:, own].transpose(0, 1) for own, _ in self.ledger.lent]
-        sent = torch.cat([each[:, :0].transpose(0, 1), *parts])
-        return _start(wire, sent.contiguous(), self.ledger.received, self.ledger.sent, step)
+        ledger, (batch, _, *rest) = self.ledger, each.shape
+        sent = wire.leases.empty((sum(ledger.sent), batch, *rest), each.dtype)
+        for own, here in ledger.lent:
+            sent[here] = each[:, own].transpose(0, 1)
+        return _start(wire, sent, ledger.received, ledger.sent, step, keep=keep)
 
     def _return(self, wire: Wire, each: Tensor, step: str) -> Callable[[], Tensor]:
         """Send something of queries that arrived (R, B, ...) back to where they came from."""
@@ -138,9 +145,11 @@ class LendJob:
 
 
 def _start(
-    wire: Wire, message: Tensor, received: list[int], sent: list[int], step: str
-) -> Callable[[], Tensor]:
-    arrived = message.new_empty(sum(received), *message.shape[1:])
+    wire: Wire, message: Tensor, received: list[int], sent: list[int], step: str,
+    *, keep: bool = False,
+) -> Callable[[], Tensor]:  # fmt: skip
+    shape = sum(received), *message.shape[1:]
+    arrived = message.new_empty(shape) if keep else wire.leases.empty(shape, message.dtype)
     work = wire.swap(arrived, message, received, sent)
 
     def wait() -> Tensor:
@@ -158,13 +167,15 @@ def _rows(ledger: Ledger) -> tuple[Rows, tuple[Index, ...]]:
     return Rows(ledger.route, len(ledger.sent)), own
 
 
-def _packed(keys: KeyRows, index: Index) -> KeyRows:
+@contextmanager
+def _packed(wire: Wire, keys: KeyRows, index: Index) -> Iterator[KeyRows]:
     """Packed rows of keys and values (B, n, H_kv, D) of this rank."""
     row, head = index.on(keys.key)
-    message = keys.key.new_empty(len(row), keys.key.shape[0], 2, keys.key.shape[3])
+    batch, _, _, width = keys.key.shape
+    message = wire.leases.empty((len(row), batch, 2, width), keys.key.dtype)
     pack(message, keys, row, head)
-    padding = None if keys.padding is None else keys.padding[:, row].T
-    return unpack(message, padding)
+    yield unpack(message, None if keys.padding is None else keys.padding[:, row].T)
+    wire.leases.release(message)
 
 
 def _any(grad_lse: Tensor) -> Tensor | None:

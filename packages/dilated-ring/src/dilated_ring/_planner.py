@@ -395,15 +395,18 @@ class _Costs:
     def _lend_memory(self, ledger: Ledger) -> tuple[int, int, int]:
         """The same where queries are lent: all of a pass at once."""
         keys, home = ledger.route.rows_received, ledger.route.rows_sent
+        helped, lent = sum(ledger.received), sum(ledger.sent)
         number = self.batch * ledger.heads
-        vector, rows = number * self.head_dim, sum(ledger.received) + sum(ledger.sent)
-        results = rows * (vector * self.item + number * self.wide)
-        own = max((helped.packed.count for helped in ledger.helped), default=0)
+        query, gradient = (number * self.head_dim * size for size in (self.item, self.wide))
+        result = query + number * self.wide
+        own = max((rows.packed.count for rows in ledger.helped), default=0)
+        own_keys = self.pairs(own, self.item)
         return (
-            self.pairs(keys, self.item) + sum(ledger.received) * vector * self.item,
-            self.pairs(home + own, self.item) + sum(ledger.sent) * vector * self.item + results,
-            self.pairs(keys + home + own, self.wide) + self.pairs(own, self.item)
-            + 2 * results + rows * vector * self.wide,
+            self.pairs(keys, self.item) + helped * query,
+            self.pairs(home, self.item) + lent * query + helped * result
+            + max(own_keys, lent * result),
+            self.pairs(keys + home, self.wide) + 2 * (helped + lent) * result + helped * gradient
+            + max(own_keys + self.pairs(own, self.wide), lent * gradient),
         )  # fmt: skip
 
     def _node_memory(self, routes: NodeRoutes) -> tuple[int, int, int]:
