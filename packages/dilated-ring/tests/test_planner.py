@@ -265,6 +265,24 @@ memory = planned.memory
 assert counts.leased == [memory.forward_messages, memory.backward_messages]
 assert counts.saved == SHARD * HEADS * (2 * WIDTH + 4) + memory.kept
 assert memory.tensors == SHARD * HEADS * (4 * 2 * WIDTH + 4)
+
+dist.destroy_process_group()
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+pattern = DilatedPattern([2**20], [1])
+planned = plan(
+    pattern, length=2**14, world_size=4, heads=4, kv_heads=1, head_dim=WIDTH, rank=0,
+    is_causal=True,
+)
+assert planned.strategy == "lend"
+with FakeTensorMode():
+    counts = programs.count(
+        pattern, (1, 2**12, 4, WIDTH), 1, torch.bfloat16, {"is_causal": True, "validate": "off"}
+    )
+assert counts.received == [planned.traffic.forward, planned.traffic.backward]
+assert all(counts.received)
+memory = planned.memory
+assert counts.leased == [memory.forward_messages, memory.backward_messages]
+assert counts.saved == 2**12 * 4 * (2 * WIDTH + 4) + memory.kept
 """
 
 

@@ -10,6 +10,7 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dilated_core.extending import remembered
 from dilated_core.interfaces import PackedRows
@@ -86,16 +87,17 @@ def find_loans(problem: Problem) -> Loans:
     assert count is not None  # as cannot_lend says
     grain = getattr(spans, "grain", 1)
     cuts = sorted({problem.shard * cut // _CUTS // grain * grain for cut in range(_CUTS)})
-    edges = torch.tensor([problem.span(rank).start + cut for rank in ranks for cut in cuts])
-    pairs = count(
-        torch.cat([edges, torch.tensor([problem.length])]),
-        torch.arange(problem.world_size + 1) * problem.shard,
-        problem.heads,
-        is_causal=problem.is_causal,
-    ).view(len(ranks), len(cuts), len(ranks))
-    # Pairs of the last rows of a shard, from each cut on, with each rank's keys.
-    lendable = pairs.flip(1).cumsum(1).flip(1).tolist()
-    alone = pairs.sum((1, 2)).tolist()
+    edges = [problem.span(rank).start + cut for rank in ranks for cut in cuts]
+    with unset_fake_temporarily():  # a dry run counts too
+        pairs = count(
+            torch.tensor([*edges, problem.length]),
+            torch.arange(problem.world_size + 1) * problem.shard,
+            problem.heads,
+            is_causal=problem.is_causal,
+        ).view(len(ranks), len(cuts), len(ranks))
+        # Pairs of the last rows of a shard, from each cut on, with each rank's keys.
+        lendable = pairs.flip(1).cumsum(1).flip(1).tolist()
+        alone = pairs.sum((1, 2)).tolist()
     shared, mean = list(alone), sum(alone) // len(alone)
     found: list[Loan] = []
     for owner in sorted(ranks, key=lambda rank: (-alone[rank], rank)):

@@ -3,10 +3,11 @@
 n rows of a shard, P ranks. Rank p has the rows from p * n up to (p + 1) * n.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dilated_core.extending import remembered
@@ -120,17 +121,21 @@ def row_counts(problem: Problem, rank: int) -> tuple[list[int], list[int]] | Non
     count = getattr(problem.pattern.spans, "packed_counts", None)
     if count is None:
         return None
-    with unset_fake_temporarily():  # counts are numbers, also where tensors have no elements
-        starts = torch.arange(problem.world_size) * problem.shard
-        spans = (starts, starts + problem.shard)
-        own = (spans[0][rank : rank + 1], spans[1][rank : rank + 1])
-        found = []
-        for queries, keys in ((own, spans), (spans, own)):
-            rows = count(
-                queries, keys, problem.heads, problem.kv_heads, is_causal=problem.is_causal
-            )
-            rows[rank] = 0
-            found.append(rows.tolist())
+    with unset_fake_temporarily():  # a dry run counts too
+        return _counted(count, problem, rank)
+
+
+def _counted(
+    count: Callable[..., Tensor], problem: Problem, rank: int
+) -> tuple[list[int], list[int]]:
+    starts = torch.arange(problem.world_size) * problem.shard
+    spans = (starts, starts + problem.shard)
+    own = (spans[0][rank : rank + 1], spans[1][rank : rank + 1])
+    found = []
+    for queries, keys in ((own, spans), (spans, own)):
+        rows = count(queries, keys, problem.heads, problem.kv_heads, is_causal=problem.is_causal)
+        rows[rank] = 0
+        found.append(rows.tolist())
     return found[0], found[1]
 
 
