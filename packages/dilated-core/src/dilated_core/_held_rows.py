@@ -63,17 +63,17 @@ class BranchRows(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where new rows go, each (B or 1, places) int64.
+    """Where new rows go, each (places,) int64.
 
     Attributes:
-        to: the slot, or the last row for those that nothing keeps.
-        row: which of the new rows.
-        kv_head: its key head.
+        to: the slot among those of all batch rows, or the last of one for what nothing keeps.
+        token: which of the B * L tokens.
+        row: which of their rows, of H_kv each.
     """
 
     to: Tensor
+    token: Tensor
     row: Tensor
-    kv_head: Tensor
 
 
 class Part(NamedTuple):
@@ -131,7 +131,7 @@ class RowTable:
     def __init__(self, pattern: Branches, heads: int, kv_heads: int, device: torch.device) -> None:
         self.pattern, self.heads, self.kv_heads = pattern, heads, kv_heads
         self.branches: list[BranchRows] = []
-        self._recent: tuple[tuple[int, int], Places] | None = None
+        self._recent: tuple[tuple[int, int, int], Places] | None = None
         self._recent_row: tuple[tuple[int, torch.dtype], OneRow] | None = None
         group, self.rows = heads // kv_heads, 0
         head_rows, head_offsets = [], []
@@ -208,14 +208,15 @@ class RowTable:
                 if streams is not None:
                     yield branch, streams, first, stop
 
-    def places_after(self, position: int, count: int) -> "Places":
+    def places_after(self, position: int, count: int, batch: int) -> "Places":
         """`places` where all batch rows are at one position; kept for the next layers."""
-        if self._recent is not None and self._recent[0] == (position, count):
+        asked = position, count, batch
+        if self._recent is not None and self._recent[0] == asked:
             return self._recent[1]
-        old = torch.full((1, 1), position, device=self.sizes.device)
+        old = torch.full((batch, 1), position, device=self.sizes.device)
         places = self.places(old, old + count, count)
         if not torch.compiler.is_compiling():
-            self._recent = (position, count), places
+            self._recent = asked, places
         return places
 
     def places(self, old: Tensor, new: Tensor, count: int) -> "Places":
@@ -238,7 +239,11 @@ class RowTable:
             to = torch.where(there, first + (inside // r).unsqueeze(-1), self.rows)
             row = (at - old).clamp_(min=0).unsqueeze(-1).expand(to.shape)
             found.append([x.flatten(1) for x in (to, row, branch.kv_heads[inside % r])])
-        return Places(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+        to, row, kv_head = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        before = torch.arange(len(old), device=old.device)[:, None]
+        token = before * count + row
+        to = before * (self.rows + 1) + to
+        return Places(to.flatten(), token.flatten(), (token * self.kv_heads + kv_head).flatten())
 
 
 @remembered(64)
@@ -454,18 +459,17 @@ class HeldRows:
         padding: Tensor | None,
     ) -> Iterator[Callable[[], object]]:  # fmt: skip
         if position is not None and lengths is None:
-            places = self.table.places_after(position, key.shape[1])
+            places = self.table.places_after(position, key.shape[1], len(key))
         else:
             old = self.lengths[:, None]
             new = old + (key.shape[1] if lengths is None else lengths[:, None])
             places = self.table.places(old, new, key.shape[1])
-        batch = torch.arange(len(key), device=key.device)[:, None]
-        to, row, kv_head = places
-        for mine, rows in ((self.key, key), (self.value, value)):
-            yield partial(mine.index_put_, (batch, to), rows[batch, row, kv_head])
+        for mine, new in ((self.key, key), (self.value, value)):
+            rows = new.flatten(0, 2).index_select(0, places.row)
+            yield partial(mine.view(-1, mine.shape[2]).index_copy_, 0, places.to, rows)
         if padding is not None:
-            ignored = padding[batch, row]
-            yield partial(self.padding.index_put_, (batch, to), ignored)
+            ignored = padding.flatten().index_select(0, places.token)
+            yield partial(self.padding.view(-1).index_copy_, 0, places.to, ignored)
 
 
 def _attend_new(
