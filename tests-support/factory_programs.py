@@ -257,7 +257,7 @@ def compiled_losses(
             length = config.model.context + 1
             windows = torch.randint(256, (config.batch_size, length), generator=generator)
             (share,) = parallel.shares(windows)
-            loss = loss_of_share(*share)
+            loss = loss_of_share(*share.to(parallel.device))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -345,6 +345,33 @@ def test_accumulated_and_validated_steps_are_those_of_one_process(
     assert two.newest()[1].best_step == RunFolder.open(tmp_path / "whole").newest()[1].best_step
 
 
+@pytest.mark.parametrize(
+    "kind", [Kind(2), Kind(2, 2), Kind(4, 2), Kind(4, 2, "fsdp"), Kind(2, 1, "fsdp")], ids=str
+)
+def test_separate_documents_are_those_of_one_process(
+    config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path, kind: Kind
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(50):
+        (folder / f"{index:02}.txt").write_bytes(bytes(range(index, index + 1 + index * 7 % 37)))
+    fields = {
+        "documents": "separate", "paths": (str(folder),), "steps": 4, "validate_every": 2,
+        "validation_bytes": 192, "validation_fraction": 0.3,
+    }  # fmt: skip
+    whole = config.model_copy(update=fields)
+    get_ranks(1).run(programs.train_exactly, tmp_path / "one", whole, 1, timeout=120)
+    parts = whole.model_copy(update={"micro_batch_size": 1})
+    get_ranks(kind.world_size).run(
+        programs.train_exactly, tmp_path / "many", parts, kind.sequence_parallel,
+        kind.data_parallel, timeout=120,
+    )  # fmt: skip
+    one, many = (RunFolder.open(tmp_path / name) for name in ("one", "many"))
+    assert_same_run(many, one)
+    looks = [x.read_metrics()[3]["validation_bits_per_byte"] for x in (one, many)]
+    assert looks[0] == pytest.approx(looks[1], rel=1e-6)
+
+
 @pytest.mark.multi_gpu
 @both_kinds
 @pytest.mark.parametrize("sequence_parallel", [1, 2])

@@ -174,6 +174,9 @@ class TrainConfig(FrozenConfig):
     validation_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of the files that is held out"
     )
+    documents: Literal["joined", "separate"] = Field(
+        default="joined", description="whether files that share a window see each other"
+    )
     steps: int | None = Field(default=None, ge=1, description="optimizer steps to take")
     minutes: float | None = Field(default=None, gt=0, description="train for this long instead")
     batch_size: int = Field(default=1, ge=1, description="sequences per step, of all processes")

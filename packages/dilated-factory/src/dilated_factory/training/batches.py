@@ -36,6 +36,24 @@ def gather_windows(data: Tensor, offsets: Tensor, size: int) -> Tensor:
     return data[offsets.unsqueeze(1) + torch.arange(size)].to(torch.int64)
 
 
+def document_starts(ends: Tensor, offsets: Tensor, size: int) -> list[Tensor]:
+    """Where documents begin behind the first byte of windows of ``size`` bytes.
+
+    Args:
+        ends: int64 (documents,), where they end, rising.
+        offsets: int64 (B,), of the windows.
+        size: bytes of a window.
+
+    Returns:
+        For each window, int64 from 1 to size - 1.
+    """
+    first = torch.searchsorted(ends, offsets, right=True)
+    last = torch.searchsorted(ends, offsets + size)
+    parts = zip(offsets, first.tolist(), last.tolist(), strict=True)
+    # An empty file is no document.
+    return [(ends[i:j] - offset).unique() for offset, i, j in parts]
+
+
 def bytes_seen(data: Tensor, *, context: int, batch_size: int, seed: int, steps: int) -> Tensor:
     """The windows that the first ``steps`` steps trained on: uint8 (windows, context + 1).
 

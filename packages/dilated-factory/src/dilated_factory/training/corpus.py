@@ -24,7 +24,8 @@ class Corpus:
     ``train`` and ``validation`` are one-dimensional uint8 tensors: whole files one after the
     other, in the order of their names, nothing in between; both are parts of one mapped file.
     ``digest`` is a SHA-256 over both, so
-    that a resumed run notices when its corpus has changed.
+    that a resumed run notices when its corpus has changed. ``ends`` are where documents, which are
+    files, end, counted from the beginning of ``train``.
     """
 
     train: Tensor
@@ -33,6 +34,7 @@ class Corpus:
     validation_files: tuple[str, ...]
     skipped: int
     digest: str
+    ends: tuple[int, ...] = ()
 
 
 def load_corpus(
@@ -65,16 +67,16 @@ def load_corpus(
 def _split(files: dict[str, list[Path]], skipped: int, validation_fraction: float) -> Corpus:
     if len(files) == 1:
         ((name, places),) = files.items()
-        content, _ = _spool([places])
+        content, _, ends = _spool([places])
         cut = len(content) - max(1, round(len(content) * validation_fraction))
         if cut < 1:
             raise CorpusError(f"a corpus of one file needs at least 2 bytes. {name!r} has 1.")
-        return _corpus(content, cut, (name,), (name,), skipped)
+        return _corpus(content, cut, (name,), (name,), skipped, ends)
     held_out = _held_out(files, validation_fraction)
     train = tuple(name for name in files if name not in held_out)
     validation = tuple(name for name in files if name in held_out)
-    content, ends = _spool([files[name] for name in (*train, *validation)])
-    return _corpus(content, ends[len(train) - 1], train, validation, skipped)
+    content, groups, ends = _spool([files[name] for name in (*train, *validation)])
+    return _corpus(content, groups[len(train) - 1], train, validation, skipped, ends)
 
 
 def load_bytes(paths: Sequence[str | Path]) -> Tensor:
@@ -141,24 +143,25 @@ def _readable(
     return found, skipped
 
 
-def _spool(groups: Sequence[Sequence[Path]]) -> tuple[mmap.mmap, list[int]]:
-    """All files one after the other, and where each group ends.
+def _spool(groups: Sequence[Sequence[Path]]) -> tuple[mmap.mmap, list[int], list[int]]:
+    """All files one after the other, and where each group and each file ends.
 
     They are a nameless file that is mapped into memory: a copy, so that nobody changes it
     while a run reads it, which the system keeps in memory as far as there is room.
     """
-    ends = []
+    groups_end, ends = [], []
     with tempfile.TemporaryFile() as spool:
         for group in groups:
             for path in group:
                 with path.open("rb") as file:
                     shutil.copyfileobj(file, spool)
-            ends.append(spool.tell())
+                ends.append(spool.tell())
+            groups_end.append(ends[-1])
         spool.flush()
         if not ends[-1]:
             raise CorpusError("the corpus is empty: its files were emptied while they were read.")
         # Not read-only, because torch warns about tensors over memory that it must not write.
-        return mmap.mmap(spool.fileno(), ends[-1]), ends
+        return mmap.mmap(spool.fileno(), ends[-1]), groups_end, ends
 
 
 def _walk(root: Path, *, with_runs: bool = True) -> Iterator[Path]:
@@ -197,6 +200,7 @@ def _corpus(
     train_files: tuple[str, ...],
     validation_files: tuple[str, ...],
     skipped: int,
+    ends: Sequence[int],
 ) -> Corpus:
     digest = hashlib.sha256(cut.to_bytes(8, "big"))
     digest.update(content)
@@ -208,4 +212,5 @@ def _corpus(
         validation_files,
         skipped,
         digest.hexdigest(),
+        tuple(ends),
     )

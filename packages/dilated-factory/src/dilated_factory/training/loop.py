@@ -19,7 +19,12 @@ from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.models.stack import Checkpointing
 from dilated_factory.room import require_room
 from dilated_factory.training.background import Ahead, Beside
-from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed
+from dilated_factory.training.batches import (
+    batch_offsets,
+    document_starts,
+    gather_windows,
+    step_seed,
+)
 from dilated_factory.training.compiling import compiling
 from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.lock import FolderLock
@@ -349,14 +354,20 @@ class Trainer:
         # Whole batches, since a compiled block would be compiled anew for another size.
         starts = validation_starts(len(data), context, config.validation_bytes, rows * ranks)
         total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
+        targets = len(starts) * context - sum(
+            map(len, self._document_starts(starts, held_out=True) or [])
+        )
         was_training = self.model.training
         self.model.eval()
         for part in starts.split(rows * ranks):
-            windows = gather_windows(data, part, context + 1)
-            (share,) = self.parallel.shares(windows)
-            with autocast(self.parallel.device, config.dtype):
-                loss = self._loss(*share.to(self.parallel.device))
-            total += loss * (len(part) / len(starts))
+            windows, begins = (
+                gather_windows(data, part, context + 1), self._document_starts(part, held_out=True)
+            )  # fmt: skip
+            share_of_all = (len(part) * context - sum(map(len, begins or []))) / max(1, targets)
+            for share in self.parallel.shares(windows, starts=begins):
+                with autocast(self.parallel.device, config.dtype):
+                    loss = self._loss(*share.to(self.parallel.device)) / share.divisor
+                total += loss * share_of_all
         self.model.train(was_training)
         (nats,) = self.parallel.mean([total.item()])
         return nats / math.log(2)
@@ -473,7 +484,18 @@ class Trainer:
             len(data), context=context, batch_size=config.batch_size, seed=config.seed, step=step
         )
         windows = gather_windows(data, offsets, context + 1)
-        return self.parallel.shares(windows, config.micro_batch_size)
+        begins = self._document_starts(offsets)
+        return self.parallel.shares(windows, config.micro_batch_size, begins)
+
+    def _document_starts(
+        self, offsets: torch.Tensor, *, held_out: bool = False
+    ) -> list[torch.Tensor] | None:
+        """Where separate documents begin in windows; None where they are joined."""
+        if self.run.config.documents == "joined":
+            return None
+        ends = torch.tensor(self.corpus.ends, dtype=torch.int64)
+        ends -= len(self.corpus.train) if held_out else 0
+        return document_starts(ends, offsets, self.run.config.model.context + 1)
 
     def _take_step(self) -> _Launched:
         """Have the device take a step, and do not wait for it."""
@@ -487,7 +509,7 @@ class Trainer:
         for index, share in enumerate(shares, start=1):
             with self.parallel.gathering(self._loss, last=index == len(shares)):
                 with autocast(device, config.dtype):
-                    loss = self._loss(*share.to(device)) / len(shares)
+                    loss = self._loss(*share.to(device)) / share.divisor
                 loss.backward()
             losses.append(loss.detach())
         norm = self.parallel.clip_gradients(self.model, config.gradient_clip)

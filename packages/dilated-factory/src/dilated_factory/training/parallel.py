@@ -29,8 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dilated_core import DilatedAttention
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
+from dilated_factory.models.head_loss import IGNORED
 from dilated_factory.models.layers import AttentionFactory
-from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.models.longnet import LongNetLM, document_positions
 from dilated_factory.training.precision import Float32Attention
 
 DataParallel = Literal["ddp", "fsdp"]
@@ -43,18 +44,23 @@ class Share(NamedTuple):
     """The part of a batch that one rank computes.
 
     Attributes:
-        tokens: (b, n) int64.
-        targets: (b, n) int64, what to predict at each token.
-        positions: (n,) int64, where the tokens are in their sequences.
+        tokens: (b, n) int64; (1, b * n) where documents are separate.
+        targets: as tokens, what to predict at each token.
+        positions: (n,) or (b * n,) int64, where the tokens are in their sequences or documents.
+        cu_seqlens: (S + 1,) int32, where separate documents end; of the whole sequence, where ranks
+            share it. None where documents are joined.
+        divisor: how many times the targets of all ranks' shares with it are in all of the batch.
     """
 
     tokens: Tensor
     targets: Tensor
     positions: Tensor
+    cu_seqlens: Tensor | None = None
+    divisor: float = 1.0
 
-    def to(self, device: torch.device) -> "Share":
-        """The same on a device, which need not have it yet when this returns."""
-        return Share(*(part.to(device, non_blocking=True) for part in self))
+    def to(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """The arguments of a loss on a device, which need not have them when this returns."""
+        return tuple(x if x is None else x.to(device, non_blocking=True) for x in self[:4])
 
 
 @dataclass(frozen=True)
@@ -163,12 +169,52 @@ class Parallel:
             return nullcontext()
         return loss.no_sync()
 
-    def shares(self, windows: Tensor, rows: int | None = None) -> list[Share]:
-        """This rank's part of the windows (B, N + 1) of a step, so many rows at a time."""
+    def shares(
+        self, windows: Tensor, rows: int | None = None, starts: Sequence[Tensor] | None = None
+    ) -> list[Share]:
+        """This rank's part of the windows (B, N + 1) of a step, so many rows at a time.
+
+        With ``starts``, where documents begin in each window, none sees another, and ranks that
+        share sequences have one at a time.
+        """
         mine = self._share(windows)
         size = len(mine.tokens) if rows is None else rows
-        parts = zip(mine.tokens.split(size), mine.targets.split(size), strict=True)
-        return [Share(self._pinned(x), self._pinned(y), mine.positions) for x, y in parts]
+        if starts is not None:
+            return self._separate(windows, starts, 1 if self.shares_sequences else size)
+        parts = list(zip(mine.tokens.split(size), mine.targets.split(size), strict=True))
+        return [
+            Share(self._pinned(x), self._pinned(y), mine.positions, None, len(parts))
+            for x, y in parts
+        ]
+
+    def _separate(self, windows: Tensor, starts: Sequence[Tensor], size: int) -> list[Share]:
+        """As `shares`; the first token of a document is no target."""
+        (batch, length), (data, sequence) = windows.shape, self._sizes
+        length -= 1
+        targets = windows[:, 1:].clone()
+        for row, begins in zip(targets, starts, strict=True):
+            row[begins - 1] = IGNORED
+        counts = (targets != IGNORED).sum(1).reshape(data, -1, size).sum((0, 2)).tolist()
+        row, column = self._place
+        n, first = length // sequence, row * batch // data
+        span = slice(column * n, (column + 1) * n)
+        shares = []
+        for i, count in enumerate(counts):
+            rows = range(first + i * size, first + (i + 1) * size)
+            ends = [
+                torch.cat([begins[begins < length], begins.new_tensor([length])]) + j * length
+                for j, begins in enumerate(starts[rows.start : rows.stop])
+            ]
+            cu_seqlens = torch.cat([ends[0].new_zeros(1), *ends])
+            positions = document_positions(cu_seqlens, size * length).reshape(size, length)
+            tensors = (
+                windows[rows.start : rows.stop, :-1][:, span], targets[rows.start : rows.stop, span]
+            )  # fmt: skip
+            tokens, wanted = (self._pinned(x.reshape(1, -1)) for x in tensors)
+            where = self._pinned(positions[:, span].flatten())
+            whole = self._pinned(cu_seqlens.to(torch.int32))
+            shares.append(Share(tokens, wanted, where, whole, max(1, sum(counts)) / max(1, count)))
+        return shares
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous().pin_memory() if self.device.type == "cuda" else tensor
@@ -273,8 +319,12 @@ class _Loss(nn.Module):
         super().__init__()
         self.model, self.group = model, group
 
-    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
-        return self.model.loss(tokens, targets, positions=positions, group=self.group)
+    def forward(
+        self, tokens: Tensor, targets: Tensor, positions: Tensor, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return self.model.loss(
+            tokens, targets, positions=positions, cu_seqlens=cu_seqlens, group=self.group
+        )
 
 
 def join(
