@@ -1,138 +1,94 @@
-"""Training on separate documents: none sees another, however they are packed, cut and shared."""
+"""Packed documents in a language model: each gives what it gives alone."""
 
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dilated_factory import LongNetConfig, LongNetLM, TrainConfig, load_corpus
-from dilated_factory.models.head_loss import IGNORED
-from dilated_factory.training.batches import document_starts
-from dilated_factory.training.loop import Trainer
-from dilated_factory.training.parallel import Parallel
-from dilated_factory.training.run_folder import RunFolder
-
-from .conftest import losses, start
+from dilated_factory import LongNetConfig, LongNetLM
 
 
-@pytest.fixture(scope="module")
-def short_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("short")
-    for index in range(60):
-        (folder / f"{index:02}.txt").write_bytes(bytes(range(index, index + 1 + index * 7 % 37)))
-    return folder
+def model(positions: str = "rotary") -> LongNetLM:
+    torch.manual_seed(0)
+    return LongNetLM(
+        LongNetConfig(
+            vocab_size=23, embed_dim=16, num_heads=2, num_layers=2, segment_lengths=(3, 8, 40),
+            dilation_rates=(1, 2, 3), context=40, positions=positions,
+        )
+    ).double()  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def separate(tiny_model: LongNetConfig, short_files: Path) -> TrainConfig:
-    return TrainConfig(
-        model=tiny_model,
-        paths=(str(short_files),),
-        steps=6,
-        batch_size=4,
-        documents="separate",
-        validation_fraction=0.3,
-    )
+def ends_of(sizes: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0)
 
 
-def test_a_corpus_knows_where_its_files_end(short_files: Path, tmp_path: Path) -> None:
-    corpus = load_corpus([short_files])
-    names = [*corpus.train_files, *corpus.validation_files]
-    sizes = [(short_files / name).stat().st_size for name in names]
-    assert corpus.ends == tuple(torch.tensor(sizes).cumsum(0).tolist())
-    assert len(corpus.train) in corpus.ends
-    alone = tmp_path / "alone"
-    alone.write_bytes(b"x" * 100)
-    assert load_corpus([alone]).ends == (100,)
+@pytest.mark.parametrize("positions", ["rotary", "xpos", "none"])
+@given(sizes=st.lists(st.integers(0, 13), min_size=1, max_size=5).filter(sum))
+@settings(max_examples=15)
+def test_each_document_is_what_it_is_alone(positions: str, sizes: list[int]) -> None:
+    net, ends = model(positions), ends_of(sizes)
+    tokens = torch.randint(23, (1, sum(sizes)))
+    logits = net(tokens, cu_seqlens=ends)
+    for start, stop in pairwise(ends.tolist()):
+        if start < stop:
+            alone = net(tokens[:, start:stop])
+            torch.testing.assert_close(logits[:, start:stop], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_documents_begin_inside_a_window_where_another_ends() -> None:
-    ends = torch.tensor([3, 3, 7, 20, 25])
-    found = document_starts(ends, torch.tensor([0, 3, 5, 7, 15]), 10)
-    assert [x.tolist() for x in found] == [[3, 7], [4], [2], [], [5]]
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_the_loss_of_a_batch_is_that_of_each_document_alone(
-    tiny_model: LongNetConfig, rows: int
+@pytest.mark.parametrize("sizes", [[7, 12, 1, 9], [0, 5, 0, 6], [2, 2], [1, 11, 1], [17]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_loss_is_that_of_all_documents_with_its_gradients(
+    sizes: list[int], dtype: torch.dtype
 ) -> None:
-    model = LongNetLM(tiny_model).double()
-    windows = torch.randint(256, (4, 49), generator=torch.Generator().manual_seed(3))
-    starts = [torch.tensor(x) for x in ([5, 48], [], [1, 2, 30], [47])]
-    shares = Parallel(torch.device("cpu")).shares(windows, rows, [x.long() for x in starts])
-    assert len(shares) == 4 // rows
-    total = torch.zeros((), dtype=torch.float64)
-    for share in shares:
-        tokens, targets, positions, ends = share.to(torch.device("cpu"))
-        assert tokens is not None
-        total += model.loss(tokens, targets, positions=positions, cu_seqlens=ends) / share.divisor
-    nats, count = torch.zeros((), dtype=torch.float64), 0
-    for window, begins in zip(windows, starts, strict=True):
-        for document in window.tensor_split(begins.long()):
-            if len(document) > 1:
-                nats += model.loss(document[None]) * (len(document) - 1)
-                count += len(document) - 1
-    torch.testing.assert_close(total, nats / count, rtol=1e-10, atol=0)
-    parameters = list(model.parameters())
-    for x, y in zip(
-        torch.autograd.grad(total, parameters),
-        torch.autograd.grad(nats / count, parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
-    masked = sum(int((share.targets == IGNORED).sum()) for share in shares)
-    assert masked == sum(map(len, starts))
+    """No document's first token is predicted from the one before."""
+    net, ends = model(), ends_of(sizes)
+    tokens = torch.randint(23, (1, sum(sizes)))
+    packed = net.loss(tokens, cu_seqlens=ends.to(dtype))
+    packed.backward()
+    found = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    parts = [tokens[:, a:b] for a, b in pairwise(ends.tolist()) if b - a > 1]
+    count = sum(part.shape[1] - 1 for part in parts)
+    true = sum(net.loss(part) * (part.shape[1] - 1) for part in parts) / count
+    true.backward()
+    torch.testing.assert_close(packed, true, rtol=1e-10, atol=0)
+    for one, parameter in zip(found, net.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-8, atol=1e-12)
 
 
-def test_a_run_keeps_it_and_goes_on_as_if_never_stopped(
-    separate: TrainConfig, tmp_path: Path
-) -> None:
-    config = separate.model_copy(update={"micro_batch_size": 2, "validate_every": 3})
-    whole = start(config, tmp_path / "whole")
-    whole.train()
-    first = start(config, tmp_path / "run")
-    first.train(should_stop=lambda: first.step >= 3)
-    run = RunFolder.open(tmp_path / "run")
-    assert run.config.documents == "separate"
-    again = Trainer(run, load_corpus(config.paths, validation_fraction=0.3))
-    again.restore()
-    again.train()
-    assert losses(run.read_metrics()) == losses(whole.run.read_metrics())
-    looks = [
-        [line.get("validation_bits_per_byte") for line in x.read_metrics()]
-        for x in (run, whole.run)
-    ]
-    assert looks[0] == looks[1]
-    assert looks[0][5] is not None
+def test_positions_may_differ_by_row() -> None:
+    net, tokens = model(), torch.randint(23, (2, 9))
+    rows = torch.stack([torch.arange(9), torch.arange(9) * 2 + 3])
+    both = net(tokens, positions=rows)
+    for row in range(2):
+        alone = net(tokens[row : row + 1], positions=rows[row])
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_joined_is_what_is_done_by_default_and_something_else(
-    separate: TrainConfig, tmp_path: Path
-) -> None:
-    joined = separate.model_copy(update={"documents": "joined"})
-    assert TrainConfig(steps=1).documents == "joined"
-    curves = []
-    for config in (joined, separate):
-        trainer = start(config, tmp_path / config.documents)
-        trainer.train()
-        curves.append(losses(trainer.run.read_metrics()))
-    assert curves[0][0] != curves[1][0]
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_documents_go_with_recomputation(checkpointing) -> None:
+    tokens, ends = torch.randint(23, (1, 20)), ends_of([7, 13])
+    losses = []
+    for value in (False, checkpointing):
+        net = model()
+        net.activation_checkpointing = value
+        loss = net.loss(tokens, cu_seqlens=ends)
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad for p in net.parameters())])
+    for one, other in zip(*losses, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_compiled_blocks_take_them_in_any_number(
-    separate: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    eager = start(separate, tmp_path / "eager")
-    eager.train()
-    whole = torch.compile
-
-    def traced(function: Any, **_: Any) -> Any:
-        return whole(function, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", traced)
-    compiled = start(separate, tmp_path / "compiled", compiled=True)
-    compiled.train()
-    found, expected = (losses(x.run.read_metrics()) for x in (compiled, eager))
-    assert found[:2] == pytest.approx(expected[:2], rel=1e-6)
-    assert found == pytest.approx(expected, rel=1e-3)
+def test_what_documents_do_not_go_with_is_named() -> None:
+    net, ends = model(), ends_of([3, 6])
+    tokens = torch.randint(23, (1, 9))
+    with pytest.raises(ValueError, match=r"tokens must have shape \(1, N\) with cu_seqlens"):
+        net(torch.cat([tokens, tokens]), cu_seqlens=ends)
+    with torch.no_grad(), pytest.raises(ValueError, match="cu_seqlens must be None with caches"):
+        net.eval()(tokens, cu_seqlens=ends, caches=net.new_caches())
+    with pytest.raises(ValueError, match="must rise from 0 to the total"):
+        net(tokens, cu_seqlens=ends_of([3, 5]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must have shape .* Got \(1, 3\)"):
+        net(tokens, cu_seqlens=ends[None])
