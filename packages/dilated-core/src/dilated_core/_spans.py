@@ -81,6 +81,18 @@ class DilatedSpans:
             heads: query heads.
             is_causal: whether the keys after each query are hidden.
         """
+        before = self.pairs_before(queries[:, None], keys[None], heads, is_causal=is_causal)
+        return before.diff(dim=0).diff(dim=1)
+
+    def pairs_before(self, queries: Tensor, keys: Tensor, heads: int, *, is_causal: bool) -> Tensor:
+        """How many pairs of a query and a key before two positions are attended: int64, for each.
+
+        Args:
+            queries: positions, int64 of any shape, not empty.
+            keys: the same, of a shape that broadcasts with it.
+            heads: query heads.
+            is_causal: whether the keys after each query are hidden.
+        """
         return count_pairs(self.pattern, queries, keys, heads, is_causal)
 
     def cliques(

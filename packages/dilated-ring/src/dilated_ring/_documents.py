@@ -265,26 +265,17 @@ class DocumentSpans:
 
     def pair_counts(self, queries: Tensor, keys: Tensor, heads: int, *, is_causal: bool) -> Tensor:
         """How many pairs are attended between neighbouring edges: those of each document."""
-        found = queries.new_zeros(len(queries) - 1, len(keys) - 1)
-        rows, columns = queries.tolist(), keys.tolist()
-        for begin, end in pairwise(self.documents.ends):
-            here, there = (
-                slice(
-                    max(0, bisect_right(edges, begin) - 1),
-                    min(len(edges) - 1, bisect_left(edges, end)),
-                )
-                for edges in (rows, columns)
-            )
-            if begin == end or here.start >= here.stop or there.start >= there.stop:
-                continue
-            seeing, seen = (
-                x[at.start : at.stop + 1].clamp(begin, end) - begin
-                for x, at in ((queries, here), (keys, there))
-            )
-            found[here, there] += self.documents.pattern.spans.pair_counts(
-                seeing, seen, heads, is_causal=is_causal
-            )
-        return found
+        spans, ends = self.documents.pattern.spans, torch.tensor(self.documents.ends)
+        lengths = ends.diff()
+        each = spans.pairs_before(lengths, lengths, heads, is_causal=is_causal)
+        total = torch.cat([each.new_zeros(1), each.cumsum(0)])
+        x, y = queries[:, None], keys[None]
+        # Documents before this one count whole, and those after it not at all.
+        number = torch.searchsorted(ends, torch.minimum(x, y), right=True) - 1
+        number = number.clamp(max=len(lengths) - 1)
+        x, y = ((edge - ends[number]).minimum(lengths[number]) for edge in (x, y))
+        before = total[number] + spans.pairs_before(x, y, heads, is_causal=is_causal)
+        return before.diff(dim=0).diff(dim=1)
 
     def cliques(self, length: int, shard: int, heads: int, *, is_causal: bool) -> None:
         """Segments of documents begin anywhere, so they are no cliques of whole shards."""

@@ -18,8 +18,8 @@ from dilated_ring._routes import Problem, Route
 
 # To count them all takes memory and time that grow with the square of the ranks.
 MOST_RANKS = 64
-# Where a shard of queries can be cut.
-_CUTS = 32
+# Where shards of queries can be cut: in many ranks each has a smaller part of the pairs.
+_CUTS = 128
 
 
 class Loan(NamedTuple):
@@ -86,7 +86,8 @@ def find_loans(problem: Problem) -> Loans:
     count = getattr(spans, "pair_counts", None)
     assert count is not None  # as cannot_lend says
     grain = getattr(spans, "grain", 1)
-    cuts = sorted({problem.shard * cut // _CUTS // grain * grain for cut in range(_CUTS)})
+    parts = max(4, _CUTS // len(ranks))
+    cuts = sorted({problem.shard * part // parts // grain * grain for part in range(parts)})
     edges = [problem.span(rank).start + cut for rank in ranks for cut in cuts]
     with unset_fake_temporarily():  # a dry run counts too
         pairs = count(

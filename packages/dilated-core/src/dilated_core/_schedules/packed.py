@@ -202,27 +202,24 @@ def _task(
     return PackedTask(Task(queries, packed, replace(heads, kv_start=0, kv_step=step), False), keys)
 
 
-def count_pairs(
-    pattern: Branches, queries: Tensor, keys: Tensor, heads: int, is_causal: bool
-) -> Tensor:
-    """How many pairs of a query and a key are attended between neighbouring edges: int64 (Q, K).
+def count_pairs(pattern: Branches, x: Tensor, y: Tensor, heads: int, is_causal: bool) -> Tensor:
+    """How many pairs of a query before x and a key before y are attended: int64, one for each.
 
     A key that c branches show counts c times, as in `DilatedPattern.flops`; keys without a row,
     as `count_padding` adds them, do not count.
 
     Args:
         pattern: the branches.
-        queries: the edges of Q spans, rising int64 (Q + 1,).
-        keys: those of K spans (K + 1,).
+        x: positions, int64 of any shape.
+        y: positions, of a shape that fits.
         heads: query heads.
         is_causal: whether the keys after each query are hidden.
     """
-    x, y = queries[:, None], keys[None]
     first = torch.minimum(x, y)
     if is_causal:
         y = first
     before = torch.zeros_like(first)
-    beyond = int(queries[-1].maximum(keys[-1])) + 1
+    beyond = max(int(x.max()), int(y.max())) + 1
     for (w, r), streams in zip(pattern.branches, pattern.streams(heads), strict=True):
         # Beyond all positions they are alike, and sums of them stay within 64 bits.
         w, r = min(w, beyond), min(r, beyond)
@@ -237,7 +234,7 @@ def count_pairs(
             whole = kept * (kept + 1) // 2 if is_causal else kept * kept
             last = b * (b + 1) // 2 + (a - b) * b if is_causal else a * b
             before += len(users) * (segments * whole + last)
-    return before.diff(dim=0).diff(dim=1)
+    return before
 
 
 def _grouped(tasks: Iterable[PackedTask]) -> Iterator[PackedTask]:
