@@ -157,3 +157,17 @@ def busy(
         out.sum().backward()
         least = min(least, time.process_time() - began)
     return least
+
+
+def grads_where_one_rank_uses_lse(pattern: DilatedPattern, strategy: Strategy) -> list[Tensor]:
+    """Gradients of this rank where the last one alone has a loss of log-sum-exps."""
+    torch.manual_seed(dist.get_rank())
+    tensors = [torch.randn(1, 8, 2, 4, dtype=torch.float64, device=device()) for _ in "qkv"]
+    query, key, value = (x.requires_grad_() for x in tensors)
+    out, lse = ring_attention(
+        query, key, value, pattern, is_causal=True, strategy=strategy, return_lse=True
+    )
+    loss = out.square().sum()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        loss = loss + lse.square().sum()
+    return [x.cpu() for x in torch.autograd.grad(loss, tensors)]

@@ -13,7 +13,7 @@ from dilated_ring import plan
 from dilated_ring._documents import read_documents
 from dilated_ring._loans import balance, find_loans, make_ledger
 from dilated_ring._routes import Problem
-from dilated_testing import patterns
+from dilated_testing import patterns, relative_error
 from process_ranks import GetRanks, World, worlds
 
 DENSE = DilatedPattern([2**20], [1])
@@ -113,6 +113,17 @@ def test_lent_queries_and_their_results_are_what_travels() -> None:
     assert first.flops == pytest.approx(second.flops, rel=2e-3)
     assert first.balance == second.balance >= 0.99
     assert first.branches == ()
+
+
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+def test_one_rank_alone_may_use_log_sum_exps(ranks: GetRanks, world: World) -> None:
+    found, expected = (
+        ranks(world).run(programs.grads_where_one_rank_uses_lse, WIDE, strategy)
+        for strategy in ("lend", "gather")
+    )
+    for mine, wanted in zip(found, expected, strict=True):
+        for x, y in zip(mine, wanted, strict=True):
+            assert relative_error(x, y) < 1e-10
 
 
 @pytest.mark.parametrize("world", worlds(4))
