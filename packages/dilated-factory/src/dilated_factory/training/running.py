@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.training.compiling import Compile, decide_compile
@@ -46,23 +47,17 @@ def train(
     parallel = Parallel(select_device(device))
     if corpus is None:
         corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
-    compiled = decide_compile(compile, parallel)
+    options: dict[str, Any] = {
+        "parallel": parallel,
+        "checkpoint_every": checkpoint_every,
+        "compiled": decide_compile(compile, parallel),
+    }
     if resume and (Path(out) / "config.json").exists():
         run = RunFolder.open(out)
         run.require_same(dict(config.model) | dict(config))
-        trainer = Trainer(
-            *(run, corpus),
-            parallel=parallel,
-            checkpoint_every=checkpoint_every,
-            compiled=compiled,
-        )
+        trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
-        trainer = Trainer.start(
-            *(out, config, corpus),
-            parallel=parallel,
-            checkpoint_every=checkpoint_every,
-            compiled=compiled,
-        )
+        trainer = Trainer.start(out, config, corpus, **options)
     trainer.train(on_step=on_step, should_stop=should_stop)
     return load_trained(out, device=parallel.device)
