@@ -171,7 +171,7 @@ def test_resume_finishes_a_stopped_run(
     [
         (["--context", "7"], "context must not be shorter than the smallest segment"),
         (["--context", "many"], "--context"),
-        (["--positions", "learned"], "'--positions'"),
+        (["--positions", "nowhere"], "'--positions'"),
         (["--head-offsets", "odd"], "'--head-offsets'"),
         (["--dtype", "float8"], "'--dtype'"),
         (["--device", "abacus"], "device 'abacus' is not available"),

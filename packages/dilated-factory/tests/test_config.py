@@ -15,7 +15,7 @@ from dilated_factory.configs.models import parse_config
         ({"segment_lengths": (8, 16)}, ["segment_lengths", "dilation_rates"]),
         ({"segment_lengths": (8,), "dilation_rates": (0,)}, ["dilation_rates", "0"]),
         ({"context": 10, "segment_lengths": (11,), "dilation_rates": (1,)}, ["context=10", "11"]),
-        ({"positions": "learned"}, ["positions", "rotary", "learned"]),
+        ({"positions": "nowhere"}, ["positions", "rotary", "nowhere"]),
         ({"positions": "xpos", "context": 60000}, ["xpos_scale_base", "512", "60000"]),
         ({"dropout": 1.0}, ["dropout", "less than 1", "1.0"]),
         ({"width": 3}, ["width", "not permitted", "3"]),

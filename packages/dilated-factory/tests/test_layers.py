@@ -265,7 +265,7 @@ def test_the_chance_to_skip_rises_to_the_last_layer() -> None:
     model = LongNetEncoder(config)
     chances = [module.chance for module in model.modules() if isinstance(module, DropPath)]
     assert chances == [0.2, 0.4]
-    inputs = torch.randn(1, 9, 16)
+    inputs = torch.randn(64, 9, 16)
     assert not torch.equal(model(inputs), model(inputs))
     plain = LongNetEncoder(config.model_copy(update={"drop_path": 0.0})).eval()
     plain.load_state_dict(model.state_dict())

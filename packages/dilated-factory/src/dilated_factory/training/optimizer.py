@@ -12,7 +12,7 @@ from dilated_factory.errors import RunError
 from dilated_factory.models.longnet import LongNetLM
 
 # What the optimizers keep of each parameter once they have taken a step.
-_MUON_STATE = ("momentum_buffer",)
+_MOMENTUM_STATE = ("momentum_buffer",)
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -108,7 +108,7 @@ def make_room(
     owners = {
         f"{name}/{key}": (parameter, optimizer, key)
         for name, parameter, optimizer in _owned(model, optimizers)
-        for key in (_MUON_STATE if isinstance(optimizer, Muon) else _ADAMW_STATE)
+        for key in (_ADAMW_STATE if isinstance(optimizer, AdamW) else _MOMENTUM_STATE)
     }
     for name in owners.keys() ^ forms.keys() if forms else ():
         raise _unfit(name, "is missing" if name in owners else "is of no parameter")
