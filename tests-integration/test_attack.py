@@ -68,6 +68,13 @@ sys.exit(campaign.main(sys.argv[1:]))
 """
 
 
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository is where modules are looked for, whoever started pytest."""
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.mark.usefixtures("repository")
 def test_a_broken_promise_becomes_a_minimal_test(tmp_path: Path) -> None:
     options = ["--targets", "attention", "--cases", "9", "--seed", "1", "--failures", str(tmp_path)]
     command = [sys.executable, "-c", BROKEN, *options]
@@ -83,6 +90,7 @@ def test_a_broken_promise_becomes_a_minimal_test(tmp_path: Path) -> None:
     next(value for name, value in space.items() if name.startswith("test_"))()
 
 
+@pytest.mark.usefixtures("repository")
 def test_the_same_seed_draws_the_same_cases() -> None:
     from tools.attack.__main__ import targets
 
