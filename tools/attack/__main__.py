@@ -52,6 +52,8 @@ def failure(target: Target, case: Case) -> BaseException | None:
     case = json.loads(json.dumps(case))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # That others call what is deprecated breaks no promise; the tests listen to it.
+        warnings.simplefilter("ignore", DeprecationWarning)
         try:
             target.check(case)
         except KeyboardInterrupt:
