@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -13,12 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import factory_programs as programs
 from dilated_factory import InputError, LongNetConfig, TrainConfig
 from dilated_factory.training.loop import Trainer
-from dilated_factory.training.parallel import DataParallel, Parallel, join, leave
+from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
 from process_ranks import Ranks, World
 
@@ -481,26 +478,3 @@ def test_torchrun_restarts_from_the_last_checkpoint_to_the_same_losses(
     metrics = RunFolder.open(tmp_path / "run").read_metrics()
     assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
     assert_same_curve(metrics, alone.run.read_metrics())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the states of threads are told by Linux")
-def test_leaving_waits_for_gloos_threads(tmp_path: Path) -> None:
-    """One that frees a tensor while the interpreter ends would abort the process (torch 2.13)."""
-    finished = []
-
-    def work() -> None:
-        named = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
-        named.write_text("pt_gloo_runloop")
-        end = time.monotonic() + 0.6
-        while time.monotonic() < end:
-            pass
-        finished.append(True)
-        named.write_text("done")
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    thread = threading.Thread(target=work)
-    thread.start()
-    leave()
-    waited = list(finished)
-    thread.join()
-    assert waited

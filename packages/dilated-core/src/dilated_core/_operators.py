@@ -100,7 +100,7 @@ def define(
         " -> (Tensor, Tensor, Tensor)",
         run_backward, fake_backward,
     )  # fmt: skip
-    traced = _torch_internals.disable_dynamo(_traced(form, forward_op, backward_op))
+    traced = _torch_internals.uncompiled(_traced(form, forward_op, backward_op))
     namespace, short = forward_op.name().split("::")
     _library(namespace).impl(short, traced, "Autograd")
 
@@ -143,7 +143,7 @@ def _traced(
 
         @staticmethod
         @once_differentiable
-        @_torch_internals.disable_dynamo  # which sees it where a part of a step is compiled
+        @_torch_internals.uncompiled  # which sees it where a part of a step is compiled
         def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
             query, *saved = ctx.saved_tensors
             if grad_out is None:
@@ -188,7 +188,7 @@ def _eager(
             )
         return (None, *grads)
 
-    compute = _torch_internals.disable_dynamo(compute)
+    compute = _torch_internals.uncompiled(compute)
     refuse_second = once_differentiable(compute)
 
     class Eager(torch.autograd.Function):
@@ -227,7 +227,7 @@ def _register(
     namespace, short = name.split("::")
     library = _library(namespace)
     library.define(short + schema, tags=torch.Tag.pt2_compliant_tag)
-    library.impl(short, _torch_internals.disable_dynamo(function), "CompositeExplicitAutograd")
+    library.impl(short, _torch_internals.uncompiled(function), "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=library)
     return getattr(getattr(torch.ops, namespace), short).default
 

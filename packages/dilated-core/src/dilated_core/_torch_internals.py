@@ -1,6 +1,10 @@
 """What this package uses of torch that has no public name."""
 
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,23 +16,41 @@ from torch.nn import Parameter
 
 __all__ = [
     "below_autograd",
-    "disable_dynamo",
     "flash",
     "flash_backward",
     "has_tangents",
     "is_eager",
+    "uncompiled",
     "unrelated_views",
 ]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # They compute whole rows on the CPU, and take and give the log-sum-exp.
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# torch.compile calls the function, and all that it calls, as it is.
-disable_dynamo = _disable_dynamo
 # A context in which nothing that autograd registers takes part.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Have torch.compile call the function, and all that it calls, as it is.
+
+    As torch.compiler.disable, which imports torch's compiler: seconds in a process that never
+    compiles, and where a process group exists already, torch.distributed.nn's default arguments
+    keep it for ever (torch 2.13).
+    """
+    disabled = _disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: _P.args, **options: _P.kwargs) -> _T:
+        seen = torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
+        return (disabled if seen else function)(*args, **options)
+
+    return call
 
 
 def unrelated_views() -> AbstractContextManager[object]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_process_group_store
 
+from dilated_core.extending import let_gloo_rest_at_exit
 from dilated_ring._errors import RankMismatchError, RemoteError, RingError
 
 T = TypeVar("T")
@@ -123,6 +124,7 @@ _LINES: WeakKeyDictionary[dist.ProcessGroup, Line] = WeakKeyDictionary()
 def line_of(group: dist.ProcessGroup) -> Line:
     """What this process knows about a group."""
     if group not in _LINES:
+        let_gloo_rest_at_exit()
         _LINES[group] = Line(group)
     return _LINES[group]
 

@@ -8,17 +8,14 @@ are on every rank (DistributedDataParallel), or each rank has a part of them (FS
 
 # Shapes: B batch, N length; b and n are those of a share.
 
-import contextlib
 import json
 import math
 import os
-import re
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dilated_core import DilatedAttention
+from dilated_core.extending import let_gloo_rest_at_exit
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
 from dilated_factory.models.head_loss import IGNORED
@@ -40,7 +38,6 @@ from dilated_factory.training.precision import Float32Attention
 DataParallel = Literal["ddp", "fsdp"]
 
 _MEETING_SECONDS = 600.0  # for the processes of all nodes to start
-_REST_SECONDS = 5.0  # for gloo's threads to let go of the last tensors
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -369,6 +366,7 @@ def join(
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    let_gloo_rest_at_exit()
     if not dist.is_initialized():
         store, rank, _ = next(iter(rendezvous("env://")))
         dist.init_process_group(
@@ -412,28 +410,9 @@ def _name_of_attempt(store: Store, rank: int, world_size: int) -> str:
 
 
 def leave() -> None:
-    """End the process group of a training that went well.
-
-    After a functional collective, FSDP's among them, gloo's threads outlive their group (torch
-    2.11 and 2.13). One that still lets go of a tensor while the interpreter ends takes the whole
-    process down, so they get the time to come to rest.
-    """
+    """End the process group of a training that went well."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        deadline = time.monotonic() + _REST_SECONDS
-        time.sleep(0.05)  # a thread that waits for the interpreter's lock seems to rest
-        while _gloo_works() and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-
-def _gloo_works() -> bool:
-    """Whether a thread of gloo does anything but wait; False where the system does not tell."""
-    for stat in Path("/proc/self/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            _, name, state = re.split(r"\((.*)\) ", stat.read_text(), maxsplit=1)
-            if "gloo" in name and not state.startswith("S"):
-                return True
-    return False
 
 
 def was_restarted() -> bool:
