@@ -65,6 +65,13 @@ RUFF = "ruff>=0.17.6,<0.18"
 MYPY = "mypy>=2.4.1,<2.5"
 IMPORT_LINTER = "import-linter>=2.3,<3"
 BUILD_TOOLS = ("hatch>=1.16,<2", "twine>=6.1,<7")
+SITE_TOOLS = (
+    "matplotlib>=3.9",
+    "mkdocs>=1.6.1,<2",
+    "mkdocs-material>=9.8,<10",
+    "mkdocstrings>=1,<2",
+    "mkdocstrings-python>=2,<3",
+)
 
 nox.needs_version = ">=2026.2"
 nox.options.default_venv_backend = "uv"
@@ -99,7 +106,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of all packages with mypy, strictly."""
     group = test_group("dilated-factory")
-    install(session, MYPY, "nox", *TEST_TOOLS, group, *editable(*PACKAGES))
+    install(session, MYPY, "nox", "mkdocs>=1.6.1,<2", *TEST_TOOLS, group, *editable(*PACKAGES))
     session.run("mypy", *session.posargs)
 
 
@@ -184,7 +191,7 @@ def alone(session: nox.Session, package: str) -> None:
 @nox.session(default=False)
 def lock(session: nox.Session) -> None:
     """Renew the exact versions that the other sessions install: requirements*.lock."""
-    tools = [RUFF, MYPY, IMPORT_LINTER, *TEST_TOOLS, *BUILD_TOOLS]
+    tools = [RUFF, MYPY, IMPORT_LINTER, *TEST_TOOLS, *BUILD_TOOLS, *SITE_TOOLS]
     tools += runpy.run_path(str(ROOT / "noxw"))["REQUIREMENTS"]
     all_of_it = (outside_requirements(package, with_options=True) for package in PACKAGES)
     write_lock(session, LOCK, chain(tools, *all_of_it))
@@ -219,6 +226,14 @@ def demo(session: nox.Session) -> None:
     # Waiting threads sleep: spinning ones would slow each other down on a machine that is shared.
     env = {"OMP_WAIT_POLICY": "PASSIVE"}
     session.run("dilated", "demo", "--out", "demo-run", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the documentation into .nox/site; `-- serve` shows it while it is written."""
+    install(session, *SITE_TOOLS, *editable(*PACKAGES))
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", *(session.posargs or ["build", "--quiet"]), env=env)
 
 
 @nox.session(default=False)
