@@ -38,6 +38,11 @@ def select_backend(query: Tensor, key: Tensor, backend: Backend | None = None) -
 
     Raises:
         ValueError: `backend` names none, or one that cannot serve the call.
+
+    Examples:
+        >>> x = torch.zeros(1, 8, 2, 16)
+        >>> print(select_backend(x, x).backend)
+        torch
     """
     obstacles = {"triton": _triton.unsupported(query, key)}
     return _choice.choose(

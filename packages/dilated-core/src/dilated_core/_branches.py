@@ -14,7 +14,12 @@ HeadGroups = Literal["shared", "split"]
 
 
 class Branch(NamedTuple):
-    """One (segment length, dilation rate) pair of a pattern."""
+    """One (segment length, dilation rate) pair of a pattern.
+
+    Examples:
+        >>> DilatedPattern([64, 256], [1, 4]).branches[1]
+        Branch(segment_length=256, dilation_rate=4)
+    """
 
     segment_length: int
     dilation_rate: int
@@ -35,7 +40,14 @@ class Stream(NamedTuple):
 def validate_segment_dilation_match(
     segment_lengths: Sequence[int], dilation_rates: Sequence[int]
 ) -> None:
-    """Raise unless both are non-empty lists of positive ints of one length."""
+    """Raise unless both are non-empty lists of positive ints of one length.
+
+    Examples:
+        >>> validate_segment_dilation_match([64, 256], [1, 4])
+        >>> validate_segment_dilation_match([64, 256], [1])
+        Traceback (most recent call last):
+        ValueError: ...
+    """
     lengths = _checks.positive_ints("segment_lengths", segment_lengths)
     rates = _checks.positive_ints("dilation_rates", dilation_rates)
     if len(lengths) != len(rates):

@@ -30,6 +30,16 @@ class DilatedKVCache:
 
     Args:
         pattern: which keys a query sees.
+
+    Examples:
+        >>> pattern = DilatedPattern([8, 32], [1, 4])
+        >>> q, k, v = torch.randn(3, 1, 30, 4, 16)
+        >>> cache = DilatedKVCache(pattern)
+        >>> prompt = cache.attend(q[:, :29], k[:, :29], v[:, :29])
+        >>> token = cache.attend(q[:, 29:], k[:, 29:], v[:, 29:])
+        >>> whole = dilated_attention(q, k, v, pattern, is_causal=True)
+        >>> torch.allclose(token, whole[:, 29:], atol=1e-5)
+        True
     """
 
     def __init__(self, pattern: DilatedPattern) -> None:

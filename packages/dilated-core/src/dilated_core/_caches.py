@@ -40,6 +40,9 @@ def clear_caches() -> None:
     For all packages that are imported. Results do not change; the next call of each kind makes
     anew what it needs. What a captured CUDA graph reads stays. The memory of tables on a GPU goes
     back to torch's allocator. Not for use while another thread attends.
+
+    Examples:
+        >>> clear_caches()
     """
     for clear in _clearing:
         clear()

@@ -22,7 +22,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class BackendChoice(Choice):
-    """The backend that serves a call: a `Choice`, whose name is `backend` as well."""
+    """The backend that serves a call: a `Choice`, whose name is `backend` as well.
+
+    Examples:
+        >>> x = torch.zeros(1, 8, 2, 16, device="meta")
+        >>> choice = select_backend(x, x, "reference")
+        >>> choice.backend, len(choice.rejected)
+        ('reference', 2)
+    """
 
     @property
     def backend(self) -> str:

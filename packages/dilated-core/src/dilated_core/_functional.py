@@ -50,6 +50,13 @@ def dilated_attention(
             queries than keys, dropout_p is not in [0, 1), scale is not finite, the pattern splits
             more groups than there are heads, or `backend` names none, or one that cannot serve the
             call.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 2, 100, 4, 16).requires_grad_()
+        >>> out = dilated_attention(q, k, v, DilatedPattern([16, 64], [1, 4]), is_causal=True)
+        >>> out.sum().backward()
+        >>> out.shape
+        torch.Size([2, 100, 4, 16])
     """
     _check_pattern(pattern)
     return attend(
@@ -96,6 +103,15 @@ def dilated_attention_varlen(
     Raises:
         TypeError, ValueError: as `dilated_attention`; also unless cu_seqlens rises from 0 to
             total, which is checked on the CPU alone.
+
+    Examples:
+        >>> pattern = DilatedPattern([16, 64], [1, 4])
+        >>> q, k, v = torch.randn(3, 50, 4, 16)  # documents of 20 and 30 positions
+        >>> ends = torch.tensor([0, 20, 50])
+        >>> out = dilated_attention_varlen(q, k, v, ends, pattern)
+        >>> first = dilated_attention(q[None, :20], k[None, :20], v[None, :20], pattern)[0]
+        >>> torch.allclose(out[:20], first, atol=1e-5)
+        True
     """
     _check_pattern(pattern)
     if not isinstance(cu_seqlens, Tensor):
@@ -123,6 +139,13 @@ def reference_attention(
     """The oracle: `dilated_attention` by its definition, with dense scores.
 
     Slow and readable, O(B * H * N * M) memory; arguments and results as in `dilated_attention`.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 1, 20, 2, 8, dtype=torch.float64)
+        >>> pattern = DilatedPattern([4, 16], [1, 3])
+        >>> expected = reference_attention(q, k, v, pattern, is_causal=True)
+        >>> torch.allclose(dilated_attention(q, k, v, pattern, is_causal=True), expected)
+        True
     """
     return dilated_attention(
         query, key, value, pattern,

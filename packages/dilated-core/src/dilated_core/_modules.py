@@ -30,6 +30,12 @@ class DilatedAttention(HeadAttention):
     Raises:
         TypeError: pattern is no DilatedPattern, or dropout or scale no number.
         ValueError: dropout is not in [0, 1), scale is not finite, or backend names none.
+
+    Examples:
+        >>> attention = DilatedAttention(DilatedPattern([8, 32], [1, 4]))
+        >>> q, k, v = torch.randn(3, 2, 30, 4, 16)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 30, 4, 16])
     """
 
     def __init__(
@@ -163,6 +169,13 @@ class MultiheadDilatedAttention(nn.Module):
         ValueError: a number is out of range, embed_dim no multiple of num_heads or num_heads none
             of num_kv_heads, pattern or dropout is given beside attention, or the pattern splits
             more groups than there are heads.
+
+    Examples:
+        >>> layer = MultiheadDilatedAttention(64, 4, DilatedPattern([8, 32], [1, 4]))
+        >>> padding = torch.arange(30) >= torch.tensor([[30], [20]])  # the second row is shorter
+        >>> output, _ = layer(torch.randn(2, 30, 64), is_causal=True, key_padding_mask=padding)
+        >>> output.shape
+        torch.Size([2, 30, 64])
     """
 
     def __init__(

@@ -18,6 +18,12 @@ class Partial(NamedTuple):
     Attributes:
         out: (B, N, H, D), softmax-weighted values over the part; 0 where no key is visible.
         lse: (B, H, N), natural log of the sum of exp(score); -inf where no key is visible.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 1, 6, 2, 8)
+        >>> dense = DilatedPattern([6], [1])
+        >>> Partial(*dilated_attention(q, k, v, dense, return_lse=True)).lse.shape  # (B, H, N)
+        torch.Size([1, 2, 6])
     """
 
     out: Tensor
@@ -40,6 +46,12 @@ def merge(*partials: Partial) -> Partial:
 
     Raises:
         ValueError: no partials, or their shapes do not fit.
+
+    Examples:
+        >>> out, lse = torch.randn(2, 1, 5, 2, 8), torch.randn(2, 1, 2, 5)
+        >>> whole = merge(Partial(out[0], lse[0]), Partial(out[1], lse[1]))
+        >>> torch.allclose(whole.lse, torch.logaddexp(lse[0], lse[1]))
+        True
     """
     if not partials:
         raise ValueError("partials must hold at least one Partial. Got none.")

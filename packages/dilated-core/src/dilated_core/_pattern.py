@@ -32,6 +32,13 @@ class DilatedPattern(Branches):
     Raises:
         TypeError: an entry is not an int.
         ValueError: a list is empty, has a non-positive entry, or the lists differ in length.
+
+    Examples:
+        >>> pattern = DilatedPattern([4, 8], [1, 2])
+        >>> pattern.multiplicity(8, heads=2, is_causal=True)[0, 6]  # a row of head 0
+        tensor([1, 0, 1, 0, 2, 1, 2, 0])
+        >>> DilatedPattern.longnet(16384)
+        DilatedPattern([2048, 4096, 8192, 16384], [1, 2, 4, 8])
     """
 
     @classmethod

@@ -2,7 +2,15 @@
 
 
 class PoolError(RuntimeError):
-    """What every error of the pool is."""
+    """What every error of the pool is.
+
+    Examples:
+        >>> try:
+        ...     UnifiedMemoryPool(limit_bytes=64).lease((1000,))
+        ... except PoolError as error:
+        ...     print(type(error).__name__)
+        PoolLimitError
+    """
 
 
 class PoolLimitError(PoolError):
@@ -11,6 +19,13 @@ class PoolLimitError(PoolError):
     Attributes:
         needed_bytes: size of the block that was asked for.
         limit_bytes: the pool's limit.
+
+    Examples:
+        >>> try:
+        ...     UnifiedMemoryPool(limit_bytes=64).lease((1000,))
+        ... except PoolLimitError as error:
+        ...     print(error.needed_bytes, error.limit_bytes)
+        4096 64
     """
 
     def __init__(self, needed_bytes: int, limit_bytes: int, situation: str) -> None:
@@ -23,15 +38,36 @@ class PoolLimitError(PoolError):
 
 
 class PoolLockedError(PoolError):
-    """The pool is locked and a lease, made at the place the message names, needed a new block."""
+    """The pool is locked and a lease, made at the place the message names, needed a new block.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> pool.lock()
+        >>> pool.lease((2,))
+        Traceback (most recent call last):
+        dilated_pool._errors.PoolLockedError: ...
+    """
 
 
 class PoolClosedError(PoolError):
-    """The pool is closed."""
+    """The pool is closed.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> pool.close()
+        >>> pool.lease((2,))
+        Traceback (most recent call last):
+        dilated_pool._errors.PoolClosedError: ...
+    """
 
 
 class PoolReentryError(PoolError):
-    """A finalizer or signal handler that interrupted the pool asked the same pool for memory."""
+    """A finalizer or signal handler that interrupted the pool asked the same pool for memory.
+
+    Examples:
+        >>> issubclass(PoolReentryError, PoolError)
+        True
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -40,8 +76,21 @@ class PoolReentryError(PoolError):
 
 
 class PoolCorruptionError(PoolError):
-    """A block's poison was overwritten while nobody held a lease of it."""
+    """A block's poison was overwritten while nobody held a lease of it.
+
+    Examples:
+        >>> issubclass(PoolCorruptionError, PoolError)  # raised with fill="poison" only
+        True
+    """
 
 
 class LeaseReleasedError(PoolError):
-    """A lease, or its tensor, was used after the lease's release."""
+    """A lease, or its tensor, was used after the lease's release.
+
+    Examples:
+        >>> with UnifiedMemoryPool().borrow((2,), dtype=torch.float32, device="cpu") as buffer:
+        ...     pass
+        >>> buffer.sum()
+        Traceback (most recent call last):
+        dilated_pool._errors.LeaseReleasedError: ...
+    """

@@ -12,7 +12,12 @@ from dilated_pool._shelf import MemoryBlock
 
 
 class EventKind(enum.StrEnum):
-    """What happened."""
+    """What happened.
+
+    Examples:
+        >>> EventKind("lease")
+        <EventKind.LEASE: 'lease'>
+    """
 
     LEASE = "lease"
     RELEASE = "release"
@@ -34,6 +39,14 @@ class Event:
         dtype: its type without "torch.", such as "float32".
         device: its device.
         pin_memory: whether it is page-locked.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> with pool.record() as log:
+        ...     with pool.borrow((4,), dtype=torch.float32, device="cpu"):
+        ...         pass
+        >>> [str(event.kind) for event in log]
+        ['grow', 'lease', 'release']
     """
 
     seconds: float
@@ -48,7 +61,15 @@ class Event:
 
 
 class EventLog:
-    """The events of a pool in the order in which they happened."""
+    """The events of a pool in the order in which they happened.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> with pool.record() as log:
+        ...     pool.lease((4,)).release()
+        >>> len(log)  # a block was made, lent and given back
+        3
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []

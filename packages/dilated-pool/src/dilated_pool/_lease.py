@@ -45,6 +45,13 @@ class Lease:
 
     A lease that is dropped without a release ends when its tensor, and everything that shares the
     tensor's memory, is gone.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> lease = pool.lease((2, 3))
+        >>> lease.tensor.fill_(1.0).sum()
+        tensor(6.)
+        >>> lease.release()
     """
 
     __slots__ = ("__weakref__", "_number", "_owner", "_tensor")

@@ -54,6 +54,15 @@ def offload_activations(
         TypeError: min_bytes or prefetch is not an int, or modules holds something else.
         ValueError: min_bytes or prefetch is negative.
         RuntimeError: in the backward, where a tensor that stayed was modified in place.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool(limit_bytes=16 << 20)
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> with offload_activations(pool, min_bytes=1):
+        ...     loss = layer(torch.randn(128, 64)).square().mean()
+        >>> loss.backward()
+        >>> layer.weight.grad.shape
+        torch.Size([64, 64])
     """
     check_count("min_bytes", min_bytes)
     check_count("prefetch", prefetch)

@@ -44,6 +44,13 @@ class UnifiedMemoryPool(Bookkeeping):
     Raises:
         TypeError: limit_bytes is not an int, or overhead not a number.
         ValueError: limit_bytes is negative, overhead not finite or below 1, or fill is unknown.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool(limit_bytes=1 << 20)
+        >>> with pool.borrow((100, 10), dtype=torch.float32, device="cpu") as buffer:
+        ...     total = buffer.fill_(2.0).sum()
+        >>> total, len(pool.outstanding())
+        (tensor(2000.), 0)
     """
 
     def __init__(

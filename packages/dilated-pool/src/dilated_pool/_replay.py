@@ -19,6 +19,13 @@ class Replay:
     Attributes:
         seconds: time for all leases and releases.
         stats: the pool's counters at the end.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> with pool.record() as log:
+        ...     pool.lease((16,)).release()
+        >>> replay(log, UnifiedMemoryPool()).stats.total_leases
+        1
     """
 
     seconds: float
@@ -39,6 +46,13 @@ def replay(
 
     Raises:
         PoolError: the pool could not serve a lease.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> with pool.record() as log:
+        ...     pool.lease((16,)).release()
+        >>> replay(log, UnifiedMemoryPool(overhead=None)).stats.reserved_blocks
+        1
     """
     steps = [event for event in events if event.kind in (EventKind.LEASE, EventKind.RELEASE)]
     leases: dict[int | None, Lease | PlainLease] = {}

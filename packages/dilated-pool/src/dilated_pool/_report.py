@@ -27,6 +27,10 @@ def stats_table(stats: PoolStats, *, title: str = "Memory pool") -> "Table":
 
     Raises:
         ImportError: rich is not installed.
+
+    Examples:
+        >>> stats_table(UnifiedMemoryPool().stats()).row_count > 5
+        True
     """
     from rich.table import Table
 
@@ -44,6 +48,12 @@ def plot_timeline(events: Iterable[Event], path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is no event.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> with pool.record() as log:
+        ...     pool.lease((16,)).release()
+        >>> plot_timeline(log, "timeline.png")
     """
     from matplotlib.figure import Figure
 

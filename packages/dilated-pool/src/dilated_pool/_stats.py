@@ -12,6 +12,13 @@ class PoolStats:
     A live byte was asked for and not released yet. A reserved byte belongs to a block, which is
     leased, idle, or quarantined: released while something still shared its memory. Peaks are since
     the pool's creation or the last `reset_peak`, totals since its creation.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool(limit_bytes=1 << 20)
+        >>> pool.lease((16,)).release()
+        >>> stats = pool.stats()
+        >>> stats.live_bytes, stats.reserved_blocks
+        (0, 1)
     """
 
     limit_bytes: int | None
@@ -54,6 +61,12 @@ class LeaseInfo:
         nbytes: bytes asked for.
         block_bytes: bytes of the block that serves them.
         stack: where the lease was made, outermost call first, if the pool has `stacks=True`.
+
+    Examples:
+        >>> pool = UnifiedMemoryPool()
+        >>> lease = pool.lease((2, 3))
+        >>> [info.nbytes for info in pool.outstanding()]
+        [24]
     """
 
     number: int

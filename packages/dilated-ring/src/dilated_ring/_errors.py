@@ -9,6 +9,10 @@ class RingError(RuntimeError):
     Attributes:
         ranks: the global ranks at fault, as far as they are known.
         step: what was being done, e.g. "forward: exchange of keys and values".
+
+    Examples:
+        >>> RingError("rank 1 died (step exchange)", ranks=(1,), step="exchange").ranks
+        (1,)
     """
 
     def __init__(self, message: str, *, ranks: Sequence[int] = (), step: str = "") -> None:
@@ -25,6 +29,10 @@ class RankMismatchError(RingError, ValueError):
 
     Raised alike on every rank, before anything is exchanged; the group remains usable. `ranks` are
     those that differ from the first rank, or whose arguments are invalid.
+
+    Examples:
+        >>> issubclass(RankMismatchError, ValueError)
+        True
     """
 
 

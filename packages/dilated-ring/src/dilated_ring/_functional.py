@@ -110,6 +110,13 @@ def ring_attention(
         TypeError, ValueError: naming the argument, what it must be, and what it was.
         RankMismatchError: the arguments differ by rank; the same on every rank.
         RingError: a rank failed, died or stalled; on every rank that is left.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> rows, padding = shard_sequence(torch.randn(1, 60, 4, 16), multiple_of=16)
+        >>> pattern = DilatedPattern([16, 64], [1, 4])
+        >>> ring_attention(rows, rows, rows, pattern, key_padding_mask=padding).shape
+        torch.Size([1, 64, 4, 16])
     """
     check_validate(validate)
     options: dict[str, Any] = {

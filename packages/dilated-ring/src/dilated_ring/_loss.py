@@ -39,6 +39,12 @@ def shared_loss(
     Raises:
         ValueError: loss is not of one number.
         RingError: a rank failed, died or stalled.
+
+    Examples:
+        >>> hidden = torch.randn(1, 4, 8, requires_grad=True)
+        >>> summed = hidden.square().sum()  # over 3 targets of this rank
+        >>> loss = shared_loss(summed, hidden, weight=3)  # their mean
+        >>> loss.backward()
     """
     if loss is not None and loss.ndim:
         raise ValueError(f"loss must have shape (). Got {tuple(loss.shape)}.")

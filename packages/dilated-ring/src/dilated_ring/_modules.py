@@ -37,6 +37,13 @@ class RingDilatedAttention(HeadAttention):
         TypeError: pattern is no AttentionPattern, or dropout or scale no number.
         ValueError: dropout is not in [0, 1), scale is not finite, strategy or validate names none,
             ring_size does not fit the world, or stands beside a group.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> attention = RingDilatedAttention(DilatedPattern([16, 64], [1, 4]))
+        >>> q, k, v = torch.randn(3, 1, 64, 4, 16)  # one process is a ring too
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 64, 4, 16])
     """
 
     _shown = (*HeadAttention._shown, ("strategy", "auto"), ("validate", "first"))
@@ -158,6 +165,14 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         buffers: as in `ring_attention`.
         options: num_kv_heads, bias, layer_norm, layer_norm_eps, gamma_init, position_embedding,
             device and dtype, as in `MultiheadDilatedAttention`.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> layer = RingMultiheadDilatedAttention(64, 4, DilatedPattern([16, 64], [1, 4]))
+        >>> rows, padding = shard_sequence(torch.randn(2, 50, 64), multiple_of=16)
+        >>> output, _ = layer(rows, key_padding_mask=padding)
+        >>> unshard_sequence(output, length=50).shape
+        torch.Size([2, 50, 64])
     """
 
     def __init__(

@@ -30,6 +30,13 @@ class Traffic:
     Attributes:
         forward: rows of keys and values; with "heads" also queries and results.
         backward: gradients of them; with "ring" also the rows once more.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> shape = {"length": 4096, "world_size": 4, "heads": 4, "head_dim": 64}
+        >>> traffic = plan(DilatedPattern.longnet(4096), **shape).traffic
+        >>> traffic.total == traffic.forward + traffic.backward
+        True
     """
 
     forward: int
@@ -57,6 +64,12 @@ class Memory:
         forward_messages: the most that messages on their way take in a forward, without `kept`.
         backward_messages: the same in a backward.
         gradients: of query, key and value, wide.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> shape = {"length": 4096, "world_size": 4, "heads": 4, "head_dim": 64}
+        >>> plan(DilatedPattern.longnet(4096), **shape).memory.tensors
+        2113536
     """
 
     tensors: int
@@ -81,6 +94,14 @@ class Seconds:
         communication: of the messages.
         exposed: of communication, what attention to the rank's own keys does not hide. With
             "gather" between nodes, the second of two steps, which starts after that attention.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> shape = {"length": 1 << 20, "world_size": 8, "heads": 12, "head_dim": 64}
+        >>> speeds = {"flops_per_second": 4e14, "bytes_per_second": 4e11}
+        >>> job = plan(DilatedPattern.longnet(1 << 20), **shape, **speeds)
+        >>> 0 < job.forward.compute < 1
+        True
     """
 
     compute: float
@@ -108,6 +129,13 @@ class Plan:
             unless queries are lent; None, as are the times, of a pattern other than DilatedPattern.
         forward: predicted time of a forward, or None.
         backward: predicted time of a backward, or None.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> shape = {"length": 4096, "world_size": 4, "heads": 4, "head_dim": 64}
+        >>> job = plan(DilatedPattern.longnet(4096), **shape)
+        >>> job.shard, job.strategy
+        (1024, 'ring')
     """
 
     rank: int
@@ -175,6 +203,13 @@ def plan(
         TypeError: pattern is no AttentionPattern.
         ValueError: a size or speed is not positive or does not divide another, strategy names none
             or cannot serve the call, or the pattern does not fit the length, shards or heads.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> pattern = DilatedPattern.longnet(1 << 20)
+        >>> job = plan(pattern, length=1 << 20, world_size=8, heads=12, head_dim=64, is_causal=True)
+        >>> f"{job.memory.peak / 2**30:.1f} GiB"
+        '1.9 GiB'
     """
     if not isinstance(pattern, AttentionPattern):
         raise TypeError(f"pattern must be an AttentionPattern. Got {type(pattern).__name__}.")

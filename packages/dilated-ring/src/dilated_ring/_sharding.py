@@ -25,6 +25,11 @@ class Shard(NamedTuple):
     Attributes:
         rows: n of them along the sharded dimension; the last ranks may have rows of padding.
         key_padding_mask: (B, n) bool, True = padding, or None on all ranks if there is none.
+
+    Examples:
+        >>> rows, padding = shard_sequence(torch.zeros(1, 50, 8), multiple_of=32)
+        >>> rows.shape, int(padding.sum())
+        (torch.Size([1, 64, 8]), 14)
     """
 
     rows: Tensor
@@ -62,6 +67,11 @@ def shard_sequence(
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
         RankMismatchError: the ranks hold different sequences; the same on every rank.
+
+    Examples:
+        >>> rows, padding = shard_sequence(torch.zeros(1, 50, 8), multiple_of=16)
+        >>> rows.shape  # 50 rows, padded to 64
+        torch.Size([1, 64, 8])
     """
     if validate not in ("always", "off"):
         raise ValueError(f"validate must be 'always' or 'off'. Got {validate!r}.")
@@ -119,6 +129,11 @@ def unshard_sequence(
         ValueError: `length` is negative or above the number of rows.
         RankMismatchError: the rows differ in shape or dtype by rank.
         RingError: a rank failed, died or stalled.
+
+    Examples:
+        >>> rows, _ = shard_sequence(torch.arange(6.0).reshape(1, 6), multiple_of=4)
+        >>> unshard_sequence(rows, length=6)
+        tensor([[0., 1., 2., 3., 4., 5.]])
     """
     ring = find_ring(group)
     rows = x.shape[dim] * (ring.world_size if ring else 1)
@@ -145,6 +160,12 @@ def local_positions(
         device: of the positions.
         cu_seqlens: as in `ring_attention`: positions then begin at 0 in each document, and in the
             padding behind them.
+
+    Examples:
+        >>> local_positions(5)  # of rank 0, or of one process
+        tensor([0, 1, 2, 3, 4])
+        >>> local_positions(5, cu_seqlens=torch.tensor([0, 3, 5]))
+        tensor([0, 1, 2, 0, 1])
     """
     ring = find_ring(group)
     start = ring.rank * length if ring else 0

@@ -131,6 +131,10 @@ def ring_group(ring_size: int) -> dist.ProcessGroup | None:
 
     Raises:
         TypeError, ValueError: `ring_size` is no positive int, above or no divisor of world_size.
+
+    Examples:
+        >>> print(ring_group(1))  # of one process
+        None
     """
     if isinstance(ring_size, bool) or not isinstance(ring_size, int):
         raise TypeError(f"ring_size must be an int. Got {ring_size!r}.")

@@ -36,6 +36,14 @@ class BlockSparseKVCache:
         TypeError: layout is no BlockLayout, or length no int.
         ValueError: the layout has not as many queries as keys, differs by batch row, is in an order
             of its own, or cannot go on to `length`.
+
+    Examples:
+        >>> layout = layouts.sliding_window(128, 16)
+        >>> q, k, v = torch.randn(3, 1, 40, 4, 16)
+        >>> cache = BlockSparseKVCache(layout, length=128)
+        >>> prompt = cache.attend(q[:, :39], k[:, :39], v[:, :39])
+        >>> cache.attend(q[:, 39:], k[:, 39:], v[:, 39:]).shape
+        torch.Size([1, 1, 4, 16])
     """
 
     can_be_captured = False

@@ -46,6 +46,14 @@ def block_sparse_attention(
         ValueError: lengths, heads, devices or sizes do not fit each other, is_causal with more
             queries than keys, dropout_p is not in [0, 1), scale is not finite, or `backend` names
             none, or one that cannot serve the call.
+
+    Examples:
+        >>> layout = layouts.sliding_window(128, 32) | layouts.global_tokens(128, 2)
+        >>> q, k, v = torch.randn(3, 2, 128, 4, 16).requires_grad_()
+        >>> out = block_sparse_attention(q, k, v, layout, is_causal=True)
+        >>> out.sum().backward()
+        >>> out.shape
+        torch.Size([2, 128, 4, 16])
     """
     _check_layout(layout)
     return attend(
@@ -81,6 +89,11 @@ def select_backend(
     Raises:
         TypeError: layout is no BlockLayout.
         ValueError: `backend` names none, or one that cannot serve the call.
+
+    Examples:
+        >>> x = torch.zeros(1, 128, 4, 16)
+        >>> select_backend(x, x, layout=layouts.sliding_window(128, 32)).backend
+        'torch'
     """
     _check_layout(layout)
     why_not = obstacles(

@@ -50,6 +50,17 @@ class BlockLayout(Layout):
         run_masks: (runs,) int32; -1 where its blocks are full, else their mask in `table`.
         table: (masks, b, ceil(b / 8)) uint8, each mask once; bit j % 8 of byte j // 8 of row i
             says whether query i of the block sees its key j.
+
+    Examples:
+        >>> layout = layouts.sliding_window(128, 32, block_size=32).causal()
+        >>> print(layout.text(size=4))
+        +...
+        ++..
+        .++.
+        ..++
+        >>> dense = layout.to_dense()
+        >>> BlockLayout.from_dense(dense, block_size=32) == layout
+        True
     """
 
     _rule: ClassVar[Rule | None] = None

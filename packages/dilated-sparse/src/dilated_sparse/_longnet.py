@@ -27,6 +27,11 @@ def longnet_order(
     Raises:
         ValueError: the rates do not divide one another in turn, a segment length is no multiple of
             the smallest, or the smallest is no multiple of the largest rate.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> layouts.longnet_order(8, DilatedPattern([4, 8], [1, 2]))
+        tensor([0, 2, 1, 3, 4, 6, 5, 7])
     """
     _checks.integer("length", length, low=0)
     smallest, rates = _nesting(pattern)
@@ -56,6 +61,15 @@ def longnet(
 
     Raises:
         ValueError: as `longnet_order`, or the pattern has `count_padding`.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> pattern = DilatedPattern([32, 128], [1, 4])
+        >>> print(layouts.longnet(128, pattern, block_size=32).text(size=4))
+        #+++
+        +#++
+        ++#+
+        +++#
     """
     if not isinstance(pattern, DilatedPattern):
         raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")

@@ -31,6 +31,12 @@ class BlockSparseAttention(HeadAttention):
     Raises:
         TypeError: layout is no BlockLayout, or dropout or scale no number.
         ValueError: dropout is not in [0, 1), scale is not finite, or backend names none.
+
+    Examples:
+        >>> attention = BlockSparseAttention(layouts.sliding_window(128, 32))
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 16)  # shorter than the layout
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 100, 4, 16])
     """
 
     _backends: tuple[str, ...] = BACKENDS
@@ -133,6 +139,14 @@ class BlockSparseDilatedAttention(BlockSparseAttention):
     Raises:
         TypeError: pattern is no DilatedPattern, or as `BlockSparseAttention`.
         ValueError: as `BlockSparseAttention`.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> near = layouts.sliding_window(128, 32)
+        >>> attention = BlockSparseDilatedAttention(DilatedPattern([128], [8]), near)
+        >>> q, k, v = torch.randn(3, 1, 128, 4, 16)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 128, 4, 16])
     """
 
     # Flex gives no lse on the CPU, and core has no such backend.

@@ -62,6 +62,13 @@ def sliding_window(
 
     Its window size w is 2 * window here. length, window and block_size are in tokens; device is
     that of the result.
+
+    Examples:
+        >>> print(layouts.sliding_window(128, 32, block_size=32).text(size=4))
+        #+..
+        +#+.
+        .+#+
+        ..+#
     """
     return dilated_window(length, window, 1, block_size=block_size, device=device)
 
@@ -75,6 +82,13 @@ def dilated_window(
     The dilated sliding window of Longformer (arXiv 2004.05150, section 3.1, figure 2c). length,
     dilation and block_size are in tokens, window in steps of the dilation to each side; device is
     that of the result.
+
+    Examples:
+        >>> print(layouts.dilated_window(128, 16, 2, block_size=32).text(size=4))
+        ++..
+        +++.
+        .+++
+        ..++
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("window", window, low=0)
@@ -97,6 +111,13 @@ def strided(
     Both heads of the strided pattern of the Sparse Transformer in one softmax (arXiv 1904.10509,
     section 4.3: A1 = {max(0, i − l) .. i}, A2 = {j : (i − j) mod l = 0}). length, stride and
     block_size are in tokens; device is that of the result.
+
+    Examples:
+        >>> print(layouts.strided(128, 32, block_size=32).text(size=4))
+        +...
+        ++..
+        +++.
+        ++++
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("stride", stride)
@@ -120,6 +141,13 @@ def fixed(
 
     Raises:
         ValueError: summary exceeds stride, among others.
+
+    Examples:
+        >>> print(layouts.fixed(128, 32, 4, block_size=32).text(size=4))
+        +...
+        ++..
+        +++.
+        ++++
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("stride", stride)
@@ -162,6 +190,13 @@ def global_tokens(
     The global attention of Longformer (arXiv 2004.05150, section 3.1) on the first tokens. In a
     causal call these are the attention sinks of StreamingLLM (arXiv 2309.17453). length, count and
     block_size are in tokens; device is that of the result.
+
+    Examples:
+        >>> print(layouts.global_tokens(128, 8, block_size=32).text(size=4))
+        ++++
+        +...
+        +...
+        +...
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("count", count, low=0)
@@ -199,6 +234,13 @@ def global_positions(
     Raises:
         TypeError: positions are no ints.
         ValueError: one is not in range(length), among others.
+
+    Examples:
+        >>> print(layouts.global_positions(128, [0, 70], block_size=32).text(size=4))
+        ++++
+        +.+.
+        ++++
+        +.+.
     """
     grid = make_grid(length, length, block_size, device)
     chosen = torch.as_tensor(positions)
@@ -257,6 +299,10 @@ def random_blocks(
     The random attention of BigBird (arXiv 2007.14062, section 2 and appendix D), which draws
     blocks. The same seed gives the same blocks everywhere. length and block_size are in tokens,
     count in blocks; heads draw each for itself; device is that of the result.
+
+    Examples:
+        >>> layouts.random_blocks(128, 2, block_size=32, heads=4).density() < 1
+        True
     """
     return draw_blocks(make_grid(length, length, block_size, device), count, seed, heads)
 
@@ -283,6 +329,10 @@ def bigbird(
 
     Raises:
         ValueError: window_blocks is even, among others.
+
+    Examples:
+        >>> layouts.bigbird(256, block_size=32, heads=4).density() < 1
+        True
     """
     if _checks.integer("window_blocks", window_blocks) % 2 == 0:
         raise ValueError(f"window_blocks must be odd. Got {window_blocks}.")
@@ -306,6 +356,13 @@ def longformer(
     """|i − j| <= window, or i < global_count, or j < global_count (arXiv 2004.05150, figure 2d).
 
     length, window, global_count and block_size are in tokens; device is that of the result.
+
+    Examples:
+        >>> print(layouts.longformer(128, 32, 4, block_size=32).text(size=4))
+        #+++
+        +#+.
+        ++#+
+        +.+#
     """
     window_part = sliding_window(length, window, block_size=block_size, device=device)
     return window_part | global_tokens(length, global_count, block_size=block_size, device=device)
@@ -318,6 +375,13 @@ def document(
 
     The packing without cross-contamination of Krell et al. (arXiv 2107.02027). lengths and
     block_size are in tokens; device is that of the result.
+
+    Examples:
+        >>> print(layouts.document([40, 88], block_size=32).text(size=4))
+        #+..
+        ++++
+        .+##
+        .+##
     """
     if isinstance(lengths, str) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths must be a sequence of ints. Got {lengths!r}.")
@@ -369,6 +433,13 @@ def prefix(
     """j < count or j <= i: the prefix language model of T5 (arXiv 1910.10683, section 3.2.1).
 
     length, count and block_size are in tokens; device is that of the result.
+
+    Examples:
+        >>> print(layouts.prefix(128, 40, block_size=32).text(size=4))
+        #+..
+        #+..
+        ##+.
+        ###+
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("count", count, low=0)
@@ -403,6 +474,10 @@ def hierarchical(
     2107.11906, section 4), with one sampled key for each coarse cell where that averages the cell.
     length and block_size are in tokens, window in cells of each level, whose side in tokens grows
     growth times from one to the next; device is that of the result.
+
+    Examples:
+        >>> layouts.hierarchical(512, 32, 3, block_size=32).density() < 1
+        True
     """
     grid = make_grid(length, length, block_size, device)
     _checks.integer("window", window, low=0)

@@ -38,6 +38,12 @@ class BlockSelection(NamedTuple):
         layout: the chosen blocks, with H heads.
         dropped_mass: (H, N), or (B, H, N) of a batch of more than one: upper bounds on the share of
             each query's softmax over all keys that falls on keys which the layout hides.
+
+    Examples:
+        >>> q, k = torch.randn(2, 1, 128, 4, 16)
+        >>> selection = select.threshold_blocks(q, k, 0.9, block_size=32)
+        >>> bool((selection.dropped_mass <= 0.1).all())
+        True
     """
 
     layout: BlockLayout
@@ -72,6 +78,12 @@ def top_k_blocks(
         TypeError: an argument has the wrong type, or query and key differ in dtype.
         ValueError: the batch is empty, heads or lengths do not fit each other, or a number is out
             of range.
+
+    Examples:
+        >>> q, k = torch.randn(2, 1, 128, 4, 16)
+        >>> layout = select.top_k_blocks(q, k, 2, is_causal=True, block_size=32)
+        >>> layout.density() < 0.5
+        True
     """
     if len(each := _batch_rows(query, key)) > 1:
         choose = partial(
@@ -127,6 +139,12 @@ def threshold_blocks(
         TypeError: an argument has the wrong type, or query and key differ in dtype.
         ValueError: the batch is empty, heads or lengths do not fit each other, or a number is out
             of range.
+
+    Examples:
+        >>> q, k = torch.randn(2, 1, 128, 4, 16)
+        >>> selection = select.threshold_blocks(q, k, 0.9, is_causal=True, block_size=32)
+        >>> 0 < selection.layout.density() <= 1
+        True
     """
     if len(each := _batch_rows(query, key)) > 1:
         choose = partial(
