@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# torch 2.13.0 (2.11.0 keeps it too, with two threads): what is imported after init_process_group decides whether
-# destroy_process_group ends gloo's threads.
+# torch 2.13.0 (2.11.0 too, with two threads): what is imported after init_process_group decides
+# whether destroy_process_group ends gloo's threads.
 #
 # torch.distributed.nn.functional has the default group as a default argument of ten functions
 # (`group=group.WORLD`), which Python evaluates when the module is imported. FSDP, DTensor's older
