@@ -152,6 +152,30 @@ def test_bad_tasks_are_one_line_and_exit_code_2(
     assert re.search(re.escape(says).replace(r"\.\*", ".*"), error)
 
 
+def test_features_that_are_no_numbers_are_named_with_their_tile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A feature that overflowed in float16 would spoil every weight."""
+    path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+    file = tmp_path / "features" / "s3.pt"
+    content = torch.load(file)
+    content["features"][2, 1] = math.inf
+    torch.save(content, file)
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "s3 must have finite features. Got others in 1 of 11 tiles, first in tile 2." in (
+        capsys.readouterr().err
+    )
+
+
+def test_training_that_diverges_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+    path.write_text(path.read_text().replace("learning_rate = 0.01", "learning_rate = 1e25"))
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "training has diverged" in error
+    assert error.count("\n") == 1
+
+
 def test_an_existing_fold_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

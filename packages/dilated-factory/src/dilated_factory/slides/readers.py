@@ -58,7 +58,8 @@ class SlideFeatures:
             tile_size: takes the place of the file's, in the unit of its coordinates.
 
         Raises:
-            InputError: there are no tiles, no coordinates, or no tile size at all.
+            InputError: there are no tiles, no coordinates, or no tile size at all; or a feature is
+                not finite, as where float16 overflowed.
         """
         size = self.tile_size if tile_size is None else tile_size
         if not len(self.features):
@@ -69,6 +70,12 @@ class SlideFeatures:
             raise InputError(
                 f"{self.name} ({self.layout}) does not say how many pixels of level 0 a tile is "
                 "wide: give the tile size."
+            )
+        finite = self.features.isfinite().all(1)
+        if not finite.all():
+            raise InputError(
+                f"{self.name} must have finite features. Got others in {int((~finite).sum())} of "
+                f"{len(finite)} tiles, first in tile {int(finite.int().argmin())}."
             )
         return self.features, self.coords, size
 

@@ -80,7 +80,7 @@ class SlideTask:
         """Train and test the folds, each in a folder of its own; the scores of all of them.
 
         Raises:
-            RunError: a fold's folder exists.
+            RunError: a fold's folder exists, or training diverges.
         """
         results: dict[str, Any] = {"classes": self.slides.classes, "folds": {}}
         said, tested = [], []
@@ -199,6 +199,7 @@ class SlideTask:
         for rows, slides in self._read(batch, limit):
             targets = self._targets(rows, shift, scale).to(self.device)
             value = loss(self.config.task, self._classify(model, slides), targets)
+            _require_finite(value)
             (value / len(batch)).backward()
             total += value.item()
         nn.utils.clip_grad_norm_(model.parameters(), self.config.gradient_clip)
@@ -231,6 +232,7 @@ class SlideTask:
     def _judged(
         self, outputs: Tensor, rows: Sequence[int], shift: Tensor, scale: Tensor
     ) -> Metrics:
+        _require_finite(outputs)
         value = loss(self.config.task, outputs, self._targets(rows, shift, scale)).item()
         said = scores(self.config.task, outputs * scale + shift)
         targets = self.slides.targets[list(rows)].numpy()
@@ -288,6 +290,11 @@ def load_classifier(path: Path, config: SlideTaskConfig, width: int) -> SlideCla
     return loaded(
         lambda file: SlideClassifier.load(file, shape, feat_layers=config.feat_layers), path
     )
+
+
+def _require_finite(found: Tensor) -> None:
+    if not found.isfinite().all():
+        raise RunError("training has diverged, to what is no number: lower learning_rate.")
 
 
 def _cosine(step: int, steps: int, config: SlideTaskConfig) -> float:
