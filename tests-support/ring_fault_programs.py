@@ -16,7 +16,15 @@ from torch import Tensor
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_core._spans import DilatedSpans
 from dilated_core.interfaces import SpanAttention
-from dilated_ring import RingError, _exchange, _faults, ring_attention, unshard_sequence
+from dilated_ring import (
+    RingError,
+    _exchange,
+    _faults,
+    ring_attention,
+    shard_sequence,
+    shared_loss,
+    unshard_sequence,
+)
 from dilated_ring._agreement import Fact, Validate, agree
 from dilated_ring._faults import Call, Work, line_of
 from process_ranks import device
@@ -294,14 +302,34 @@ def attend_differently(what: str) -> torch.dtype:
         given = query[:1]
     if different == "invalid":
         given = query[0]
+    if different == "gradient":
+        given = query.clone().requires_grad_()
     pattern = DilatedPattern([5, 1000] if different == "pattern" else [4, 1000], [1, 2])
     ends = torch.tensor([0, 5 if different == "documents" else 7])
-    out = ring_attention(
-        given, given, given, pattern, is_causal=different == "causal", validate="always",
-        cu_seqlens=ends if what == "documents" else None,
-    )  # fmt: skip
+    mask = torch.zeros(2, 7, dtype=torch.bool, device=device()) if different == "mask" else None
+    with torch.autocast(device().type, torch.bfloat16, enabled=different == "autocast"):
+        out = ring_attention(
+            given, given, given, pattern, is_causal=different == "causal", validate="always",
+            cu_seqlens=ends if what == "documents" else None, key_padding_mask=mask,
+            strategy="ring" if different == "strategy" else "auto",
+        )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.dtype
+
+
+def err_around(what: str) -> None:
+    """A call of what there is around attention, whose arguments on the last rank are wrong."""
+    wrong = dist.get_rank() == dist.get_world_size() - 1
+    rows = torch.ones(1, 8, device=device())
+    if what == "cut":
+        mask = torch.zeros(1, 8 - wrong, dtype=torch.bool, device=device())
+        shard_sequence(rows, key_padding_mask=mask)
+    elif what == "put together":
+        unshard_sequence(rows, length=1000 if wrong else 3)
+    elif what == "loss":
+        shared_loss(torch.ones(3, device=device()) if wrong else None, rows)
+    else:
+        shared_loss(rows.sum(), rows, weight="x" if wrong else 1)  # type: ignore[arg-type]  # wrong
 
 
 def steps_of_lengths(lengths: Sequence[int]) -> list[float]:

@@ -153,6 +153,28 @@ def test_a_rank_that_skips_the_comparison_is_noticed(size: int) -> None:
 @pytest.mark.parametrize(
     ("what", "named"),
     [
+        ("cut", "ValueError: key_padding_mask must have shape (1, 8). Got (1, 7)."),
+        ("put together", "ValueError: length must be between 0 and"),
+        ("loss", "ValueError: loss must have shape (). Got (3,)."),
+        ("weight", "TypeError: weight must be a number or a Tensor of one. Got 'x'."),
+    ],
+)
+@pytest.mark.parametrize("world", worlds(2, 3, 4))
+def test_a_call_around_attention_that_is_wrong_on_one_rank_is_an_error_on_all(
+    ranks: GetRanks, world: World, what: str, named: str
+) -> None:
+    """None waits for the rank that never came: a loss of one rank is made on that one alone."""
+    group = ranks(world)
+    error = alike(group.outcomes(programs.err_around, what))
+    assert isinstance(error, RankMismatchError)
+    assert error.ranks == (world.size - 1,)
+    assert f"Got rank {world.size - 1}: {named}" in str(error)
+    assert group.run(programs.once_more) == [list(map(float, range(world.size)))] * world.size
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
         ("length", "shape of query: (2, 7, 4, 8) on rank{s} {others}, (2, 6, 4, 8) on rank {last}"),
         (
             "dtype",
@@ -160,6 +182,10 @@ def test_a_rank_that_skips_the_comparison_is_noticed(size: int) -> None:
         ),
         ("documents", "cu_seqlens: [0, 7] on rank{s} {others}, [0, 5] on rank {last}"),
         ("causal", "is_causal: False on rank{s} {others}, True on rank {last}"),
+        ("autocast", "autocast: off on rank{s} {others}, torch.bfloat16 on rank {last}"),
+        ("gradient", "gradient of value: False on rank{s} {others}, True on rank {last}"),
+        ("mask", "key_padding_mask: none on rank{s} {others}, given on rank {last}"),
+        ("strategy", "strategy: auto on rank{s} {others}, ring on rank {last}"),
         ("pattern", '"segment_lengths": [5, 1000]'),
         ("invalid", "rank {last}: ValueError: query must have shape"),
     ],

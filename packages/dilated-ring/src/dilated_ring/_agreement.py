@@ -6,8 +6,8 @@ details are gathered, and every rank raises the same error.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ import dilated_core
 from dilated_ring.__about__ import __version__
 from dilated_ring._errors import RankMismatchError
 from dilated_ring._faults import Call
+from dilated_ring._topology import Ring, device_of
 
 Validate = Literal["first", "always", "off"]
 Fact = str | int | float | bool | None | Sequence[int]
@@ -70,6 +71,30 @@ def agree(
         _raise_mismatch(call, records, error)
     if rest is not None:
         call.line.agreed += 1
+
+
+def problem_of(check: Callable[..., object], *arguments: object) -> Exception | None:
+    """What a check finds wrong with the arguments of this rank."""
+    try:
+        check(*arguments)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+def refuse_alike(ring: Ring | None, like: object, name: str, error: Exception) -> NoReturn:
+    """Raise what is wrong with the arguments of this rank, also where the others compare theirs.
+
+    Args:
+        ring: the ranks; None where there is one.
+        like: a tensor of this rank's, if it is one.
+        name: of the call.
+        error: what is wrong.
+    """
+    if ring is not None:
+        with Call(ring.group, device_of(ring.group, like), name) as call:
+            agree(call, {}, error)
+    raise error
 
 
 _VERSIONS = {

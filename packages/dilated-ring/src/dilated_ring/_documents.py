@@ -123,6 +123,12 @@ def read_documents(pattern: object, cu_seqlens: Tensor | Sequence[int], length: 
             "cu_seqlens must be None unless pattern is a DilatedPattern; a block layout of "
             f"documents is layouts.document. Got {type(pattern).__name__}."
         )
+    ends = read_ends(cu_seqlens, length)
+    return Documents(pattern, tuple(ends + [length] * (ends[-1] < length)))
+
+
+def read_ends(cu_seqlens: Tensor | Sequence[int], length: int) -> list[int]:
+    """The numbers of `read_documents`, with its errors."""
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64. Got {cu_seqlens.dtype}.")
@@ -141,7 +147,7 @@ def read_documents(pattern: object, cu_seqlens: Tensor | Sequence[int], length: 
             f"cu_seqlens must rise from 0 to at most the rows of all ranks ({length}). "
             f"Got {_shown(ends)}."
         )
-    return Documents(pattern, tuple(ends + [length] * (ends[-1] < length)))
+    return ends
 
 
 def summary(cu_seqlens: object) -> str:

@@ -201,6 +201,7 @@ def _facts(ring: Ring, given: _Given) -> Mapping[str, Fact]:
             facts[f"shape of {name}"] = tuple(tensor.shape)
             facts[f"dtype of {name}"] = str(tensor.dtype)
             facts[f"gradient of {name}"] = torch.is_grad_enabled() and tensor.requires_grad
+            facts["autocast"] = _autocast_of(tensor.device.type)
     if isinstance(given.pattern, AttentionPattern):
         facts["pattern"] = given.pattern.code
     masked = given.options["key_padding_mask"] is not None
@@ -210,6 +211,11 @@ def _facts(ring: Ring, given: _Given) -> Mapping[str, Fact]:
     for name in ("is_causal", "dropout_p"):
         facts[name] = given.options[name]
     return facts | {"strategy": given.strategy}
+
+
+def _autocast_of(device: str) -> str:
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)) if on else "off"
 
 
 def _rest(given: _Given) -> Mapping[str, Fact]:

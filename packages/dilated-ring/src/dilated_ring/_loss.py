@@ -1,5 +1,6 @@
 """One loss of ranks that each have a part of the targets, or none."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring._agreement import agree
+from dilated_ring._agreement import agree, problem_of, refuse_alike
 from dilated_ring._faults import Call
 from dilated_ring._topology import device_of, find_ring
 from dilated_ring._uncompiled import uncompiled
@@ -37,7 +38,8 @@ def shared_loss(
         group: as in `ring_attention`; alone, a rank has all targets.
 
     Raises:
-        ValueError: loss is not of one number.
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+        RankMismatchError: an argument of some ranks only is so; the same on every rank.
         RingError: a rank failed, died or stalled.
 
     Examples:
@@ -46,10 +48,12 @@ def shared_loss(
         >>> loss = shared_loss(summed, hidden, weight=3)  # their mean
         >>> loss.backward()
     """
-    if loss is not None and loss.ndim:
-        raise ValueError(f"loss must have shape (). Got {tuple(loss.shape)}.")
+    ring = find_ring(group)
+    problem = problem_of(_check, loss, rows, weight)
+    if problem is not None:
+        refuse_alike(ring, rows, "shared_loss", problem)
     mine = 0.0 if loss is None else float(weight)
-    ring, size, total = find_ring(group), 1, mine
+    size, total = 1, mine
     if ring is not None:
         size = ring.world_size
         with Call(ring.group, device_of(ring.group, rows), "shared_loss") as call:
@@ -65,6 +69,23 @@ def shared_loss(
     if loss is None or not mine:
         return nothing
     return loss * (size / total) + nothing
+
+
+def _check(loss: object, rows: object, weight: object) -> None:
+    """Raise unless the arguments of this rank are valid."""
+    if loss is not None and not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a Tensor or None. Got {type(loss).__name__}.")
+    if loss is not None and loss.ndim:
+        raise ValueError(f"loss must have shape (). Got {tuple(loss.shape)}.")
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows must be a Tensor of floating point. Got {got}.")
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        weight = weight.item()
+    if not isinstance(weight, int | float):
+        raise TypeError(f"weight must be a number or a Tensor of one. Got {weight!r}.")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be finite and not negative. Got {weight}.")
 
 
 class _Nothing(torch.autograd.Function):

@@ -14,7 +14,7 @@ from dilated_core.interfaces import AttentionPattern, BufferSource, DecodingStat
 from dilated_ring._agreement import Validate, check_validate
 from dilated_ring._documents import whole_pattern
 from dilated_ring._functional import ring_attention
-from dilated_ring._sharding import local_positions, restart
+from dilated_ring._sharding import local_positions, positions_of
 from dilated_ring._strategy import Strategy, check_strategy
 from dilated_ring._topology import ring_group
 
@@ -110,7 +110,7 @@ class RingDilatedAttention(HeadAttention):
         With `cu_seqlens` they begin anew in each document.
         """
         if self.ranks.alone:
-            return restart(torch.arange(length, device=device), cu_seqlens)
+            return positions_of(0, 1, length, device, cu_seqlens)
         group = self.ranks.group
         return local_positions(length, group=group, device=device, cu_seqlens=cu_seqlens)
 

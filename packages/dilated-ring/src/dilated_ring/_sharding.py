@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring._agreement import Fact, agree
+from dilated_ring._agreement import Fact, agree, problem_of, refuse_alike
+from dilated_ring._documents import read_ends
 from dilated_ring._faults import Call
 from dilated_ring._topology import Ring, device_of, find_ring
 from dilated_ring._uncompiled import uncompiled
@@ -75,25 +76,18 @@ def shard_sequence(
     """
     if validate not in ("always", "off"):
         raise ValueError(f"validate must be 'always' or 'off'. Got {validate!r}.")
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int):
-        raise TypeError(f"multiple_of must be an int. Got {multiple_of!r}.")
-    if multiple_of <= 0:
-        raise ValueError(f"multiple_of must be positive. Got {multiple_of}.")
-    dim, length = dim % x.ndim, x.shape[dim]
-    if dim == 0:
-        raise ValueError("dim must not be the batch dimension 0. Got 0.")
-    if key_padding_mask is not None and key_padding_mask.shape != (x.shape[0], length):
-        raise ValueError(
-            f"key_padding_mask must have shape {(x.shape[0], length)}. "
-            f"Got {tuple(key_padding_mask.shape)}."
-        )
     ring = find_ring(group)
-    if ring is not None and validate == "always":
+    compared = ring if validate == "always" else None
+    problem = problem_of(_check_whole, x, dim, multiple_of, key_padding_mask)
+    if problem is not None:
+        refuse_alike(compared, x, "shard_sequence", problem)
+    dim, length = dim % x.ndim, x.shape[dim]
+    if compared is not None:
         facts: dict[str, Fact] = {"multiple_of": multiple_of, "dim": dim, **_facts("x", x)}
         facts["key_padding_mask"] = "none"
         if key_padding_mask is not None:
             facts |= _facts("key_padding_mask", key_padding_mask)
-        with Call(ring.group, device_of(ring.group, x), "shard_sequence") as call:
+        with Call(compared.group, device_of(compared.group, x), "shard_sequence") as call:
             agree(call, facts)
     rank, world_size = (ring.rank, ring.world_size) if ring else (0, 1)
     n = -(-length // (world_size * multiple_of)) * multiple_of
@@ -126,7 +120,7 @@ def unshard_sequence(
         length: positions N, to cut off the padding; all rows when None.
 
     Raises:
-        ValueError: `length` is negative or above the number of rows.
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
         RankMismatchError: the rows differ in shape or dtype by rank.
         RingError: a rank failed, died or stalled.
 
@@ -136,9 +130,9 @@ def unshard_sequence(
         tensor([[0., 1., 2., 3., 4., 5.]])
     """
     ring = find_ring(group)
-    rows = x.shape[dim] * (ring.world_size if ring else 1)
-    if length is not None and not 0 <= length <= rows:
-        raise ValueError(f"length must be between 0 and {rows}. Got {length}.")
+    problem = problem_of(_check_rows, x, dim, length, ring.world_size if ring else 1)
+    if problem is not None:
+        refuse_alike(ring, x, "unshard_sequence", problem)
     if ring is not None:
         gather: Callable[..., Tensor] = _Unshard.apply
         x = gather(x.movedim(dim, 0), ring).movedim(0, dim)
@@ -161,6 +155,9 @@ def local_positions(
         cu_seqlens: as in `ring_attention`: positions then begin at 0 in each document, and in the
             padding behind them.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be, and what it was.
+
     Examples:
         >>> local_positions(5)  # of rank 0, or of one process
         tensor([0, 1, 2, 3, 4])
@@ -168,16 +165,71 @@ def local_positions(
         tensor([0, 1, 2, 0, 1])
     """
     ring = find_ring(group)
-    start = ring.rank * length if ring else 0
-    return restart(torch.arange(start, start + length, device=device), cu_seqlens)
+    rank, world_size = (ring.rank, ring.world_size) if ring else (0, 1)
+    return positions_of(rank, world_size, length, device, cu_seqlens)
 
 
-def restart(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Positions in a sequence as positions in its documents, if it has any."""
+def positions_of(
+    rank: int,
+    world_size: int,
+    length: int,
+    device: torch.device | str | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The positions of a rank's rows, in the documents of the sequence if it has any."""
+    _integer("length", length)
+    if length < 0:
+        raise ValueError(f"length must not be negative. Got {length}.")
+    positions = torch.arange(rank * length, (rank + 1) * length, device=device)
     if cu_seqlens is None:
         return positions
-    ends = cu_seqlens.to(positions)
+    ends = torch.tensor(read_ends(cu_seqlens, world_size * length), device=positions.device)
     return positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
+
+
+def _check_whole(x: Tensor, dim: int, multiple_of: int, mask: Tensor | None) -> None:
+    """Raise unless a sequence can be cut."""
+    _integer("multiple_of", multiple_of)
+    if multiple_of <= 0:
+        raise ValueError(f"multiple_of must be positive. Got {multiple_of}.")
+    _check_dim(x, dim)
+    if dim % x.ndim == 0:
+        raise ValueError(f"dim must not be the batch dimension 0. Got {dim}.")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"key_padding_mask must be a bool Tensor. Got {got}.")
+    if mask.shape != (x.shape[0], x.shape[dim]):
+        raise ValueError(
+            f"key_padding_mask must have shape {(x.shape[0], x.shape[dim])}. "
+            f"Got {tuple(mask.shape)}."
+        )
+
+
+def _check_rows(x: Tensor, dim: int, length: int | None, world_size: int) -> None:
+    """Raise unless rows can be put together."""
+    _check_dim(x, dim)
+    rows = x.shape[dim] * world_size
+    if length is None:
+        return
+    _integer("length", length)
+    if not 0 <= length <= rows:
+        raise ValueError(f"length must be between 0 and {rows}. Got {length}.")
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    """Raise unless it is a tensor that has the dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor. Got {type(x).__name__}.")
+    _integer("dim", dim)
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim must be one of the {x.ndim} dimensions of x. Got {dim}.")
+
+
+def _integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int. Got {value!r}.")
 
 
 def _rows(x: Tensor, dim: int, start: int, count: int, fill: int) -> Tensor:

@@ -98,16 +98,14 @@ def find_ring(group: dist.ProcessGroup | DeviceMesh | None) -> Ring | None:
     return None if world_size == 1 else Ring(group, rank, world_size, nodes)
 
 
-def device_of(group: dist.ProcessGroup, like: torch.Tensor) -> torch.device:
+def device_of(group: dist.ProcessGroup, like: object) -> torch.device:
     """A device that the group can exchange from: a tensor's, if it can."""
     kinds = [device.type for device in group._device_types]
-    if like.device.type in kinds:
+    if isinstance(like, torch.Tensor) and like.device.type in kinds:
         return like.device
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if "cuda" in kinds
-        else torch.device("cpu")
-    )
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
