@@ -78,8 +78,11 @@ def test_a_tensor_that_was_changed_in_between_is_parked_again():
         first = (weight * x).sum()
         x.fill_(3)
         second = (weight * x).sum()
-    (first + second).backward()
-    assert (weight.grad == 5).all()
+        assert len(pool.outstanding()) == 2
+    second.backward()
+    assert (weight.grad == 3).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
 
 
 def test_reused_addresses_are_not_mistaken_for_the_same_tensor():
@@ -288,20 +291,32 @@ def test_parameters_that_are_frozen_stay_and_so_do_their_views():
     assert parked == 0
 
 
+CHANGES = {
+    "itself": lambda x: x.fill_(3),
+    "a view": lambda x: x[:1].fill_(3),
+    "its transpose": lambda x: x.T.fill_(3),
+    "what it is a view of": lambda x: x._base.add_(1),
+    "nothing": lambda x: x.add(1),
+}
+
+
 @pytest.mark.parametrize("min_bytes", [0, 1 << 20])
-def test_a_change_in_place_is_never_taken_for_what_was_saved(min_bytes):
-    """What was parked is what was saved; what stayed is refused, as torch refuses it."""
-    weight = torch.randn(37, requires_grad=True)
-    with offload_activations(UnifiedMemoryPool(), min_bytes=min_bytes):
-        x = torch.full((37,), 2.0)
-        loss = (weight * x).sum()
-        x.fill_(3)
-    if min_bytes:
-        with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*version 0"):
-            loss.backward()
-    else:
-        loss.backward()
-        assert (weight.grad == 2).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_place_is_found_as_torch_finds_it(min_bytes, dtype, change):
+    """Whether a tensor was parked or stayed, for the pool may have had no room for it."""
+    weight = torch.ones(3, 4, dtype=dtype, requires_grad=True)
+    for context in (Nothing(), offload_activations(UnifiedMemoryPool(), min_bytes=min_bytes)):
+        with context:
+            x = torch.full((4, 3), 2.0, dtype=dtype).mT
+            loss = (weight * x).sum().abs()
+            CHANGES[change](x)
+        if change == "nothing":
+            (grad,) = torch.autograd.grad(loss, weight)
+            assert (grad.abs() == 2).all()
+        else:
+            with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*version 0"):
+                loss.backward()
 
 
 @pytest.mark.parametrize("min_bytes", [0, 1 << 20])

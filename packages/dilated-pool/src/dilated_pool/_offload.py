@@ -38,8 +38,7 @@ def offload_activations(
     views. Each parked storage returns before the backward pass uses it, together with the
     `prefetch` ones parked before it. Forward must run inside the context, backward may run outside.
 
-    What is parked is what was saved, whatever becomes of it in place; what stays is watched as
-    torch does.
+    A change in place after saving is found as torch finds it, whether or not the tensor was parked.
 
     Inside a function that torch.compile compiles, the function that opens the context runs as it
     is, and what it calls is compiled. Around a compiled model, the whole model is.
@@ -53,7 +52,7 @@ def offload_activations(
     Raises:
         TypeError: min_bytes or prefetch is not an int, or modules holds something else.
         ValueError: min_bytes or prefetch is negative.
-        RuntimeError: in the backward, where a tensor that stayed was modified in place.
+        RuntimeError: in the backward, where a saved tensor was modified in place.
 
     Examples:
         >>> pool = UnifiedMemoryPool(limit_bytes=16 << 20)
@@ -175,8 +174,9 @@ class _Parked:
 
 
 class _View(NamedTuple):
-    """A tensor in a parked region."""
+    """A tensor in a parked region; `witness` counts its changes in place."""
 
+    witness: torch.Tensor
     parked: _Parked
     dtype: torch.dtype
     offset: int
@@ -191,21 +191,22 @@ class _View(NamedTuple):
         return tensor.conj() if self.is_conj else tensor
 
 
-class _Kept(NamedTuple):
-    """A tensor that stays where it is, and its version when it was saved."""
+class _Saved(NamedTuple):
+    """What was saved: the tensor itself where it stays, and its version at that time."""
 
-    tensor: torch.Tensor
+    what: torch.Tensor | _View
     version: int
 
-    def unchanged(self) -> torch.Tensor:
-        """The tensor; RuntimeError if it was modified since, as torch says it."""
-        if self.tensor._version != self.version:
+    def require_unchanged(self) -> None:
+        """RuntimeError if it was modified since, as torch says it."""
+        what = self.what
+        shape, version = what.shape, (what.witness if isinstance(what, _View) else what)._version
+        if version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: a tensor of shape {tuple(self.tensor.shape)} is at version "
-                f"{self.tensor._version}; expected version {self.version} instead"
+                f"inplace operation: a tensor of shape {tuple(shape)} is at version "
+                f"{version}; expected version {self.version} instead"
             )
-        return self.tensor
 
 
 class _Parking:
@@ -230,11 +231,15 @@ class _Parking:
             pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
-    def pack(self, tensor: torch.Tensor) -> "_Kept | _View":
+    def pack(self, tensor: torch.Tensor) -> _Saved:
         # Detached, for an output that holds its own node would never be freed.
-        kept = _Kept(tensor.detach(), tensor._version)
+        same = tensor.detach()
+        return _Saved(self._park(tensor, same) or same, tensor._version)
+
+    def _park(self, tensor: torch.Tensor, same: torch.Tensor) -> _View | None:
+        """The tensor in a parked region, if it is worth it and fits."""
         if not _worth_parking(tensor):
-            return kept
+            return None
         regions = _regions(tensor)
         with self._lock:
             found = (self._by_region.get(region) for region in regions)
@@ -242,20 +247,23 @@ class _Parking:
             region = regions[-1]
             if parked is None:
                 if region.stop - region.start < max(1, self._min_bytes):
-                    return kept
+                    return None
                 try:
                     parked = _Parked(region, tensor, self._pool, self._count)
                 except (PoolLimitError, PoolLockedError):
-                    return kept
+                    return None
                 self._by_region[region] = self._by_index[self._count] = parked
                 self._count += 1
         offset = int(tensor.storage_offset()) - parked.region.start // tensor.itemsize
-        return _View(parked, tensor.dtype, offset, tensor.shape, tensor.stride(), tensor.is_conj())
+        like = tensor.dtype, offset, tensor.shape, tensor.stride(), tensor.is_conj()
+        same.data = same.new_empty(0)  # it counts changes still, and holds no storage
+        return _View(same, parked, *like)
 
-    def unpack(self, packed: "_Kept | _View") -> torch.Tensor:
-        if isinstance(packed, _Kept):
-            return packed.unchanged()
-        parked = packed.parked
+    def unpack(self, saved: _Saved) -> torch.Tensor:
+        saved.require_unchanged()
+        if not isinstance(saved.what, _View):
+            return saved.what
+        parked = saved.what.parked
         with self._lock:
             parked.fetch()
             # Backward goes the other way through what forward parked.
@@ -263,7 +271,7 @@ class _Parking:
                 ahead = self._by_index.get(index)
                 if ahead is not None:
                     ahead.fetch()
-            return packed.on(parked.take())
+            return saved.what.on(parked.take())
 
 
 def _worth_parking(tensor: torch.Tensor) -> bool:
