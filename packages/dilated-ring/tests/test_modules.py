@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -372,22 +373,36 @@ def test_bad_options_are_named(options, message) -> None:
         ring_attention(x, x, x, DilatedPattern([4], [1]), **options)
 
 
-def test_calls_do_not_import_the_compiler() -> None:
-    program = """
-import sys, torch
+NO_COMPILER = """
+import sys
+import torch
 from dilated_core import DilatedPattern
-from dilated_ring import _functional, _topology, ring_attention, shard_sequence, unshard_sequence
-torch.distributed.init_process_group(
-    "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-)
-ring = _topology.Ring(torch.distributed.group.WORLD, 0, 1)
-_functional.find_ring = lambda group: ring
-x = torch.randn(1, 8, 2, 8, requires_grad=True)
-x = unshard_sequence(shard_sequence(x).rows)
-ring_attention(x, x, x, DilatedPattern([4], [1])).sum().backward()
+from dilated_ring import RingMultiheadDilatedAttention, ring_attention, shard_sequence
+from dilated_ring import shared_loss, unshard_sequence
+store, rank, world = sys.argv[1], *map(int, sys.argv[2:])
+init = torch.distributed.init_process_group
+init("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+pattern = DilatedPattern([8, 64], [1, 2])
+rows = shard_sequence(torch.ones(1, 8 * world, 2, 8)).rows.requires_grad_()
+for strategy in ("auto", "gather", "heads", "lend", "ring"):
+    ring_attention(rows, rows, rows, pattern, is_causal=True, strategy=strategy).sum().backward()
+ends = torch.tensor([0, 3, 8 * world])
+ring_attention(rows, rows, rows, pattern, cu_seqlens=ends).sum().backward()
+out, _ = RingMultiheadDilatedAttention(16, 2, pattern, dropout=0.1)(rows.flatten(2))
+shared_loss(unshard_sequence(out).sum(), out).backward()
 assert "torch._dynamo" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_call_imports_the_compiler_nor_does_its_backward(
+    tmp_path: Path, world_size: int
+) -> None:
+    """Seconds of each process; and each ends well."""
+    command = [sys.executable, "-W", "error", "-c", NO_COMPILER, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(rank), str(world_size)]) for rank in range(world_size)]
+    assert [process.wait(60) for process in ranks] == [0] * world_size
 
 
 def test_the_layers_print_their_arguments() -> None:

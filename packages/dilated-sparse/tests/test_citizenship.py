@@ -1,5 +1,7 @@
 """A torch citizen: compile, opcheck, autocast, checkpointing, meta tensors, threads, no inputs."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -136,3 +138,25 @@ def test_gradients_only_where_they_are_wanted():
         inputs = [x if x is wanted else x.detach() for x in tensors]
         (grad,) = torch.autograd.grad(block_sparse_attention(*inputs, LAYOUT).sum(), wanted)
         assert grad.shape == wanted.shape
+
+
+NO_COMPILER = """
+import sys
+import torch
+from dilated_core import DilatedPattern
+from dilated_sparse import BlockSparseDilatedAttention, BlockSparseKVCache
+from dilated_sparse import block_sparse_attention, layouts, select
+x = torch.randn(1, 16, 2, 8, requires_grad=True)
+layout = layouts.sliding_window(16, 3, block_size=4)
+block_sparse_attention(x, x, x, layout, is_causal=True, dropout_p=0.1).sum().backward()
+chosen = select.top_k_blocks(x, x, 2, block_size=4)
+block_sparse_attention(x, x, x, chosen, key_padding_mask=torch.ones(1, 16) == 0).sum().backward()
+BlockSparseDilatedAttention(DilatedPattern([8], [2]), layout)(x, x, x).sum().backward()
+with torch.no_grad():
+    BlockSparseKVCache(layout).attend(x, x, x)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_no_call_imports_the_compiler_nor_does_its_backward():
+    subprocess.run([sys.executable, "-W", "error", "-c", NO_COMPILER], check=True, timeout=60)
