@@ -17,7 +17,8 @@ def counts(case: dict[str, Any], length: int, key_length: int) -> tuple[Tensor, 
         key_length: of the keys.
     """
     heads, branches, causal = case["heads"], case["branches"], case["causal"]
-    first = key_length - length if causal else 0
+    place = torch.arange(length) + (key_length - length if causal else 0)
+    keys = torch.arange(key_length)
     seen = torch.zeros(heads, length, key_length, dtype=torch.float64)
     zeros = torch.zeros(heads, length, dtype=torch.float64)
     for number, (w, r) in enumerate(branches):
@@ -26,17 +27,12 @@ def counts(case: dict[str, Any], length: int, key_length: int) -> tuple[Tensor, 
                 continue
             blocked = case["offsets"] == "blocked"
             offset = head // ((heads + r - 1) // r) if blocked else head % r
-            kept = [j for j in range(key_length) if (j % w) % r == offset]
-            for i in range(length):
-                place = first + i
-                if (place % w) % r != offset:
-                    continue
-                mine = [j for j in kept if j // w == place // w]
-                for j in mine:
-                    seen[head, i, j] += not causal or j <= place
-                if case["zeros"] and not causal:
-                    slots = (min(w, key_length) + r - 1) // r
-                    zeros[head, i] += slots - len(mine)
+            mine = (place % w % r == offset)[:, None] & (keys % w % r == offset)
+            mine &= (place // w)[:, None] == keys // w
+            seen[head] += mine & (not causal or keys <= place[:, None])
+            if case["zeros"] and not causal:
+                slots = (min(w, key_length) + r - 1) // r
+                zeros[head] += (place % w % r == offset) * (slots - mine.sum(1))
     return seen, zeros
 
 
