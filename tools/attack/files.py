@@ -18,12 +18,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
-from dilated_factory import LongNetConfig, TrainConfig
+from dilated_factory import (
+    LongNetConfig,
+    SlideEncoder,
+    SlideEncoderConfig,
+    TrainConfig,
+    save_gigapath,
+    to_toml,
+)
 from dilated_factory.cli import main
 from dilated_factory.cli.app import COMMANDS, load_command
 from dilated_factory.configs.kinds import CONFIG_TYPES
+from dilated_factory.configs.slides import SlideTaskConfig
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.run_folder import RunFolder
@@ -53,7 +62,36 @@ def place() -> Path:
     train(root / "whole")
     half = trainer(root / "half")
     half.train(should_stop=lambda: half.step == STEPS // 2)
+    _slides(root / "slides")
     return root
+
+
+def _slides(folder: Path) -> None:
+    """Features of some slides, their labels, a task, and an encoder."""
+    generator = torch.Generator().manual_seed(0)
+    (folder / "features").mkdir(parents=True)
+    rows = ["slide,patient,mutated,value"]
+    for index in range(9):
+        tiles = torch.randn(3 + index, 5, generator=generator)
+        places = torch.randint(9, (3 + index, 2), generator=generator) * 256
+        torch.save({"features": tiles, "coords": places}, folder / "features" / f"{index}.pt")
+        rows.append(f"{index},p{index},{'yes' if index % 2 else 'no'},{index / 8}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+    np.savez(
+        folder / "embeddings.npz",
+        embeddings=torch.randn(9, 4, generator=generator).numpy(), names=[str(i) for i in range(9)],
+    )  # fmt: skip
+    shape = SlideEncoderConfig(
+        tile_dim=5, embed_dim=16, num_heads=2, num_layers=1, segment_lengths=(16,),
+        dilation_rates=(1,), grid_size=9,
+    )  # fmt: skip
+    save_gigapath(SlideEncoder(shape), folder / "encoder.pth")
+    (folder / "shape.toml").write_text(to_toml(shape))
+    task = SlideTaskConfig(
+        table="labels.csv", features=("features",), task="binary", labels=("mutated",), folds=3,
+        epochs=1, encoder=shape, tile_size=256,
+    )  # fmt: skip
+    (folder / "task.toml").write_text(to_toml(task))
 
 
 def trainer(path: Path) -> Trainer:
@@ -268,22 +306,21 @@ class Configurations:
 
 
 WORDS = (
-    "",
-    "x",
-    "0",
-    "-1",
-    "1",
-    "7",
-    "1,2",
-    "8,64",
-    "1,,2",
-    "nan",
-    "1e400",
-    "/",
-    ".",
-    str(10**9),
-    str(10**30),
-)
+    "", "x", "0", "-1", "1", "7", "1,2", "8,64", "1,,2", "nan", "1e400", "/", ".", str(10**9),
+    str(10**30), "half", "corpus", "slides/labels.csv",
+)  # fmt: skip
+# What an option may well be given, so that commands get further than their first complaint.
+APT: dict[str, tuple[str, ...]] = {
+    "paths": ("corpus",), "run": ("half", "whole"), "runs": ("half", "whole"), "out": ("new",),
+    "parent": ("half",), "resume": ("half",), "png": ("new.png",), "html": ("new.html",),
+    "contexts": ("8", "4,16"), "segment_lengths": ("8,16", "4"), "dilation_rates": ("1,2", "2"),
+    "length": ("64", "16,32"), "devices": ("2",), "files": ("slides/task.toml", "half/config.json"),
+    "features": ("slides/features", "slides/features/3.pt"), "checkpoint": ("slides/encoder.pth",),
+    "table": ("slides/labels.csv",), "embeddings": ("slides/embeddings.npz",),
+    "label": ("mutated", "value"), "patient_column": ("patient",), "tile_size": ("256",),
+    "task": ("slides/task.toml", "binary", "regression"), "prompt_file": ("corpus/1.txt",),
+    "config": ("slides/shape.toml", "half/config.json"), "folds": ("3",),
+}  # fmt: skip
 
 
 class Lines:
@@ -300,10 +337,11 @@ class Lines:
         for parameter in found.params:
             if parameter.name in ("help", "device"):
                 continue
+            likely = 0.95 if parameter.required else 0.2
             if parameter.param_type_name == "argument":
-                words += [self._value(rng, parameter)] * rng.choice((0, 1, 1, 2))
-            elif rng.random() < 0.3:
-                words.append(parameter.opts[0])
+                words += [self._value(rng, parameter)] * rng.choice((1, 1, 2, int(likely < 0.5)))
+            elif rng.random() < likely:
+                words.append(rng.choice((*parameter.opts, *parameter.secondary_opts)))
                 if not parameter.is_flag:
                     words.append(self._value(rng, parameter))
         return {"words": words}
@@ -314,15 +352,16 @@ class Lines:
         literals = get_args(described.annotation) if described else ()
         choices = [each for each in literals if isinstance(each, str)]
         choices = choices or list(getattr(getattr(parameter, "type", None), "choices", ()))
+        choices += APT.get(parameter.name, ())
         if choices and rng.random() < 0.8:
             return str(rng.choice(choices))
-        return rng.choice(("HALF", "CORPUS", "NEW", *WORDS))
+        return rng.choice(WORDS)
 
     def check(self, case: Case) -> None:
         with scratch() as folder, contextlib.chdir(folder):
-            shutil.copytree(place() / "half", folder / "half")
-            known = {"HALF": "half", "CORPUS": "corpus", "NEW": "new"}
-            words = [known.get(word, word) for word in case["words"]]
+            for name in ("half", "whole", "slides"):
+                shutil.copytree(place() / name, folder / name)
+            words = list(case["words"])
             if words[0] == "train":  # else ten minutes
                 words += ["--steps", "1"]
             if words[0] == "bench":

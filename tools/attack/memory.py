@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 import threading
@@ -78,7 +77,6 @@ class Pool:
             self._holds(pool, live, views, case["limit"])
         live.clear()
         views.clear()
-        gc.collect()
         pool.trim()
         stats = pool.stats()
         assert stats.live_leases == stats.live_bytes == stats.reserved_bytes == 0, stats
