@@ -125,9 +125,13 @@ def test_where_a_folder_cannot_be_locked_a_warning_says_so(
     tiny_train: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(descriptor: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     run = RunFolder.create(tmp_path / "run", tiny_train)
     monkeypatch.setattr(module, "_lock", refuse)
+    number = errno.ENOLCK
     with pytest.warns(UserWarning, match=r"run' cannot be locked \(No locks available\)"):
         assert run.lock() is None
+    number = errno.EROFS  # where nothing can be saved either
+    with pytest.raises(OSError, match="Read-only"):
+        run.lock()

@@ -108,7 +108,8 @@ class Scene:
         self.leases[0].release()
 
     def lease(self) -> None:
-        self.leases.append(self.pool.lease((16,)))
+        for _ in range(2):  # the idle block, then a new one
+            self.leases.append(self.pool.lease((16,)))
 
     def drop(self) -> None:
         self.leases[1:2] = []
@@ -146,7 +147,7 @@ class Scene:
 
 
 def attempt(backend, fill, calls: tuple[str, str], stops: tuple[int, int], event: str):
-    pool = backend.pool(64 * 4, fill=fill)
+    pool = backend.pool(64 * 5, fill=fill)
     scene = Scene(pool)
     had = divide(pool, *(getattr(scene, call) for call in calls), stops, event)
     backend.finish()

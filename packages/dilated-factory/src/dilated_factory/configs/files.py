@@ -6,10 +6,13 @@ import json
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from dilated_factory.configs.base import FrozenConfig
 from dilated_factory.errors import InputError
@@ -40,6 +43,23 @@ def read_regular(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
     if len(content) > most:
         raise InputError(f"{str(path)!r} must hold at most {most:,} bytes. Got more.")
     return content
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Where a disk is full, safetensors and torch.save have errors of their own: make them one.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's writer, which counts what was written
+            raise
+        raise OSError(f"{str(path)!r} cannot be written; the disk may be full.") from error
 
 
 def read_values(path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dilated_factory.configs.files import writing
 from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.interop.checkpoints import Source, read_checkpoint
 from dilated_factory.interop.gigapath import SlideEncoder
@@ -243,6 +244,7 @@ def save_gigapath(model: SlideEncoder | SlideClassifier, path: str | PathLike[st
 
     Raises:
         TypeError: another kind of model.
+        OSError: the file cannot be written.
     """
     if not isinstance(model, SlideEncoder | SlideClassifier):
         raise TypeError(
@@ -250,9 +252,10 @@ def save_gigapath(model: SlideEncoder | SlideClassifier, path: str | PathLike[st
         )
     own = model.state_dict()
     state = {theirs: own[name].detach() for name, theirs in slide_names(own).items()}
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import save_file
+    with writing(Path(path)):
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save_file
 
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    else:
-        torch.save(state if isinstance(model, SlideClassifier) else {"model": state}, path)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        else:
+            torch.save(state if isinstance(model, SlideClassifier) else {"model": state}, path)

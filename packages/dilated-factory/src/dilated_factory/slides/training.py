@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dilated_factory.configs.files import writing
 from dilated_factory.configs.slides import SlideTaskConfig
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.interop.classifier import SlideClassifier, parameter_groups, save_gigapath
@@ -258,7 +259,8 @@ class SlideTask:
             if isinstance(model, SlideClassifier):
                 save_gigapath(model, temporary)
             else:
-                torch.save(model.state_dict(), temporary)
+                with writing(path):
+                    torch.save(model.state_dict(), temporary)
 
     def _saved(self, path: Path) -> dict[str, Tensor]:
         if self.config.model != "encoder":

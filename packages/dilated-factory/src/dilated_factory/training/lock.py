@@ -32,8 +32,9 @@ class FolderLock:
             os.close(descriptor)
             raise
         self._close = weakref.finalize(self, os.close, descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
         """Let others lock the folder; more than once does no harm."""

@@ -455,11 +455,11 @@ class Trainer:
         """Lock the run folder, on one rank for all; do nothing if this trainer has locked it."""
         if self._holds_folder:
             return
-        error: RunError | None = None
+        error: RunError | OSError | None = None
         if self.parallel.is_main:
             try:
                 self._lock = self.run.lock()
-            except RunError as found:
+            except (RunError, OSError) as found:
                 error = found
         (failed,) = self.parallel.mean([float(error is not None)])
         if failed:

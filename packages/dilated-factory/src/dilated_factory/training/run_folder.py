@@ -26,6 +26,7 @@ executed, and what is not as it was written is a `RunError`. Folders without the
 ``config.json`` and ``state.json``, and without a digest of the metrics, are read as well.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -42,7 +43,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dilated_factory.configs.files import open_regular, read_regular
+from dilated_factory.configs.files import open_regular, read_regular, writing
 from dilated_factory.configs.models import FrozenConfig, TrainConfig, describe_invalid
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.training.atomic import sync, write_text
@@ -162,12 +163,15 @@ class RunFolder:
 
         Raises:
             RunError: another has it.
+            OSError: nothing can be written there.
         """
         try:
             lock = FolderLock(self.path)
         except BlockingIOError:
             raise self.in_use() from None
         except OSError as error:
+            if error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+                raise  # nothing could be saved there either
             warnings.warn(
                 f"run folder {str(self.path)!r} cannot be locked ({error.strerror}): take care "
                 "that no other process trains in it.",
@@ -212,7 +216,8 @@ class RunFolder:
         temporary = self.begin_checkpoint(state.step)
         for name, tensors in zip(_TENSOR_FILES, (model, optimizer), strict=True):
             file = temporary / name
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+            with writing(file):
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
         return self.finish_checkpoint(temporary, state)
 
     def begin_checkpoint(self, step: int) -> Path:

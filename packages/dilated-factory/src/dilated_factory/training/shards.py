@@ -28,12 +28,22 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors that all ranks hold, alike or in parts, each once; a collective call.
 
     Nothing is pickled: torch's default storage would pickle its index.
+
+    Raises:
+        OSError: on all ranks, if one could not write.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(dict(tensors), storage_writer=writer)
+    try:
+        save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        raise OSError(f"{str(folder)!r} cannot be written: {_line(cause)}") from error
 
 
 def load_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
