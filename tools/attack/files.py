@@ -13,10 +13,11 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import torch
@@ -59,9 +60,11 @@ def place() -> Path:
     (root / "corpus").mkdir()
     for index in range(6):
         (root / "corpus" / f"{index}.txt").write_bytes(bytes(random.Random(index).randbytes(60)))
-    train(root / "whole")
+    trainer(root / "whole").train()
     half = trainer(root / "half")
     half.train(should_stop=lambda: half.step == STEPS // 2)
+    (root / "tiny.json").write_text(tiny(root / "corpus").model_dump_json())
+    assert main(start(root / "grown", grown=True)) == 0
     _slides(root / "slides")
     return root
 
@@ -100,20 +103,25 @@ def trainer(path: Path) -> Trainer:
     return Trainer.start(path, config, load_corpus(config.paths), checkpoint_every=2)
 
 
-def train(path: Path) -> None:
-    """To the end, from the newest checkpoint where there is one."""
+def start(path: Path, *, grown: bool = False) -> list[str]:
+    """The command that trains to the end in a folder, from the newest checkpoint if there is one.
+
+    Args:
+        path: the run folder.
+        grown: begin with the weights of the run that stopped half way.
+    """
+    line = ["train", "--out", str(path), "--checkpoint-every", "2"]
     if (path / "config.json").exists():
-        run = RunFolder.open(path)
-        resumed = Trainer(run, load_corpus(run.config.paths), checkpoint_every=2)
-        resumed.restore()
-        resumed.train()
-    else:
-        trainer(path).train()
+        return [*line, "--resume"]
+    if grown:
+        # Beside the run, since the place of a parent is written into its child.
+        return [*line, "--from", str(path.parent / "half"), "--steps", str(STEPS)]
+    return [*line, "--config", str(path.parent / "tiny.json")]
 
 
-def is_whole(path: Path) -> None:
+def is_whole(path: Path, like: str = "whole") -> None:
     """Raise unless a run is the one that was never stopped."""
-    run, whole = RunFolder.open(path), RunFolder.open(place() / "whole")
+    run, whole = RunFolder.open(path), RunFolder.open(place() / like)
     expected = whole.load()
     found = run.load()
     assert found.state.step == STEPS
@@ -129,7 +137,8 @@ def is_whole(path: Path) -> None:
 def scratch() -> Iterator[Path]:
     """A new folder inside `place`, gone afterwards."""
     folder = Path(tempfile.mkdtemp(dir=place()))
-    (folder / "corpus").symlink_to(place() / "corpus")
+    for name in ("corpus", "half", "tiny.json"):
+        (folder / name).symlink_to(place() / name)
     try:
         yield folder
     finally:
@@ -160,29 +169,49 @@ def command(*arguments: str) -> tuple[int, str]:
     return code, out.getvalue()
 
 
+def child(work: Callable[[], object]) -> tuple[int, BinaryIO]:
+    """A process that works; its number, and where it says what went wrong."""
+    ours, theirs = os.pipe()
+    number = os.fork()
+    if not number:
+        try:
+            work()
+        except BaseException:
+            os.write(theirs, traceback.format_exc().encode()[-4000:])
+        os._exit(0)
+    os.close(theirs)
+    return number, os.fdopen(ours, "rb")
+
+
+def ended(number: int, said: BinaryIO) -> None:
+    """Wait for a process; raise if anything but its end by a signal went wrong."""
+    with said:
+        text = said.read().decode()
+    os.waitpid(number, 0)
+    assert not text, text
+
+
 class Killed:
     """`kill -9` at a random instant of a run, several times; then it goes on as if nothing was."""
 
     def draw(self, rng: random.Random) -> Case:
-        return {"delays": [round(rng.uniform(0.0, 0.25), 4) for _ in range(rng.randint(1, 4))]}
+        delays = [round(rng.uniform(0.0, 0.25), 4) for _ in range(rng.randint(1, 4))]
+        return {"delays": delays, "grown": rng.random() < 0.3}
 
     def check(self, case: Case) -> None:
         place()
         with scratch() as folder:
             path = folder / "run"
             for delay in case["delays"]:
-                child = os.fork()
-                if not child:
-                    with contextlib.suppress(BaseException):
-                        train(path)
-                    os._exit(0)
+                line = start(path, grown=case["grown"])
+                number, said = child(lambda line=line: command(*line))
                 time.sleep(delay)
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                os.kill(number, signal.SIGKILL)
+                ended(number, said)
                 if (path / "config.json").exists() and RunFolder.open(path).checkpoints():
                     RunFolder.open(path).load()
-            train(path)
-            is_whole(path)
+            assert command(*start(path, grown=case["grown"]))[0] == 0
+            is_whole(path, "grown" if case["grown"] else "whole")
             left = [p.name for p in path.iterdir() if p.name.endswith(".tmp")]
             assert not left, left
 
@@ -198,18 +227,16 @@ class Full:
         with scratch() as folder:
             path = folder / "run"
             for limit in case["limits"]:
-                child = os.fork()
-                if not child:
-                    with contextlib.suppress(BaseException):
-                        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                        train(path)
-                    os._exit(0)
-                os.waitpid(child, 0)
+                ended(*child(lambda limit=limit: self._limited(path, limit)))
             if path.exists() and not (path / "config.json").exists():
                 left = [p.name for p in path.iterdir()]
                 assert not left, left
-            train(path)
+            assert command(*start(path))[0] == 0
             is_whole(path)
+
+    def _limited(self, path: Path, limit: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        command(*start(path))
 
 
 class Damaged:
@@ -359,6 +386,7 @@ class Lines:
 
     def check(self, case: Case) -> None:
         with scratch() as folder, contextlib.chdir(folder):
+            (folder / "half").unlink()  # a link
             for name in ("half", "whole", "slides"):
                 shutil.copytree(place() / name, folder / name)
             words = list(case["words"])

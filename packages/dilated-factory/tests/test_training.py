@@ -15,7 +15,8 @@ import torch
 
 from dilated_factory import LongNetConfig, RunError, TrainConfig
 from dilated_factory.cli.signals import SIGNALS, StopRequest
-from dilated_factory.training.loop import initial_model, select_device
+from dilated_factory.configs.models import Parent
+from dilated_factory.training.loop import StepMetrics, Trainer, initial_model, select_device
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.schedule import learning_rate_factor
 
@@ -70,6 +71,40 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(
     assert before == pytest.approx(expected[:30], rel=1e-6)
     for name, tensor in whole.run.load().model.items():
         torch.testing.assert_close(killed.load().model[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_goes_back_to_the_start(
+    tiny_train: TrainConfig, finished_run: Path, tmp_path: Path
+) -> None:
+    def fail(metrics: StepMetrics) -> None:
+        if metrics.step == 3:
+            raise ZeroDivisionError
+
+    trainer = start(tiny_train, tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(on_step=fail)
+    trainer.restore()
+    trainer.train(should_stop=lambda: trainer.step == 5)
+    expected = losses(RunFolder.open(finished_run).read_metrics())[:5]
+    assert losses(trainer.run.read_metrics()) == expected
+
+
+def test_a_run_that_ended_before_it_had_saved_what_it_inherits_inherits_it_again(
+    tiny_train: TrainConfig, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(trainer: Trainer) -> None:
+        raise OSError("no space left")
+
+    parent = Parent(run=str(finished_run), step=40)
+    heir = tiny_train.model_copy(update={"parent": parent, "steps": 3})
+    start(heir, tmp_path / "whole").train()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", full)
+        with pytest.raises(OSError, match="no space left"):
+            start(heir, tmp_path / "run")
+    resume(tmp_path / "run").train()
+    whole, run = (RunFolder.open(tmp_path / name) for name in ("whole", "run"))
+    assert losses(run.read_metrics()) == losses(whole.read_metrics())
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(

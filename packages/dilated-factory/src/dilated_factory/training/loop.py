@@ -151,15 +151,8 @@ class Trainer:
         self.best: Best | None = None
         parallel.require_fit(run.config)
         parallel.require_same("corpus", corpus.digest)
-        self.model = initial_model(run.config, parallel.attention(run.config))
-        self.model.activation_checkpointing = _RECOMPUTED[run.config.recompute]
         self._compiled = compiled
-        if compiled:
-            self.model.compile_blocks()
-        self._loss = parallel.loss_of(self.model)
-        self.optimizers: list[Optimizer] = build_optimizers(
-            self.model, run.config, sharded=parallel.is_sharded
-        )
+        self._begin_anew()
         self._holds_folder = False
         self._lock: FolderLock | None = None  # on the main rank
         self._stopping = False
@@ -167,6 +160,18 @@ class Trainer:
         self._lag = 1 if parallel.device.type == "cuda" else 0
         self._shares = Ahead[list[Share]]()
         self._seconds = 0.0  # of this process; elapsed_seconds is what all have agreed on
+
+    def _begin_anew(self) -> None:
+        """Make model and optimizers as at step 0."""
+        self.model = initial_model(self.run.config, self.parallel.attention(self.run.config))
+        self.model.activation_checkpointing = _RECOMPUTED[self.run.config.recompute]
+        if self._compiled:
+            self.model.compile_blocks()
+        self._loss = self.parallel.loss_of(self.model)
+        self.optimizers: list[Optimizer] = build_optimizers(
+            self.model, self.run.config, sharded=self.parallel.is_sharded
+        )
+        self._is_fresh = True
 
     @classmethod
     def start(
@@ -231,8 +236,9 @@ class Trainer:
         """Go back to the newest checkpoint of the run, or to the start if it has none.
 
         Raises:
-            RunError: the checkpoint is damaged, the corpus is not the one it was trained on, or
-                another process trains in the folder.
+            RunError: the checkpoint is damaged, the corpus is not the one it was trained on,
+                another process trains in the folder, or there is no checkpoint and the run that
+                this one goes on from is gone.
         """
         self._hold_folder()
         try:
@@ -242,8 +248,11 @@ class Trainer:
             raise
 
     def _go_back(self) -> None:
-        self.step, self.best = 0, None
-        if self.run.checkpoints():
+        self.step, self.elapsed_seconds, self.best = 0, 0.0, None
+        checkpoints = self.run.checkpoints()
+        if not (checkpoints or self._is_fresh):
+            self._begin_anew()
+        if checkpoints:
             folder, state = self.run.newest()
             if state.corpus_digest != self.corpus.digest:
                 raise RunError("the corpus has changed since this run was started.")
@@ -251,6 +260,8 @@ class Trainer:
             self.step, self.elapsed_seconds = state.step, state.elapsed_seconds
             if state.best_step is not None and state.best_bits_per_byte is not None:
                 self.best = Best(state.best_step, state.best_bits_per_byte)
+        elif self.run.config.parent is not None:  # it ended before what it inherits was saved
+            self._inherit(self.run.config.parent)
         self.parallel.barrier()
         if self.parallel.is_main:
             self.run.truncate_metrics(self.step)
@@ -271,6 +282,7 @@ class Trainer:
             OSError: a checkpoint could not be written.
         """
         self._hold_folder()
+        self._is_fresh = False
         self.model.train()
         device = self.parallel.device
         try:
