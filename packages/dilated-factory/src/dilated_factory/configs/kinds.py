@@ -20,6 +20,7 @@ from dilated_factory.configs.attention import (
 )
 from dilated_factory.configs.base import FrozenConfig, did_you_mean, parse_config
 from dilated_factory.configs.files import read_values
+from dilated_factory.configs.genomes import GenomeConfig
 from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
 from dilated_factory.configs.pool import PoolConfig
 from dilated_factory.configs.slides import SlideEncoderConfig, SlideTaskConfig
@@ -40,6 +41,7 @@ _TYPES: tuple[type[FrozenConfig], ...] = (
     LongNetEncoderConfig,
     SlideEncoderConfig,
     SlideTaskConfig,
+    GenomeConfig,
     TrainConfig,
 )
 CONFIG_TYPES: Mapping[str, type[FrozenConfig]] = MappingProxyType(
