@@ -14,9 +14,9 @@ from dilated_core import DilatedPattern
 from dilated_factory import InputError
 from dilated_factory.configs.files import MOST_BYTES, read_regular, read_values
 from dilated_factory.interop.checkpoints import read_checkpoint
-from dilated_factory.slides.embedding import read_embeddings
 from dilated_factory.slides.readers import read_slide_features
 from dilated_factory.tools.pattern_page import pattern_page
+from dilated_factory.training.embedding_files import read_embeddings
 from dilated_factory.training.lock import holder
 from dilated_factory.training.run_folder import MOST_LINE_BYTES, MOST_STATE_BYTES
 

@@ -12,7 +12,7 @@ import torch
 from dilated_factory import SlideEncoder, SlideEncoderConfig, save_gigapath, to_toml
 from dilated_factory.cli import main
 from dilated_factory.slides import embedding
-from dilated_factory.slides.embedding import read_embeddings
+from dilated_factory.training.embedding_files import read_embeddings
 
 CONFIG = SlideEncoderConfig(
     tile_dim=5,

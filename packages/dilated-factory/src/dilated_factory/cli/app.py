@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Continue prompts, byte by byte; print prompts and continuations as they come.",
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
     "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",
+    "genomes": "Train on genomes in FASTA files, score bits per base, embed intervals.",
     "bench": "Time attention: the project's kinds and backends, and installed peers.",
     "plan": "Say what N tokens on P devices take: memory, bytes, operations, time.",
     "show": "Show a pattern: in the terminal, as a picture, or as a page to explore.",

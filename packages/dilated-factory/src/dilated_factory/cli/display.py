@@ -33,7 +33,11 @@ class TrainingDisplay(Protocol):
 
 
 def training_display(
-    console: Console, *, flops_per_byte: float = 0.0, peak: float | None = None
+    console: Console,
+    *,
+    flops_per_byte: float = 0.0,
+    peak: float | None = None,
+    unit: str = "byte",
 ) -> TrainingDisplay:
     """The display that suits the console.
 
@@ -41,16 +45,17 @@ def training_display(
         console: where to show.
         flops_per_byte: operations of a model for each byte.
         peak: operations a second that the devices could do; None where that is not known.
+        unit: what a token is.
     """
-    smoothed = _Smoothed(flops_per_byte / peak if peak else 0.0)
+    smoothed = _Smoothed(flops_per_byte / peak if peak else 0.0, unit)
     return (_Bar if console.is_terminal else _Lines)(console, smoothed)
 
 
 class _Smoothed:
     """Loss and speed over recent steps, since a single step is noisy."""
 
-    def __init__(self, share_per_speed: float) -> None:
-        self._share_per_speed = share_per_speed
+    def __init__(self, share_per_speed: float, unit: str) -> None:
+        self._share_per_speed, self.unit = share_per_speed, unit
         self.validation: float | None = None
         self.bits = 0.0
         self.bytes_per_second = 0.0
@@ -79,7 +84,7 @@ class _Smoothed:
     def loss(self) -> str:
         """Of training, and of held-out bytes where they are looked at."""
         held_out = "" if self.validation is None else f" ({self.validation:.3f} held out)"
-        return f"{self.bits:.3f} bits/byte{held_out}"
+        return f"{self.bits:.3f} bits/{self.unit}{held_out}"
 
     @property
     def speed(self) -> str:
@@ -101,7 +106,7 @@ class _Bar:
             console=console,
         )
         self._task = self._progress.add_task(
-            "train", total=1.0, step=0, loss="? bits/byte", speed="? tokens/s", left="?"
+            "train", total=1.0, step=0, loss=f"? bits/{smoothed.unit}", speed="? tokens/s", left="?"
         )
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Device
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.interop.torchscale import load_torchscale
-from dilated_factory.slides.embedding import Embedding, check_out, embed_files
+from dilated_factory.slides.embedding import Embedding, embed_files
 from dilated_factory.slides.models import (
     Pool,
     autocast_dtype,
@@ -20,6 +20,7 @@ from dilated_factory.slides.models import (
     local_device,
 )
 from dilated_factory.slides.readers import slide_files
+from dilated_factory.training.embedding_files import check_out
 
 EXIT_SOME_FAILED = 1
 

@@ -8,9 +8,9 @@ import typer
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.slides_train import score_table
 from dilated_factory.configs.slides import SlideTaskConfig
-from dilated_factory.slides.embedding import read_embeddings
 from dilated_factory.slides.probing import probe_embeddings
 from dilated_factory.slides.tasks import read_labels, require_metrics
+from dilated_factory.training.embedding_files import read_embeddings
 
 
 def probe(

@@ -175,14 +175,23 @@ def start_run(out: Path, config: TrainConfig, console: Console, **options: Any) 
 
 
 def run_training(
-    trainer: Trainer, console: Console, *, tensorboard: bool = False, profile: bool = False
+    trainer: Trainer,
+    console: Console,
+    *,
+    tensorboard: bool = False,
+    profile: bool = False,
+    command: str = "train",
+    unit: str = "byte",
 ) -> int:
-    """Train with a display until the end or a signal; return the exit code."""
+    """Train with a display until the end or a signal; return the exit code.
+
+    `command` is what goes on with it, and `unit` what a token is.
+    """
     run, parallel = trainer.run, trainer.parallel
     config = run.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(
-        f"{parameters:,} parameters, context {config.model.context:,} bytes, "
+        f"{parameters:,} parameters, context {config.model.context:,} {unit}s, "
         f"{config.dtype} on {parallel.device}, from step {trainer.step}",
     )
     if warning := sight_warning(config.model, config.model.context):
@@ -202,6 +211,7 @@ def run_training(
                     console,
                     flops_per_byte=flops_per_token(trainer.model),
                     peak=peak and peak * parallel.ranks,
+                    unit=unit,
                 )
             ).show
         )
@@ -212,13 +222,13 @@ def run_training(
         if metrics:
             save_loss_curve(run.curves_path, metrics)
     if trainer.best is not None:
-        best = f"{trainer.best.bits_per_byte:.3f} bits/byte after step {trainer.best.step}"
+        best = f"{trainer.best.bits_per_byte:.3f} bits/{unit} after step {trainer.best.step}"
         console.print(f"least on held-out bytes: {best}, kept")
     if done:
         console.print(f"done: {trainer.step} steps. Loss curve: {run.curves_path}", soft_wrap=True)
         return 0
     console.print(f"stopped after step {trainer.step}, saved.", soft_wrap=True)
-    console.print(f"to go on: dilated train --resume --out {run.path}", soft_wrap=True)
+    console.print(f"to go on: dilated {command} --resume --out {run.path}", soft_wrap=True)
     # On several ranks the signal may have come to another one.
     return stop.exit_code if stop.requested else 128 + signal.SIGTERM
 

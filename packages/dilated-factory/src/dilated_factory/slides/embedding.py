@@ -9,8 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dilated_factory.errors import InputError, missing_package
+from dilated_factory.errors import InputError
 from dilated_factory.interop.gigapath import SlideEncoder
-from dilated_factory.slides.readers import (
-    DAMAGED_NPZ,
-    SlideFeatures,
-    count_tiles,
-    read_slide_features,
-)
+from dilated_factory.slides.readers import SlideFeatures, count_tiles, read_slide_features
 from dilated_factory.training.atomic import replacing, write_text
+from dilated_factory.training.embedding_files import (
+    check_out,
+    check_settings,
+    read_embeddings,
+    write_embeddings,
+)
 
 
 @dataclass(frozen=True)
@@ -127,56 +126,11 @@ def embed_files(
     return failed
 
 
-def check_out(out: Path) -> None:
-    """Raise unless embeddings can be written under a name."""
-    if out.suffix not in (".h5", ".npz"):
-        raise InputError(f"--out must end in .h5 or .npz. Got {str(out)!r}.")
-    if out.suffix == ".h5" and find_spec("h5py") is None:
-        raise missing_package(f"writing {out.name}", "h5py")
-
-
-def read_embeddings(
-    path: Path, settings: dict[str, Any] | None = None
-) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """The names (S,) and embeddings (S, E) or (S, L, E) of a file.
-
-    Raises:
-        InputError: it is no file of embeddings, or was made with other settings.
-        OSError: there is no such file.
-    """
-    check_out(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}.")
-    try:
-        if path.suffix == ".h5":
-            with import_module("h5py").File(path, "r") as file:
-                names = [name.decode() for name in file["names"][...]]
-                embeddings, told = file["embeddings"][...], file.attrs["settings"]
-        else:
-            with path.open("rb") as opened, np.load(opened) as file:
-                names, embeddings = file["names"].tolist(), file["embeddings"]
-                told = str(file["settings"])
-        settings_there = json.loads(told)
-    except (KeyError, OSError, RecursionError, *DAMAGED_NPZ) as error:
-        raise InputError(f"{str(path)!r} holds no embeddings of slides: {error}.") from None
-    _check_settings(path, settings_there, settings)
-    return names, embeddings
-
-
-def _check_settings(path: Path, told: dict[str, Any], settings: dict[str, Any] | None) -> None:
-    if settings is not None and told != settings:
-        other = sorted(key for key in {*told, *settings} if told.get(key) != settings.get(key))
-        raise InputError(
-            f"{str(path)!r} was made with another {', '.join(other)}: take another --out, or "
-            "remove it."
-        )
-
-
 def _open_parts(parts: Path, settings: dict[str, Any]) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     told = parts / "settings.json"
     if told.exists():
-        _check_settings(parts, json.loads(told.read_text(encoding="utf-8")), settings)
+        check_settings(parts, json.loads(told.read_text(encoding="utf-8")), settings)
     else:
         write_text(told, json.dumps(settings))
 
@@ -240,13 +194,5 @@ def _join(parts: Path, out: Path, order: Sequence[str], settings: dict[str, Any]
     if found:
         names = [name for name in order if name in found]
         names += sorted(found.keys() - set(names))
-        embeddings, told = np.stack([found[name] for name in names]), json.dumps(settings)
-        with replacing(out) as temporary:
-            if out.suffix == ".h5":
-                with import_module("h5py").File(temporary, "w") as file:
-                    file["embeddings"], file["names"] = embeddings, names
-                    file.attrs["settings"] = told
-            else:
-                with temporary.open("wb") as stream:
-                    np.savez(stream, embeddings=embeddings, names=names, settings=told)
+        write_embeddings(out, names, np.stack([found[name] for name in names]), settings)
     shutil.rmtree(parts)

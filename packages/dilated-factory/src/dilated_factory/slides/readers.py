@@ -4,8 +4,6 @@
 
 import codecs
 import pickle
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from dilated_factory.errors import InputError, missing_package
 from dilated_factory.interop.checkpoints import load_plain
+from dilated_factory.training.embedding_files import DAMAGED_NPZ
 
 ENDINGS = (".h5", ".hdf5", ".pt", ".pth", ".npz")
 # The names that projects give to features of tiles.
@@ -150,10 +149,6 @@ def slide_files(paths: list[Path]) -> list[Path]:
             f"there are no feature files ({', '.join(ENDINGS)}) in {', '.join(map(str, paths))}."
         )
     return found
-
-
-# A TypeError is an array that is in no archive.
-DAMAGED_NPZ = (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 @contextmanager
