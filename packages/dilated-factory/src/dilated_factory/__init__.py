@@ -28,11 +28,17 @@ if TYPE_CHECKING:
         RingMultiheadConfig,
     )
     from dilated_factory.configs.files import to_toml
+    from dilated_factory.configs.genomes import GenomeConfig
     from dilated_factory.configs.kinds import parse_any, read_config
     from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
     from dilated_factory.configs.pattern import default_pattern
     from dilated_factory.configs.pool import PoolConfig, create_pool
     from dilated_factory.configs.slides import SlideEncoderConfig
+    from dilated_factory.genomes.dataset import GenomeDataset
+    from dilated_factory.genomes.embedding import embed_intervals
+    from dilated_factory.genomes.fasta import Genome
+    from dilated_factory.genomes.intervals import GenomeWindows, read_bed
+    from dilated_factory.genomes.training import GenomeTrainer, evaluate_genome, load_genome
     from dilated_factory.interop import register_with_transformers
     from dilated_factory.interop.classifier import (
         SlideClassifier,
@@ -72,6 +78,11 @@ __all__ = [
     "DilatedConfig",
     "Environment",
     "Evaluation",
+    "Genome",
+    "GenomeConfig",
+    "GenomeDataset",
+    "GenomeTrainer",
+    "GenomeWindows",
     "InputError",
     "LongNetConfig",
     "LongNetEncoder",
@@ -101,14 +112,18 @@ __all__ = [
     "create_pool",
     "default_pattern",
     "default_registry",
+    "embed_intervals",
+    "evaluate_genome",
     "evaluate_run",
     "generate",
     "generate_tokens",
     "load_corpus",
+    "load_genome",
     "load_torchscale",
     "load_trained",
     "parameter_groups",
     "parse_any",
+    "read_bed",
     "read_config",
     "read_slide_features",
     "register_with_transformers",
@@ -120,6 +135,15 @@ __all__ = [
 
 # The module of each name that is not here yet.
 _HOMES = {
+    "GenomeConfig": "configs.genomes",
+    "GenomeDataset": "genomes.dataset",
+    "embed_intervals": "genomes.embedding",
+    "Genome": "genomes.fasta",
+    "GenomeWindows": "genomes.intervals",
+    "read_bed": "genomes.intervals",
+    "GenomeTrainer": "genomes.training",
+    "evaluate_genome": "genomes.training",
+    "load_genome": "genomes.training",
     "default_registry": "kinds.default",
     "LongNetConfig": "configs.models",
     "LongNetEncoderConfig": "configs.models",

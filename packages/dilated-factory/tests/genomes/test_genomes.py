@@ -198,6 +198,15 @@ def test_a_bed_file_gives_the_rows_of_a_split(tmp_path: Path) -> None:
     assert read_bed(squeezed) == read_bed(bed)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_no_bed_file_and_no_genome(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="must be a regular file"):
+        read_bed(tmp_path / "pipe")
+    with pytest.raises(CorpusError, match="must be an existing FASTA file"):
+        Genome(tmp_path / "pipe")
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

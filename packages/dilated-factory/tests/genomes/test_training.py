@@ -210,7 +210,11 @@ def test_from_a_fasta_file_to_embeddings_by_three_commands(
         assert names == [f"{name}:{start}-{end}" for name, start, end in places]
         assert embeddings.shape == (100, 16)
         assert embeddings.dtype == np.float32
+    # The commands for bytes say that its tokens are none.
+    assert main(["evaluate", run, str(regions)]) == 2
+    assert "vocabulary of 256 bytes to score bytes. Got 16" in capsys.readouterr().err
     trained = load_trained(run)
+    assert trained.run.config.paths == (str(fasta),)
     alone = embed_intervals(trained.model, Genome(fasta), [Interval(*places[40])])
     np.testing.assert_allclose(embeddings[40], alone[0].numpy(), rtol=1e-4, atol=1e-5)
 

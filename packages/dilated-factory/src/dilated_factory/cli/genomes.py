@@ -120,7 +120,9 @@ def train(
     }
     if resume:
         if fasta or parent or told:
-            raise InputError("--resume takes its settings from --out: no FASTA file, no --from.")
+            raise InputError(
+                "--resume takes its settings from --out: no FASTA file, no --from, no --bed."
+            )
         run = RunFolder.open(out)
         run.require_same(shape | {k: v for k, v in given.items() if v != "auto"})
         trainer = GenomeTrainer(run, _loaded(genome_of(run), run.config), **options)
@@ -139,7 +141,7 @@ def train(
             values["dtype"] = automatic_dtype(parallel.device)
         if not {"steps", "minutes"} & values.keys():
             values["minutes"] = DEFAULT_MINUTES
-        config = parse_config(TrainConfig, values | {"paths": (genome.fasta,)})
+        config = parse_config(TrainConfig, values)
         corpus = _loaded(genome, config)
         console.print(
             f"{sum(corpus.windows.genome.lengths.values()):,} bases in "

@@ -3,10 +3,12 @@
 import gzip
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, overload
 
+from dilated_factory.configs.files import open_regular
 from dilated_factory.configs.genomes import Placement
 from dilated_factory.errors import CorpusError, InputError
 
@@ -50,8 +52,12 @@ def read_bed(path: str | Path, split: str | None = None) -> list[Interval]:
     path = Path(path)
     rows: list[Interval] = []
     found: set[str] = set()
+    is_plain = path.suffix != ".gz"
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        with (
+            open_regular(path) as plain,
+            nullcontext(plain) if is_plain else gzip.open(plain) as file,
+        ):
             for number, line in enumerate(file, start=1):
                 row = _parse(line, f"{str(path)!r}, line {number}", number, split is not None)
                 if row is None:

@@ -165,6 +165,7 @@ class GenomeTrainer(Trainer):
             raise InputError(
                 f"vocab_size must be at least {needed}. Got {config.model.vocab_size}."
             )
+        config = config.model_copy(update={"paths": (corpus.config.fasta,)})
         trainer = super().start(path, config, corpus, **options)
         if trainer.parallel.is_main:
             write_text(trainer.run.path / _FILE, corpus.config.model_dump_json(indent=2) + "\n")

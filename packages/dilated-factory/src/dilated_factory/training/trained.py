@@ -81,10 +81,16 @@ def evaluate_run(
         on_progress: is told what is done and which share of the model's part is done, from 0 to 1.
 
     Raises:
+        InputError: bytes are no tokens of the model.
         RunError: the held-out files are asked for, but the corpus has changed since training.
         CorpusError: a path does not exist, or the data is too short for the contexts.
     """
     config = trained.run.config
+    if config.model.vocab_size < 256:
+        raise InputError(
+            "model must have a vocabulary of 256 bytes to score bytes. "
+            f"Got {config.model.vocab_size}."
+        )
     corpus: Corpus | None = None
     try:
         corpus = _same_corpus(trained)
