@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
     "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",
     "genomes": "Train on genomes in FASTA files, score bits per base, embed intervals.",
+    "convert": "Make a run folder of a checkpoint of torchscale's LongNet recipe for fairseq.",
     "bench": "Time attention: the project's kinds and backends, and installed peers.",
     "plan": "Say what N tokens on P devices take: memory, bytes, operations, time.",
     "show": "Show a pattern: in the terminal, as a picture, or as a page to explore.",
