@@ -577,7 +577,9 @@ def test_a_name_is_for_one_pattern() -> None:
         register_with_transformers(DENSE, name)
     with pytest.raises(ValueError, match="'sdpa'"):
         register_with_transformers(DENSE, "sdpa")
-    with pytest.raises(TypeError, match=r"pattern must be a DilatedPattern\. Got list"):
+    with pytest.raises(
+        TypeError, match=r"pattern must be a DilatedPattern or a BlockLayout\. Got list"
+    ):
         register_with_transformers([5], "other")  # type: ignore[arg-type]  # wrong
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from dilated_factory.interop.gigapath import SlideEncoder
     from dilated_factory.interop.over_ranks import shard_for_transformers
+    from dilated_factory.interop.replacing import Replaced, ReplacedModule, replace_attention
     from dilated_factory.interop.torchscale import load_torchscale
     from dilated_factory.kinds.default import default_registry
     from dilated_factory.kinds.registry import Registry, Runtime, create_attention
@@ -92,6 +93,8 @@ __all__ = [
     "MultiheadConfig",
     "PoolConfig",
     "Registry",
+    "Replaced",
+    "ReplacedModule",
     "RingConfig",
     "RingMultiheadConfig",
     "RunError",
@@ -127,6 +130,7 @@ __all__ = [
     "read_config",
     "read_slide_features",
     "register_with_transformers",
+    "replace_attention",
     "save_gigapath",
     "shard_for_transformers",
     "to_toml",
@@ -169,6 +173,9 @@ _HOMES = {
     "generate_tokens": "models.generation",
     "register_with_transformers": "interop",
     "shard_for_transformers": "interop.over_ranks",
+    "Replaced": "interop.replacing",
+    "ReplacedModule": "interop.replacing",
+    "replace_attention": "interop.replacing",
     "SlideClassifier": "interop.classifier",
     "parameter_groups": "interop.classifier",
     "save_gigapath": "interop.classifier",

@@ -5,12 +5,15 @@ from importlib.util import find_spec
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core import DilatedPattern
 from dilated_factory.errors import missing_package
+from dilated_factory.interop.replacing import Replaced, ReplacedModule, replace_attention
+from dilated_factory.interop.visible import Visible
+
+__all__ = ["Replaced", "ReplacedModule", "register_with_transformers", "replace_attention"]
 
 
 def register_with_transformers(
-    pattern: DilatedPattern,
+    pattern: Visible,
     name: str = "dilated",
     *,
     group: ProcessGroup | DeviceMesh | None = None,
@@ -27,17 +30,19 @@ def register_with_transformers(
     Each pattern needs a name of its own; registering the same again changes nothing.
 
     Args:
-        pattern: which keys a query sees.
+        pattern: which keys a query sees: a DilatedPattern, or a BlockLayout (dilated-sparse), which
+            is taken at the lengths of each call, also while generating.
         name: what the implementation is called.
         group: the ranks that share each sequence, each with a contiguous part, as in
             `ring_attention`; `shard_for_transformers` makes what a model takes on each. There is no
             cache then, and no padding on the left. Without a group each rank has whole sequences.
 
     Raises:
-        TypeError: ``pattern`` is not a DilatedPattern.
-        ValueError: the name is taken. Later, from the model: it asks for what dilated attention
-            does not serve, which the message names (sliding windows, chunks, packed sequences,
-            caches of fixed size, biases and sinks, attention weights).
+        TypeError: ``pattern`` is neither.
+        ValueError: the name is taken, or a BlockLayout comes with a group. Later, from the model:
+            it asks for what dilated attention does not serve, which the message names (sliding
+            windows, chunks, packed sequences, caches of fixed size, biases and sinks, attention
+            weights).
         MissingPackageError: transformers is not installed, or dilated-ring with a group.
     """
     if group is not None and find_spec("dilated_ring") is None:

@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from dilated_core import DilatedPattern, dilated_attention
+from dilated_core import DilatedPattern
 from dilated_core.interfaces import DecodingState
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.interop.over_ranks import Misplaced, fault_in_share, rank_in, refuse_share
@@ -43,6 +43,7 @@ from dilated_factory.interop.unserved import (
     refuse_options,
     refuse_packed_positions,
 )
+from dilated_factory.interop.visible import Visible, attend, check_visible
 from dilated_factory.models.head_loss import IGNORED
 from dilated_factory.models.longnet import LongNetLM
 
@@ -53,16 +54,17 @@ CACHE = (
 
 
 def register(
-    pattern: DilatedPattern,
+    pattern: Visible,
     name: str = "dilated",
     group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> None:
     """Make dilated attention available as ``attn_implementation=name``; see the public name."""
-    if not isinstance(pattern, DilatedPattern):
-        raise TypeError(f"pattern must be a DilatedPattern. Got {type(pattern).__name__}.")
+    check_visible("pattern", pattern)
     attention = DilatedAttentionFunction(pattern)
     mask: Callable[..., Tensor | None] = padding_mask
     if group is not None:
+        if not isinstance(pattern, DilatedPattern):
+            raise ValueError("pattern must be a DilatedPattern with a group. Got a BlockLayout.")
         attention = RingAttentionFunction(pattern, group)
         # Ranks have a mask or none of them has, whether or not it hides a token of theirs.
         mask = partial(padding_mask, keep=True)
@@ -74,6 +76,23 @@ def register(
         )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+
+
+def register_modules() -> str:
+    """Make what `replace_attention` gave to each module available; return the name of it."""
+    AttentionInterface.register("dilated_modules", _as_its_module_says)
+    AttentionMaskInterface.register("dilated_modules", padding_mask)
+    return "dilated_modules"
+
+
+def _as_its_module_says(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    visible = getattr(module, "dilated_visible", None)
+    if visible is None:
+        raise ValueError(
+            "attn_implementation must be set by replace_attention to be 'dilated_modules'. "
+            f"Got {type(module).__name__} without a pattern."
+        )
+    return DilatedAttentionFunction(visible)(module, *args, **options)
 
 
 def padding_mask(
@@ -126,7 +145,7 @@ class DilatedAttentionFunction:
     on the left gives what it gives alone.
     """
 
-    pattern: DilatedPattern
+    pattern: Visible
     cuts_padding: ClassVar[bool] = True
 
     def __call__(
@@ -191,9 +210,7 @@ class DilatedAttentionFunction:
         self, fault: str | None, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
         assert fault is None
-        out = dilated_attention(query, key, value, self.pattern, **options)
-        assert isinstance(out, Tensor)
-        return out
+        return attend(self.pattern, query, key, value, **options)
 
 
 @dataclass(frozen=True)
@@ -203,6 +220,7 @@ class RingAttentionFunction(DilatedAttentionFunction):
     Padding that leads is refused, not cut off: it would move the segments of other ranks.
     """
 
+    pattern: DilatedPattern
     group: dist.ProcessGroup | DeviceMesh
     cuts_padding: ClassVar[bool] = False
 

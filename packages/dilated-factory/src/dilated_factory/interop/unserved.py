@@ -3,12 +3,14 @@
 # Shapes: B batch, N queries, M keys.
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 _PACKED = "packed sequences (position_ids that restart or jump)"
@@ -87,6 +89,54 @@ def refuse_options(options: dict[str, Any]) -> None:
             )
     if options.get("output_attentions"):
         raise ValueError("output_attentions must be False for dilated attention. Got True.")
+
+
+# What a module of attention or its configuration calls the value of an option of `_OPTIONS`.
+_HELD = {
+    "sliding_window": ("sliding_window",),
+    "softcap": ("attn_logit_softcapping",),
+    "s_aux": ("sinks",),
+}
+_BIAS = re.compile("position_bias|relative_attention_bias")
+
+
+def asks_for(module: nn.Module) -> str:
+    """What a module of transformers' attention asks for that is not served, told without a call.
+
+    Empty where nothing is found; what is not found here is refused when the model is called.
+    """
+    config = getattr(module, "config", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and isinstance(index, int) and kinds[index : index + 1] == ["chunked_attention"]:
+        return "chunked attention"
+    passed = {name for code in codes(type(module)) for name in _names(code)}
+    for option, names in _HELD.items():
+        holder = module if any(hasattr(module, name) for name in names) else config
+        if option in passed and any(getattr(holder, name, None) is not None for name in names):
+            return _OPTIONS[option]
+    if any(_BIAS.search(name) for name in {*passed, *vars(module), *module._modules}):
+        return _OPTIONS["position_bias"]
+    return ""
+
+
+def codes(kind: type) -> Iterator[CodeType]:
+    """The code of the methods of a class of module."""
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return
+        for value in vars(base).values():
+            if inspect.isfunction(value):
+                yield inspect.unwrap(value).__code__
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names in a code, those of keyword arguments of its calls included."""
+    yield from code.co_names
+    yield from code.co_varnames
+    for value in code.co_consts:
+        yield from (
+            x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, str)
+        )
 
 
 def described(value: object) -> str:
