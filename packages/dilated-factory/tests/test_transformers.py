@@ -577,9 +577,7 @@ def test_a_name_is_for_one_pattern() -> None:
         register_with_transformers(DENSE, name)
     with pytest.raises(ValueError, match="'sdpa'"):
         register_with_transformers(DENSE, "sdpa")
-    with pytest.raises(
-        TypeError, match=r"pattern must be a DilatedPattern or a BlockLayout\. Got list"
-    ):
+    with pytest.raises(TypeError, match="must be a DilatedPattern or a BlockLayout"):
         register_with_transformers([5], "other")  # type: ignore[arg-type]  # wrong
 
 
