@@ -145,8 +145,8 @@ def isolated(session: nox.Session) -> None:
     """Test that each test of the integration passes alone, in a process of its own."""
     install(session, *TEST_TOOLS, *wheels(session, *PACKAGES))
     paths = ["tests-integration", "packages/dilated-factory/tests/test_behaviours.py"]
-    # The examples of READMEs have processes of their own already.
-    paths.append("--ignore=tests-integration/test_readme_examples.py")
+    # The examples have processes of their own already.
+    paths += [f"--ignore=tests-integration/test_{x}.py" for x in ("examples", "readme_examples")]
     told = session.run("pytest", "--collect-only", "-q", "-p", "no:randomly", *paths, silent=True)
     # One set of parameters of each test is enough: each costs a process that loads torch.
     nodes = {x.partition("[")[0]: x for x in str(told).splitlines() if "::" in x}.values()
@@ -217,6 +217,14 @@ def newest(session: nox.Session) -> None:
             failed.append(suite)
     if failed:
         session.error(f"failed with the newest versions: {', '.join(failed)}")
+
+
+@nox.session(default=False)
+def frameworks(session: nox.Session) -> None:
+    """Run all examples, with Lightning, accelerate and peft installed."""
+    group = test_group("dilated-factory", "frameworks")
+    install(session, *TEST_TOOLS, group, *editable("dilated-factory", "dilated-core"))
+    run_pytest(session, "tests-integration/test_examples.py")
 
 
 @nox.session(default=False)
@@ -305,9 +313,9 @@ def install_for_tests(session: nox.Session, package: str) -> None:
     install(session, *TEST_TOOLS, test_group(package), *sources)
 
 
-def test_group(package: str) -> str:
+def test_group(package: str, group: str = "test") -> str:
     """Return the argument that installs what a package's tests require beside the common tools."""
-    return f"--group=packages/{package}/pyproject.toml:test"
+    return f"--group=packages/{package}/pyproject.toml:{group}"
 
 
 def run_pytest(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from dilated_factory.configs.models import Parent, TrainConfig
@@ -163,7 +164,7 @@ class Trainer:
 
     def _begin_anew(self) -> None:
         """Make model and optimizers as at step 0."""
-        self.model = initial_model(self.run.config, self.parallel.attention(self.run.config))
+        self.model = self.make_model()
         self.model.activation_checkpointing = _RECOMPUTED[self.run.config.recompute]
         if self._compiled:
             self.model.compile_blocks()
@@ -172,6 +173,16 @@ class Trainer:
             self.model, self.run.config, sharded=self.parallel.is_sharded
         )
         self._is_fresh = True
+
+    def make_model(self) -> LongNetLM:
+        """Make the model at step 0, on the CPU; a subclass may train one of its own.
+
+        That has ``loss``, as `LongNetLM` has it with targets, which is the mean over them;
+        ``blocks``, whose matrices are the optimizer's, while all else is AdamW's; and to be
+        compiled, ``compile_blocks``. Its weights must depend on the run's seed alone. `restore`
+        resumes it; `load_trained` and the commands know LongNetLM alone.
+        """
+        return initial_model(self.run.config, self.parallel.attention(self.run.config))
 
     @classmethod
     def start(
@@ -592,10 +603,15 @@ def initial_model(config: TrainConfig, attention: AttentionFactory | None = None
         return LongNetLM(config.model, attention=attention)
 
 
+def _is_tied(model: nn.Module) -> bool:
+    # Other models, of a trainer's own, may have a head of that name which is not tied.
+    return isinstance(model, LongNetLM) and model.config.tie_embeddings
+
+
 def model_tensors(model: LongNetLM) -> dict[str, torch.Tensor]:
     """The state of a model by name, with a tied head left out: files hold each tensor once."""
     tensors = model.state_dict()
-    if model.config.tie_embeddings:
+    if _is_tied(model):
         del tensors["head.weight"]
     return tensors
 
@@ -603,7 +619,7 @@ def model_tensors(model: LongNetLM) -> dict[str, torch.Tensor]:
 def load_model(model: LongNetLM, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put the weights of a checkpoint into a model of the same configuration."""
     tensors = dict(tensors)
-    if model.config.tie_embeddings and "embedding.weight" in tensors:
+    if _is_tied(model) and "embedding.weight" in tensors:
         tensors["head.weight"] = tensors["embedding.weight"]
     try:
         model.load_state_dict(tensors)
