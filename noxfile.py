@@ -105,7 +105,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of all packages with mypy, strictly."""
-    group = test_group("dilated-factory")
+    group = group_of("dilated-factory")
     install(session, MYPY, "nox", "mkdocs>=1.6.1,<2", *TEST_TOOLS, group, *editable(*PACKAGES))
     session.run("mypy", *session.posargs)
 
@@ -202,7 +202,7 @@ def lock(session: nox.Session) -> None:
 @nox.session(default=False)
 def newest(session: nox.Session) -> None:
     """Test all packages with the newest versions of everything; deprecations are listed."""
-    groups = [test_group(package) for package in PACKAGES]
+    groups = [group_of(package) for package in PACKAGES]
     install(session, *TEST_TOOLS, *groups, *wheels(session, *PACKAGES), lock=None)
     session.run("uv", "pip", "list", external=True)
     listed = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
@@ -222,7 +222,7 @@ def newest(session: nox.Session) -> None:
 @nox.session(default=False)
 def frameworks(session: nox.Session) -> None:
     """Run all examples, with Lightning, accelerate and peft installed."""
-    group = test_group("dilated-factory", "frameworks")
+    group = group_of("dilated-factory", "frameworks")
     install(session, *TEST_TOOLS, group, *editable("dilated-factory", "dilated-core"))
     run_pytest(session, "tests-integration/test_examples.py")
 
@@ -310,11 +310,11 @@ def build(session: nox.Session) -> None:
 def install_for_tests(session: nox.Session, package: str) -> None:
     """Install a package, what it declares, its extras of this tree, and the test tools."""
     sources = editable(package, *declared_siblings(package), *optional_siblings(package))
-    install(session, *TEST_TOOLS, test_group(package), *sources)
+    install(session, *TEST_TOOLS, group_of(package), *sources)
 
 
-def test_group(package: str, group: str = "test") -> str:
-    """Return the argument that installs what a package's tests require beside the common tools."""
+def group_of(package: str, group: str = "test") -> str:
+    """Return the argument that installs a dependency group of a package."""
     return f"--group=packages/{package}/pyproject.toml:{group}"
 
 

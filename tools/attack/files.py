@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -204,7 +204,7 @@ class Killed:
             path = folder / "run"
             for delay in case["delays"]:
                 line = start(path, grown=case["grown"])
-                number, said = child(lambda line=line: command(*line))
+                number, said = child(partial(command, *line))
                 time.sleep(delay)
                 os.kill(number, signal.SIGKILL)
                 ended(number, said)
@@ -227,7 +227,7 @@ class Full:
         with scratch() as folder:
             path = folder / "run"
             for limit in case["limits"]:
-                ended(*child(lambda limit=limit: self._limited(path, limit)))
+                ended(*child(partial(self._limited, path, limit)))
             if path.exists() and not (path / "config.json").exists():
                 left = [p.name for p in path.iterdir()]
                 assert not left, left
