@@ -41,10 +41,10 @@ def targets() -> dict[str, Target]:
         interpreted["kernels"] = kernels.Kernels()
     return interpreted | {
         "attention": numeric.Attention(), "packed": numeric.Packed(), "cache": numeric.Cache(),
-        "blocks": numeric.Blocks(), "ring": ranks.Ring(), "pool": memory.Pool(),
-        "threads": memory.Threads(), "killed": files.Killed(), "full": files.Full(),
-        "damaged": files.Damaged(), "configurations": files.Configurations(),
-        "lines": files.Lines(),
+        "blocks": numeric.Blocks(), "ring": ranks.Ring(), "faults": ranks.Faults(),
+        "pool": memory.Pool(), "threads": memory.Threads(), "killed": files.Killed(),
+        "full": files.Full(), "damaged": files.Damaged(),
+        "configurations": files.Configurations(), "lines": files.Lines(),
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ class Pool:
             elif kind == "unlock":
                 pool.unlock()
                 locked = False
+            elif kind == "reserve":
+                shape, dtype = _request(number)
+                with suppress(PoolLimitError, PoolLockedError):
+                    pool.reserve(shape, dtype=dtype, count=number % 3)
             elif kind == "reset":
                 pool.reset_peak()
             lease = None  # else the last one that was named here would live on

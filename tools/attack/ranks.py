@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import random
+import signal
 import tempfile
+import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -107,13 +111,14 @@ def _attend(case: Case, rank: int) -> list[torch.Tensor]:
 class _Group:
     """Processes that wait for cases."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, serve: Callable[..., None], *more: Any) -> None:
         context = multiprocessing.get_context("spawn")
         store = str(Path(tempfile.mkdtemp(prefix="attack-ranks-")) / "store")
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True)
+            arguments = (theirs, rank, size, store, *more)
+            process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -122,7 +127,7 @@ class _Group:
 
 @cache
 def _start(size: int) -> _Group:
-    group = _Group(size)
+    group = _Group(size, _serve)
     atexit.register(_kill, group)
     return group
 
@@ -138,12 +143,16 @@ def _kill(group: _Group) -> None:
         process.kill()
 
 
-def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+def _join(rank: int, size: int, store: str, seconds: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
-        timeout=timedelta(seconds=ANSWER_WITHIN),
+        timeout=timedelta(seconds=seconds),
     )  # fmt: skip
+
+
+def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+    _join(rank, size, store, ANSWER_WITHIN)
     while True:
         case = pipe.recv()
         try:
@@ -152,3 +161,60 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
             pipe.send(("refused", f"{type(error).__name__}: {error}"))
         except BaseException:
             pipe.send(("broken", traceback.format_exc()))
+
+
+FAULTS = ("killed", "stopped", "raises", "hangs")
+GROUP_TIMEOUT = 8.0
+SLACK = 30.0  # a busy machine
+
+
+class Faults:
+    """A rank is gone at a random instant, in a call or between two: all others are told in time."""
+
+    def draw(self, rng: random.Random) -> Case:
+        case = Ring().draw(rng)
+        return case | {
+            "wrong": None, "strategy": rng.choice(("gather", "lend", "ring")), "groups": "shared",
+            "fault": rng.choice(FAULTS), "victim": rng.randrange(case["ranks"]),
+            "delay": round(rng.uniform(0.0, 0.2), 4),
+        }  # fmt: skip
+
+    def check(self, case: Case) -> None:
+        group = _Group(case["ranks"], _suffer, case)
+        try:
+            for pipe in group.pipes:
+                assert pipe.poll(ANSWER_WITHIN), "a rank did not start"
+                assert pipe.recv() == "ready"
+            victim = group.processes[case["victim"]].pid or 0
+            time.sleep(case["delay"])
+            if case["fault"] in ("killed", "stopped"):
+                os.kill(victim, signal.SIGKILL if case["fault"] == "killed" else signal.SIGSTOP)
+            until = time.monotonic() + GROUP_TIMEOUT + SLACK
+            for rank, pipe in enumerate(group.pipes):
+                if rank == case["victim"]:
+                    continue
+                assert pipe.poll(max(0.0, until - time.monotonic())), f"rank {rank} waits on"
+                error = pipe.recv()
+                assert isinstance(error, RingError), error
+                assert error.ranks in ((), (case["victim"],)), (error.ranks, error)
+        finally:
+            _kill(group)
+
+
+def _suffer(pipe: Any, rank: int, size: int, store: str, case: Case) -> None:
+    _join(rank, size, store, GROUP_TIMEOUT)
+    try:
+        _attend(case, rank)
+        pipe.send("ready")
+        until = time.monotonic() + case["delay"]
+        while True:
+            _attend(case, rank)
+            if rank == case["victim"] and time.monotonic() > until:
+                if case["fault"] == "raises":
+                    return
+                if case["fault"] == "hangs":
+                    time.sleep(GROUP_TIMEOUT + SLACK)
+    except RingError as error:
+        pipe.send(error)
+    except BaseException:
+        pipe.send(traceback.format_exc())
