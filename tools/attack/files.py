@@ -65,6 +65,7 @@ def place() -> Path:
     half.train(should_stop=lambda: half.step == STEPS // 2)
     (root / "tiny.json").write_text(tiny(root / "corpus").model_dump_json())
     assert main(start(root / "grown", grown=True)) == 0
+    assert main(grow(root / "half", root / "heir")) == 0
     _slides(root / "slides")
     return root
 
@@ -103,6 +104,11 @@ def trainer(path: Path) -> Trainer:
     return Trainer.start(path, config, load_corpus(config.paths), checkpoint_every=2)
 
 
+def grow(parent: Path, child: Path) -> list[str]:
+    """The command that takes one step from where another run is."""
+    return ["train", "--from", str(parent), "--out", str(child), "--steps", "1"]
+
+
 def start(path: Path, *, grown: bool = False) -> list[str]:
     """The command that trains to the end in a folder, from the newest checkpoint if there is one.
 
@@ -114,8 +120,7 @@ def start(path: Path, *, grown: bool = False) -> list[str]:
     if (path / "config.json").exists():
         return [*line, "--resume"]
     if grown:
-        # Beside the run, since the place of a parent is written into its child.
-        return [*line, "--from", str(path.parent / "half"), "--steps", str(STEPS)]
+        return [*line, *grow(path.parent / "half", path)[1:], "--steps", str(STEPS)]
     return [*line, "--config", str(path.parent / "tiny.json")]
 
 
@@ -248,7 +253,7 @@ class Damaged:
             "how": rng.choice(("flip", "flip", "flip", "cut", "insert", "empty", "remove", "swap")),
             "at": rng.random(),
             "bit": rng.randrange(8),
-            "command": rng.choice(("train", "generate", "evaluate")),
+            "command": rng.choice(("train", "generate", "evaluate", "compare", "grow")),
         }
 
     def check(self, case: Case) -> None:
@@ -260,14 +265,10 @@ class Damaged:
                 "train": ["train", "--resume", "--out", str(path)],
                 "generate": ["generate", str(path), "--max-bytes", "5"],
                 "evaluate": [
-                    "evaluate",
-                    str(path),
-                    "--contexts",
-                    "8",
-                    "--max-bytes",
-                    "64",
-                    "--json",
+                    *("evaluate", str(path), "--contexts", "8", "--max-bytes", "64", "--json"),
                 ],
+                "compare": ["compare", str(path), "--json"],
+                "grow": grow(path, folder / "new"),
             }[case["command"]]
             code, said = command(*arguments)
             removed = case["how"] in ("remove", "empty", "cut")
@@ -275,6 +276,10 @@ class Damaged:
                 is_whole(path)
             elif code == 0 and case["command"] == "generate":
                 assert said == command("generate", str(place() / "half"), "--max-bytes", "5")[1]
+            elif code == 0 and case["command"] == "grow":
+                expected = RunFolder.open(place() / "heir").load().model
+                for name, tensor in RunFolder.open(folder / "new").load().model.items():
+                    assert torch.equal(tensor, expected[name]), name
 
     def _damage(self, file: Path, case: Case) -> None:
         content = bytearray(file.read_bytes())
