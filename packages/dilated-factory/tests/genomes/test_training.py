@@ -150,6 +150,32 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(
     assert last["validation_bits_per_byte"] == pytest.approx(score.bits_per_base, rel=0.05)
 
 
+def test_another_seed_draws_other_windows(fasta: Path, tmp_path: Path) -> None:
+    corpus = load_genome(GenomeConfig(fasta=str(fasta)), 32)
+    drawn = [
+        GenomeTrainer.start(tmp_path / f"run{seed}", config(seed=seed), corpus)._draw(0)[0].tokens
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.distributed
+@pytest.mark.xdist_group("factory_distributed")
+def test_two_processes_train_like_one_where_their_windows_have_different_targets(
+    fasta: Path, bed: Path, tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    train = ["genomes", "train", str(fasta), "--bed", str(bed), "--steps", "2", *OPTIONS]
+    train += ["--batch-size", "8", "--micro-batch-size", "2", "--validate-every", "1"]
+    two = [*torchrun, "2", "-m", "dilated_factory", *train, "--out", str(tmp_path / "two")]
+    subprocess.run(two, check=True, capture_output=True, timeout=250)
+    assert main([*train, "--out", str(tmp_path / "one")]) == 0
+    found, expected = (RunFolder.open(tmp_path / name).read_metrics() for name in ("two", "one"))
+    for name in ("loss", "validation_bits_per_byte"):
+        there = [record[name] for record in found]
+        assert there == pytest.approx([record[name] for record in expected], rel=1e-5)
+
+
 def test_a_changed_base_or_convention_is_another_corpus(fasta: Path, bed: Path) -> None:
     def digest(**changes: Any) -> str:
         return load_genome(GenomeConfig(fasta=str(fasta), bed=str(bed), **changes), 32).digest

@@ -32,7 +32,7 @@ from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.compiling import Compile, decide_compile
 from dilated_factory.training.embedding_files import check_out, write_embeddings
 from dilated_factory.training.loop import select_device
-from dilated_factory.training.parallel import join, leave
+from dilated_factory.training.parallel import join, leave, was_restarted
 from dilated_factory.training.precision import automatic_dtype
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.sources import changed, child_of
@@ -118,8 +118,8 @@ def train(
         "checkpoint_every": checkpoint_every,
         "compiled": decide_compile(compiling, parallel, console.print),
     }
-    if resume:
-        if fasta or parent or told:
+    if resume or (was_restarted() and (out / "config.json").exists()):
+        if resume and (fasta or parent or told):
             raise InputError(
                 "--resume takes its settings from --out: no FASTA file, no --from, no --bed."
             )
