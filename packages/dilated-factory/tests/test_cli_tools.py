@@ -20,13 +20,13 @@ from torch import Tensor
 from dilated_core import DilatedPattern
 from dilated_factory.cli import main
 from dilated_factory.cli.app import COMMANDS
-from dilated_factory.cli.plan import seconds, size
+from dilated_factory.cli.output import seconds, size
 from dilated_factory.configs.kinds import CONFIG_TYPES, parse_any
 from dilated_factory.tools.planning import Workload
 from dilated_factory.training import figures
 
 Captured = pytest.CaptureFixture[str]
-GROUPS = ("config", "slides")
+GROUPS = ("config", "plan", "slides")
 PATTERN = ("--segment-lengths", "4,12", "--dilation-rates", "1,3")
 PNG = b"\x89PNG"
 

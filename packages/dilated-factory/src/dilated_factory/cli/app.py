@@ -22,7 +22,7 @@ COMMANDS = {
     "genomes": "Train on genomes in FASTA files, score bits per base, embed intervals.",
     "convert": "Make a run folder of a checkpoint of torchscale's LongNet recipe for fairseq.",
     "bench": "Time attention: the project's kinds and backends, and installed peers.",
-    "plan": "Say what N tokens on P devices take: memory, bytes, operations, time.",
+    "plan": "Say what a model's training takes, or one attention: memory, operations, time.",
     "show": "Show a pattern: in the terminal, as a picture, or as a page to explore.",
     "doctor": "Say what is installed, which backends work, and why the others do not.",
     "config": "Print the schema of configurations, and check files.",

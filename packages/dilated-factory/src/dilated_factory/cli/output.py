@@ -19,6 +19,25 @@ def silent_console() -> Console:
     return Console(quiet=True)
 
 
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = 0
+    while count >= 1024 ** (power + 1) and power + 1 < len(units):
+        power += 1
+    return f"{count / 1024**power:,.{0 if power == 0 else 2}f} {units[power]}"
+
+
+def seconds(duration: float | None) -> str:
+    """Seconds in a readable unit; None where a speed is not known."""
+    if duration is None:
+        return "unknown: no speed of the links given"
+    for unit, scale in (("days", 86400.0), ("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
+        if duration >= scale * (2 if scale >= 3600 else 1):
+            return f"{duration / scale:,.2f} {unit}"
+    return f"{1e6 * duration:,.1f} µs"
+
+
 class _Terminal:
     """A stream to a terminal; what is written after the terminal is gone goes nowhere.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # A row is held by one program.
-_MOST_FEATURES = 16384
+MOST_FEATURES = 16384
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -22,7 +22,7 @@ def can_serve(x: Tensor) -> bool:
     return (
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
-        and x.shape[-1] <= _MOST_FEATURES
+        and x.shape[-1] <= MOST_FEATURES
         and _HAS_TRITON
     )
 

@@ -236,7 +236,7 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         """What the position embedding makes of positions, once for all layers."""
         embedding = next(self.layers()).attention.position_embedding
         if not isinstance(embedding, RotaryEmbedding):
-            return positions
+            return None if embedding is None else positions
         return embedding.table(self._counted(hidden, positions, caches), hidden.dtype)
 
     def _counted(

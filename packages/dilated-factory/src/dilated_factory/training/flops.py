@@ -2,6 +2,7 @@
 
 import torch
 
+from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.models.longnet import LongNetLM
 
 # Dense bfloat16, from the vendors' data sheets, the first name that fits; operations a second.
@@ -17,18 +18,26 @@ _PEAKS = {
 
 
 def flops_per_token(model: LongNetLM) -> float:
-    """Operations of forward and backward for one token, by the definition of the pattern.
-
-    Six for each weight of a matrix, the head's among them; the backward of attention counts twice
-    its forward, and nothing is counted that is computed again.
-    """
-    config = model.config
+    """Operations of forward and backward for one token, by the definition of the pattern."""
     weights = model.head.weight.numel() + sum(
         parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2
     )
-    pattern, length = config.pattern, config.context
-    forward = pattern.flops(length, config.num_heads, config.head_dim, is_causal=True) / length
-    return 6 * weights + 3 * config.num_layers * forward
+    return model_flops(model.config, weights, attention_flops(model.config))
+
+
+def model_flops(shape: LongNetConfig, weights: int, attention: float) -> float:
+    """The same from how many weights matrices have, the head's among them, and `attention_flops`.
+
+    Six for each weight; the backward of attention counts twice its forward, and nothing is counted
+    that is computed again.
+    """
+    return 6 * weights + 3 * shape.num_layers * attention
+
+
+def attention_flops(shape: LongNetConfig) -> float:
+    """Operations of the forward of one layer's attention, for each token."""
+    pattern, length = shape.pattern, shape.context
+    return pattern.flops(length, shape.num_heads, shape.head_dim, is_causal=True) / length
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

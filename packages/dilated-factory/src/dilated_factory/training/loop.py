@@ -66,7 +66,7 @@ class StepMetrics:
 
 
 # What `recompute` of a configuration is to the model.
-_RECOMPUTED: dict[str, Checkpointing] = {
+RECOMPUTED: dict[str, Checkpointing] = {
     "none": False,
     "pointwise": "pointwise",
     "feed_forward": "selective",
@@ -165,7 +165,7 @@ class Trainer:
     def _begin_anew(self) -> None:
         """Make model and optimizers as at step 0."""
         self.model = self.make_model()
-        self.model.activation_checkpointing = _RECOMPUTED[self.run.config.recompute]
+        self.model.activation_checkpointing = RECOMPUTED[self.run.config.recompute]
         if self._compiled:
             self.model.compile_blocks()
         self._loss = self.parallel.loss_of(self.model)

@@ -64,6 +64,34 @@ class Share(NamedTuple):
         return tuple(x if x is None else x.to(device, non_blocking=True) for x in self[:4])
 
 
+def require_shares(config: TrainConfig, data: int, sequence: int) -> None:
+    """Refuse a configuration that cannot be shared out evenly.
+
+    Args:
+        config: of the run.
+        data: parts of its batch.
+        sequence: parts of each sequence.
+
+    Raises:
+        InputError: the batch or the context cannot be divided.
+    """
+    if config.batch_size % data:
+        raise InputError(
+            "batch_size must be a multiple of the processes that share it "
+            f"({data}). Got {config.batch_size}."
+        )
+    if config.micro_batch_size and config.batch_size // data % config.micro_batch_size:
+        raise InputError(
+            "micro_batch_size must divide the sequences of a process "
+            f"({config.batch_size // data}). Got {config.micro_batch_size}."
+        )
+    if config.model.context % sequence:
+        raise InputError(
+            f"context must be a multiple of --sequence-parallel ({sequence}). "
+            f"Got {config.model.context}."
+        )
+
+
 @dataclass(frozen=True)
 class Parallel:
     """The processes that train together; by default this one alone.
@@ -89,27 +117,8 @@ class Parallel:
         return self.mesh is not None and self.data_parallel == "fsdp"
 
     def require_fit(self, config: TrainConfig) -> None:
-        """Refuse a configuration that cannot be shared out evenly.
-
-        Raises:
-            InputError: the batch or the context cannot be divided.
-        """
-        data, sequence = self._sizes
-        if config.batch_size % data:
-            raise InputError(
-                "batch_size must be a multiple of the processes that share it "
-                f"({data}). Got {config.batch_size}."
-            )
-        if config.micro_batch_size and config.batch_size // data % config.micro_batch_size:
-            raise InputError(
-                "micro_batch_size must divide the sequences of a process "
-                f"({config.batch_size // data}). Got {config.micro_batch_size}."
-            )
-        if config.model.context % sequence:
-            raise InputError(
-                f"context must be a multiple of --sequence-parallel ({sequence}). "
-                f"Got {config.model.context}."
-            )
+        """Refuse a configuration that cannot be shared out evenly: as `require_shares`."""
+        require_shares(config, *self._sizes)
 
     def attention(self, config: TrainConfig) -> AttentionFactory | None:
         """What makes the attention of a layer; None if it is the model's own.
