@@ -64,10 +64,25 @@ class Page:
             options = {"type": kind, "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", **place, **options)
 
+    def turn_wheel(self, script: str, amount: int, *, across: float, down: float) -> None:
+        """Turn the wheel over a place in the element that an expression gives."""
+        self.evaluate(f"({script}).scrollIntoView()")
+        box = self.evaluate(f"({script}).getBoundingClientRect().toJSON()")
+        place = {"x": box["x"] + across * box["width"], "y": box["y"] + down * box["height"]}
+        wheel = {"type": "mouseWheel", "deltaX": 0, "deltaY": amount}
+        self.call("Input.dispatchMouseEvent", **place, **wheel)
+
+    def write(self, script: str, text: str) -> None:
+        """Give the input that an expression gives this text, as typing does."""
+        value = json.dumps(text)
+        self.evaluate(f"({script}).value = {value}; ({script}).form.dispatchEvent("
+                      "new Event('input'))")  # fmt: skip
+
     def press(self, key: str) -> None:
         """Press and release a key."""
-        code = {"ArrowDown": 40, "ArrowUp": 38, "ArrowRight": 39, "Home": 36}[key]
+        codes = {"ArrowDown": 40, "ArrowUp": 38, "ArrowRight": 39, "+": 107, "-": 109, "0": 48}
         for kind in ("rawKeyDown", "keyUp"):
+            code = codes[key]
             options = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
             self.call("Input.dispatchKeyEvent", **options)
 

@@ -79,7 +79,8 @@ def test_a_size_that_cannot_be_is_refused(capsys: Captured, command: str, size: 
         "plan SIZE --tflops 1",
         "show --heads 5000 --png x.png",
         "show --heads 60 --length 512 --png x.png",
-        "show --heads 5000 --length 512 --json",
+        "show --length 100000000",
+        "show --length 64 --from SIZE",
         "plan 1000000 --heads 65536 --head-dim 1048576",
     ],
 )

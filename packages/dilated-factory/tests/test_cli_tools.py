@@ -120,7 +120,8 @@ def test_show_draws_in_the_terminal(capsys: Captured) -> None:
     assert code == 0
     assert "head 1 of 2" in said
     seen = DilatedPattern([4, 12], [1, 3]).multiplicity(12, 2)[1]
-    rows = [line.split()[1] for line in said.splitlines()[1:]]
+    assert said.splitlines()[1] == "query key 0 to 11"
+    rows = [line.split()[1] for line in said.splitlines()[2:]]
     assert rows == ["".join(str(int(c)) if c else "·" for c in row) for row in seen]
 
 
@@ -140,14 +141,47 @@ def test_show_writes_a_picture_and_a_page(capsys: Captured, tmp_path: Path) -> N
     assert record["png"] is None
 
 
+def test_show_zooms_into_long_patterns(capsys: Captured) -> None:
+    long = ("show", "--segment-lengths", "1024,65536", "--dilation-rates", "1,16", "--causal")
+    long = (*long, "--length", 65536)
+    code, said, _ = run(capsys, *long)
+    title, cells, keys, *rows = said.splitlines()
+    assert code == 0
+    assert title.endswith("head 0 of 4, causal")
+    assert cells.startswith("a cell: 1,366 queries down, 683 keys across;")
+    assert keys.split() == ["query", "key", "0", "to", "65,535"]
+    assert len(rows) == 48
+    assert rows[0].split() == ["0", "▓▓" + "·" * 94]
+    assert rows[40].split()[0] == "54,640"
+    assert rows[40].split()[1][:78] == "░" * 78
+    _, said, _ = run(capsys, *long, "--from", 65500, "--to", 65530)
+    rows = said.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == [f"{i:,}" for i in range(65500, 65530)]
+    # 65,504 is a multiple of 16: its own segment of 1024 begins before what is shown.
+    assert rows[4].split()[1] == "11112" + "·" * 25
+    record = result(capsys, *long, "--heads", 3)
+    pairs = DilatedPattern([1024, 65536], [1, 16]).flops(65536, 3, 1, is_causal=True) // 4
+    assert (record["visible_pairs"], record["density"]) == (pairs, None)
+
+
+def test_show_draws_a_million_positions(capsys: Captured, tmp_path: Path) -> None:
+    png, html = tmp_path / "p.png", tmp_path / "p.html"
+    show = ("show", "--length", 10**6, "--heads", 2, "--from", 10, "--to", 9 * 10**5)
+    code, _, _ = run(capsys, *show, "--png", png, "--html", html)
+    assert code == 0
+    assert png.read_bytes().startswith(PNG)
+    assert '"view": [10, 900000]' in html.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--segment-lengths", "4"), "must be given together"),
         (("--segment-lengths", "4", "--dilation-rates", "1,2"), "the same number of entries"),
         (("--head", "4"), "--head must be less than --heads (4)"),
-        (("--length", "97"), "--length must be at most 96"),
-        (("--length", "513", "--json"), "--length must be at most 512"),
+        (("--from", "32"), "--from must be less than --to"),
+        (("--from", "9", "--to", "9"), "--from must be less than --to"),
+        (("--to", "33"), "--to at most --length (32). Got 0 and 33."),
         (("--heads", "2", "--head-groups", "split"), "heads must be at least"),
     ],
 )

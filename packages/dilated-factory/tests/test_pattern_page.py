@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dilated_core import DilatedPattern
+from dilated_core.plot import block_counts
 from dilated_factory.tools.pattern_page import pattern_page
 
 from .browser import CHROMIUM, Page, open_browser
@@ -27,7 +28,7 @@ def test_the_page_loads_nothing() -> None:
 def test_every_control_has_a_label() -> None:
     page = pattern_page(*PATTERNS["plain"], 5, is_causal=False)
     controls = re.findall(r'<(?:input|select) id="(\w+)"', page)
-    assert set(controls) == {"head", "query", "length", "causal"}
+    assert set(controls) == {"head", "query", "length", "causal", "segments", "rates"}
     for control in controls:
         assert f'<label for="{control}">' in page
 
@@ -91,10 +92,106 @@ def test_mouse_and_keys_choose_what_is_shown(page: Page, tmp_path: Path) -> None
     page.evaluate("query.focus()")
     page.press("ArrowRight")
     assert text(page, "summary").startswith("Query 3 of head 1 ")
-    page.evaluate("length.focus()")
-    page.press("Home")
+    page.write("document.getElementById('length')", "1")
     assert text(page, "summary").startswith("Query 0 of head 1 sees 1 of 1 keys.")
-    assert text(page, "length-value") == "1"
+    assert page.problems == []
+
+
+LONG = DilatedPattern([512, 8192, 70_000], [1, 8, 64])
+
+
+def long_page(page: Page, folder: Path, length: int = 65_536) -> Page:
+    path = folder / "page.html"
+    path.write_text(pattern_page(LONG, length, 5, is_causal=True), encoding="utf-8")
+    page.open(path)
+    return page
+
+
+def shown(page: Page) -> tuple[list[int], list[int], list[list[int]]]:
+    rows, columns = page.evaluate("[edges(view.query), edges(view.key)]")
+    return rows, columns, page.evaluate("table()")
+
+
+def test_cells_of_a_long_pattern_are_the_pairs_of_blocks(page: Page, tmp_path: Path) -> None:
+    long_page(page, tmp_path)
+    for action in ("head.value = 3; draw()", "zoom(0.5, 0.9, 0.1)", "zoom(0.01, 0.5, 0.5)"):
+        page.evaluate(action)
+        rows, columns, counts = shown(page)
+        expected = block_counts(LONG, 5, rows, columns, is_causal=True)[:, 3].sum(0)
+        assert counts == expected.tolist()
+    assert page.problems == []
+
+
+def test_wheel_buttons_and_keys_zoom(page: Page, tmp_path: Path) -> None:
+    long_page(page, tmp_path)
+    span = "view.span"
+    assert page.evaluate(span) == 65_536
+    page.turn_wheel("grid", -120, across=0.9, down=0.25)
+    while page.evaluate(span) == 65_536:  # wheels arrive when they like
+        pass
+    assert page.evaluate(span) == round(0.8 * 65_536)
+    assert page.evaluate("view.key") == pytest.approx(0.18 * 65_536, abs=300)
+    assert page.evaluate("view.query") == pytest.approx(0.05 * 65_536, abs=300)
+    page.click("document.getElementById('whole')")
+    page.click("document.getElementById('in')")
+    assert page.evaluate(span) == 32_768
+    assert text(page, "key-ticks").startswith("16,384")
+    page.click("document.getElementById('out')")
+    assert page.evaluate(span) == 65_536
+    page.evaluate("grid.focus()")
+    page.press("+")
+    page.press("+")
+    assert page.evaluate(span) == 16_384
+    page.press("-")
+    assert page.evaluate(span) == 32_768
+    page.press("0")
+    assert page.evaluate("[view.query, view.key, view.span]") == [0, 0, 65_536]
+    assert "A cell is 171 queries by 171 keys" in text(page, "cell")
+    assert page.problems == []
+
+
+def test_segments_and_rates_can_be_edited_and_are_checked_as_in_python(
+    page: Page, tmp_path: Path
+) -> None:
+    opened(page, tmp_path)
+    segments, rates = (f"document.getElementById('{name}')" for name in ("segments", "rates"))
+    before = page.evaluate("table()")
+    page.write(segments, "8, 30, 9")
+    with pytest.raises(ValueError, match="same number") as refused:
+        DilatedPattern([8, 30, 9], [1, 3])
+    assert text(page, "problem") == str(refused.value)
+    assert page.evaluate(f"{segments}.getAttribute('aria-invalid')") == "true"
+    assert page.evaluate("table()") == before
+    page.write(rates, "1, 0, 2")
+    with pytest.raises(ValueError, match="positive") as refused:
+        DilatedPattern([8, 30, 9], [1, 0, 2])
+    assert text(page, "problem") == str(refused.value)
+    for wrong in ("", "1, x, 2", "1.5, 1, 1"):
+        page.write(rates, wrong)
+        assert text(page, "problem").startswith("dilation_rates")
+    page.write(rates, "1,4,2")
+    assert text(page, "problem") == ""
+    pattern = DilatedPattern([8, 30, 9], [1, 4, 2])
+    assert text(page, "title") == repr(pattern)
+    assert page.evaluate("table()") == pattern.multiplicity(30, 5)[0].tolist()
+    for wrong in ("0", "1.5", "", "99999999999"):
+        page.write("document.getElementById('length')", wrong)
+        assert text(page, "problem").startswith("length must be in [1, 33554432].")
+    assert page.problems == []
+
+
+def test_a_million_positions_are_drawn_at_once_and_fit_a_phone(page: Page, tmp_path: Path) -> None:
+    page.call("Emulation.setDeviceMetricsOverride",
+              width=360, height=740, deviceScaleFactor=1, mobile=True)  # fmt: skip
+    try:
+        long_page(page, tmp_path, 1_000_000)
+        assert page.evaluate("(() => { const t = performance.now(); draw(); "
+                             "return performance.now() - t; })()") < 5000  # fmt: skip
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        for title in ("key position (tokens)", "query position (tokens)"):
+            assert title in text(page, "axes")
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
     assert page.problems == []
 
 
@@ -113,7 +210,9 @@ def test_the_picture_is_drawn_and_described(page: Page, tmp_path: Path) -> None:
     for role, name in (
         ("combobox", "Head"),
         ("slider", "Query position"),
-        ("slider", "Positions"),
+        ("spinbutton", "Positions of the sequence"),
+        ("textbox", "Segment lengths (positions)"),
+        ("button", "Zoom in"),
         ("checkbox", "Causal: hide the keys after each query"),
         ("checkbox", "segments of 12, every 3 positions"),
     ):
