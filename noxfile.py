@@ -136,7 +136,9 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.parametrize("packages", EACH_SUBSET)
 def integration(session: nox.Session, packages: tuple[str, ...]) -> None:
     """Test some of the packages together, installed from their wheels."""
-    install(session, *TEST_TOOLS, *wheels(session, *packages))
+    # What extras bring, for the examples; `lowest` does without.
+    options = [group_of(package) for package in packages if package == "dilated-factory"]
+    install(session, *TEST_TOOLS, *options, *wheels(session, *packages))
     run_pytest(session, "tests-integration")
 
 

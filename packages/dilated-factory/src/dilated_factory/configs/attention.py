@@ -33,6 +33,14 @@ class AttentionConfig(FrozenConfig):
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+
+    Examples:
+        >>> from typing import Literal
+        >>> class WindowConfig(AttentionConfig):
+        ...     kind: Literal["window"] = "window"
+        ...     size: int
+        >>> WindowConfig(size=64).kind
+        'window'
     """
 
     kind: str
@@ -105,40 +113,79 @@ class _Multihead(FrozenConfig):
 
 
 class DilatedConfig(AttentionConfig, PatternFields, _Scores):
-    """`dilated_core.DilatedAttention`."""
+    """`dilated_core.DilatedAttention`.
+
+    Examples:
+        >>> config = DilatedConfig(segment_lengths=(64, 256), dilation_rates=(1, 4))
+        >>> create_attention(config, default_registry()).pattern
+        DilatedPattern([64, 256], [1, 4])
+    """
 
     kind: Literal["dilated"] = "dilated"
     backend: DilatedBackend | None = None
 
 
 class RingConfig(AttentionConfig, PatternFields, _Scores, _Ring):
-    """`dilated_ring.RingDilatedAttention`."""
+    """`dilated_ring.RingDilatedAttention`.
+
+    Examples:
+        >>> config = RingConfig(segment_lengths=(64, 256), dilation_rates=(1, 4))
+        >>> type(create_attention(config, default_registry())).__name__
+        'RingDilatedAttention'
+    """
 
     kind: Literal["ring"] = "ring"
 
 
 class BlockSparseConfig(AttentionConfig, _LayoutField, _Scores):
-    """`dilated_sparse.BlockSparseAttention`, its layout built for the length of each call."""
+    """`dilated_sparse.BlockSparseAttention`, its layout built for the length of each call.
+
+    Examples:
+        >>> window = {"kind": "sliding_window", "window": 64}
+        >>> type(create_attention(BlockSparseConfig(layout=window), default_registry())).__name__
+        'LayoutAttention'
+    """
 
     kind: Literal["block_sparse"] = "block_sparse"
     backend: SparseBackend | None = None
 
 
 class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _LayoutField, _Scores):
-    """`dilated_sparse.BlockSparseDilatedAttention`, its layout built for the length of a call."""
+    """`dilated_sparse.BlockSparseDilatedAttention`, its layout built for the length of a call.
+
+    Examples:
+        >>> window = {"kind": "sliding_window", "window": 64}
+        >>> config = BlockSparseDilatedConfig(
+        ...     segment_lengths=(64, 256), dilation_rates=(1, 4), layout=window
+        ... )
+        >>> type(create_attention(config, default_registry())).__name__
+        'LayoutAttention'
+    """
 
     kind: Literal["block_sparse_dilated"] = "block_sparse_dilated"
     backend: DilatedBackend | None = None  # flex gives no lse, which the union needs
 
 
 class BlockSparseRingConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
-    """`dilated_ring.ring_attention` over a block layout."""
+    """`dilated_ring.ring_attention` over a block layout.
+
+    Examples:
+        >>> window = {"kind": "sliding_window", "window": 64}
+        >>> BlockSparseRingConfig(layout=window).kind
+        'block_sparse_ring'
+    """
 
     kind: Literal["block_sparse_ring"] = "block_sparse_ring"
 
 
 class BlockSparseRingDistributedConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
-    """`block_sparse_ring` on a mesh of two dimensions: dense in a node, sparse across nodes."""
+    """`block_sparse_ring` on a mesh of two dimensions: dense in a node, sparse across nodes.
+
+    Examples:
+        >>> window = {"kind": "sliding_window", "window": 64}
+        >>> BlockSparseRingDistributedConfig(layout=window).kind
+        'block_sparse_ring_distributed'
+    """
 
     kind: Literal["block_sparse_ring_distributed"] = "block_sparse_ring_distributed"
 
@@ -147,6 +194,17 @@ class AutoConfig(AttentionConfig, _Scores):
     """A request: `Selection` picks the kind and backend that serve it at the least cost.
 
     At least one of a dilated pattern and a layout is given; with both, a query sees the union.
+
+    Examples:
+        >>> request = AutoConfig(
+        ...     length=4096,
+        ...     heads=8,
+        ...     head_dim=64,
+        ...     segment_lengths=(64, 4096),
+        ...     dilation_rates=(1, 16),
+        ... )
+        >>> type(create_attention(request, default_registry())).__name__
+        'DilatedAttention'
     """
 
     kind: Literal["auto"] = "auto"
@@ -240,14 +298,31 @@ else:
 
 
 class MultiheadConfig(AttentionConfig, _Multihead):
-    """`dilated_core.MultiheadDilatedAttention` around any attention between heads."""
+    """`dilated_core.MultiheadDilatedAttention` around any attention between heads.
+
+    Examples:
+        >>> inner = DilatedConfig(segment_lengths=(64, 256), dilation_rates=(1, 4))
+        >>> layer = create_attention(
+        ...     MultiheadConfig(embed_dim=32, num_heads=4, attention=inner), default_registry()
+        ... )
+        >>> layer(torch.randn(1, 100, 32))[0].shape
+        torch.Size([1, 100, 32])
+    """
 
     kind: Literal["dilated_multihead"] = "dilated_multihead"
     attention: HeadAttentionConfig
 
 
 class RingMultiheadConfig(AttentionConfig, PatternFields, _Multihead, _Ring):
-    """`dilated_ring.RingMultiheadDilatedAttention`."""
+    """`dilated_ring.RingMultiheadDilatedAttention`.
+
+    Examples:
+        >>> config = RingMultiheadConfig(
+        ...     embed_dim=32, num_heads=4, segment_lengths=(64, 256), dilation_rates=(1, 4)
+        ... )
+        >>> type(create_attention(config, default_registry())).__name__
+        'RingMultiheadDilatedAttention'
+    """
 
     kind: Literal["ring_multihead"] = "ring_multihead"
     dropout: float = Field(default=0.0, ge=0, lt=1)

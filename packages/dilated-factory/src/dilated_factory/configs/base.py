@@ -4,8 +4,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails
 
 from dilated_factory.errors import InputError
 
@@ -16,6 +23,16 @@ class FrozenConfig(BaseModel):
     """Base of all configurations: immutable, unknown keys and infinite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        found = handler(core_schema)
+        described = handler.resolve_ref_schema(found)
+        if "description" in described:  # the docstring, whose examples are Python
+            described["description"] = described["description"].partition("\n\nExamples:")[0]
+        return found
 
     @model_validator(mode="before")
     @classmethod

@@ -91,6 +91,10 @@ def to_toml(config: FrozenConfig) -> str:
     """A configuration as TOML, nested ones as sections.
 
     TOML has no null, so fields that are None are left out; None is their default everywhere.
+
+    Examples:
+        >>> print(to_toml(PoolConfig(limit_bytes=1024)).splitlines()[:2])
+        ['kind = "pool"', 'limit_bytes = 1024']
     """
     return "".join(_section(config.model_dump(mode="json", exclude_none=True), ()))
 

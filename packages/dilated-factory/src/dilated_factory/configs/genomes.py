@@ -16,6 +16,10 @@ class GenomeConfig(FrozenConfig):
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+
+    Examples:
+        >>> GenomeConfig(fasta="genome.fa", bed="splits.bed", reverse_complement=0.5).case
+        'upper'
     """
 
     kind: Literal["genome"] = "genome"

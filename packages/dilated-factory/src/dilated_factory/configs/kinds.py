@@ -65,6 +65,10 @@ def parse_any(values: Mapping[str, Any]) -> FrozenConfig:
 
     Raises:
         InputError: no kind, an unknown one, or an invalid field.
+
+    Examples:
+        >>> parse_any({"kind": "dilated", "segment_lengths": [64], "dilation_rates": [1]}).kind
+        'dilated'
     """
     if "kind" not in values:
         raise InputError(f"kind is required: one of {', '.join(map(repr, CONFIG_TYPES))}.")
@@ -72,10 +76,16 @@ def parse_any(values: Mapping[str, Any]) -> FrozenConfig:
 
 
 def read_config(path: str | Path) -> FrozenConfig:
-    """The configuration in a JSON or TOML file.
+    r"""The configuration in a JSON or TOML file.
 
     Raises:
         InputError: as `parse_any`, or the file is not what its name's ending says.
         OSError: the file cannot be read.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("pool.toml").write_text('kind = "pool"\nlimit_bytes = 1024')
+        >>> read_config("pool.toml").limit_bytes
+        1024
     """
     return parse_any(read_values(path))

@@ -118,6 +118,11 @@ class LongNetConfig(StackConfig):
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+
+    Examples:
+        >>> config = LongNetConfig(embed_dim=64, num_layers=2, context=4096)
+        >>> config.segment_lengths, config.dilation_rates
+        ((64, 129, 1024, 4096), (1, 1, 4, 16))
     """
 
     kind: Literal["longnet"] = "longnet"
@@ -133,6 +138,10 @@ class LongNetEncoderConfig(StackConfig):
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+
+    Examples:
+        >>> LongNetEncoderConfig(embed_dim=32, num_heads=4, num_layers=2, vocab_size=100).kind
+        'longnet_encoder'
     """
 
     kind: Literal["longnet_encoder"] = "longnet_encoder"
@@ -164,6 +173,10 @@ class TrainConfig(FrozenConfig):
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+
+    Examples:
+        >>> TrainConfig(steps=100, batch_size=8).optimizer
+        'muon'
     """
 
     kind: Literal["train"] = "train"

@@ -22,6 +22,10 @@ def default_pattern(context: int) -> DilatedPattern:
 
     Raises:
         ValueError: the context is less than 1.
+
+    Examples:
+        >>> default_pattern(8192)
+        DilatedPattern([64, 129, 1024, 8192], [1, 1, 4, 16])
     """
     if context < 1:
         raise ValueError(f"context must be at least 1. Got {context}.")

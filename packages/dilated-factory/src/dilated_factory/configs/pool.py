@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class PoolConfig(FrozenConfig):
-    """`dilated_pool.UnifiedMemoryPool`."""
+    """`dilated_pool.UnifiedMemoryPool`.
+
+    Examples:
+        >>> create_pool(PoolConfig(limit_bytes=1 << 20)).stats().limit_bytes
+        1048576
+    """
 
     kind: Literal["pool"] = "pool"
     limit_bytes: int | None = Field(default=None, ge=0)
@@ -34,6 +39,10 @@ def create_pool(config: PoolConfig) -> UnifiedMemoryPool:
 
     Raises:
         MissingPackageError: dilated-pool is not installed.
+
+    Examples:
+        >>> create_pool(PoolConfig(limit_bytes=1 << 20)).stats().reserved_bytes
+        0
     """
     try:
         from dilated_pool import UnifiedMemoryPool

@@ -17,6 +17,10 @@ class SlideEncoderConfig(FrozenConfig):
 
     Raises:
         pydantic.ValidationError: (a ValueError) naming the field, the requirement and the value.
+
+    Examples:
+        >>> SlideEncoderConfig(global_pool=True).tile_dim  # the published size, pooled by the mean
+        1536
     """
 
     kind: Literal["slide_encoder"] = "slide_encoder"

@@ -26,7 +26,7 @@ UnknownBases = Literal["ignore", "keep"]
 
 
 class GenomeDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of a genome: for each the tokens and what follows each of them.
+    r"""Windows of a genome: for each the tokens and what follows each of them.
 
     A window of ``max_length`` bases and [SEP] gives int64 (max_length,) and (max_length,); without
     [SEP] it is one less. Shorter windows are padded on the left by [PAD], which is no target (-100,
@@ -47,6 +47,15 @@ class GenomeDataset(Dataset[tuple[Tensor, Tensor]]):
     Raises:
         InputError: a number is out of its range.
         CorpusError: on reading, an interval is not in the genome, or longer than ``max_length``.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> genome = Genome("genome.fa")
+        >>> _ = Path("rows.bed").write_text("chr1\t0\t12\nchr1\t100\t116\n")
+        >>> tokens, targets = GenomeDataset(genome, read_bed("rows.bed"), 16)[1]
+        >>> tokens.shape, targets.shape
+        (torch.Size([16]), torch.Size([16]))
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def embed_intervals(
     batch_bases: int = 2**16,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Tensor:
-    """The mean over known bases of the states after the last norm: float32 (S, E) on the CPU.
+    r"""The mean over known bases of the states after the last norm: float32 (S, E) on the CPU.
 
     N is none of them. An interval gives what it gives alone, up to rounding, whatever is computed
     with it. A row is not a number where an interval is nothing but N.
@@ -43,6 +43,16 @@ def embed_intervals(
     Raises:
         InputError: an interval is longer than the context.
         CorpusError: an interval is not in the genome.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> shape = LongNetConfig(
+        ...     embed_dim=16, num_heads=2, num_layers=1, context=16, vocab_size=16
+        ... )
+        >>> _ = Path("rows.bed").write_text("chr1\t0\t12\nchr1\t100\t116\n")
+        >>> embed_intervals(LongNetLM(shape), Genome("genome.fa"), read_bed("rows.bed")).shape
+        torch.Size([2, 16])
     """
     context = model.config.context
     for row in intervals:

@@ -21,7 +21,7 @@ _COMPRESSED = (".gz", ".bgz", ".bz2", ".zip")
 
 
 class Genome:
-    """A FASTA file; headers and line breaks are no part of what is read.
+    r"""A FASTA file; headers and line breaks are no part of what is read.
 
     A plain file is read where it is. One that was compressed by gzip or bgzip is decompressed once,
     into the cache, since gzip cannot be read from its middle. The index of pyfaidx is in the cache
@@ -40,6 +40,12 @@ class Genome:
             one name, or the compressed file is damaged.
         MissingPackageError: pyfaidx is not installed.
         OSError: it cannot be read, or the cache cannot be written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> Genome("genome.fa").read("chr1", 3, 8)
+        'TNACG'
     """
 
     def __init__(self, path: str | Path, *, cache: str | Path | None = None) -> None:

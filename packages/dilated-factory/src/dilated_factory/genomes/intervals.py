@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
 
 def read_bed(path: str | Path, split: str | None = None) -> list[Interval]:
-    """The intervals of a BED file, plain or by gzip, in its order.
+    r"""The intervals of a BED file, plain or by gzip, in its order.
 
     Columns are separated by tabs: record, start, end, and with ``split`` the split; further ones
     are left alone. Empty lines, comments and the lines "track" and "browser" are passed over.
@@ -48,6 +48,12 @@ def read_bed(path: str | Path, split: str | None = None) -> list[Interval]:
     Raises:
         CorpusError: a line is no interval, or no row is left.
         OSError: there is no such file.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("rows.bed").write_text("chr1\t0\t12\ttrain\nchr1\t100\t116\tvalid\n")
+        >>> [str(row) for row in read_bed("rows.bed", "valid")]
+        ['chr1:100-116']
     """
     path = Path(path)
     rows: list[Interval] = []
@@ -112,7 +118,7 @@ def require_inside(rows: Sequence[Interval], lengths: Mapping[str, int], source:
 
 
 class GenomeWindows(Sequence[Interval]):
-    """Windows of ``max_length`` bases at most, one after the other for each row.
+    r"""Windows of ``max_length`` bases at most, one after the other for each row.
 
     - "hyenadna": one for each row, grown on both sides (on the right by one more where the room is
       odd) and then cut at the ends of the record; of a longer row, its beginning.
@@ -133,6 +139,14 @@ class GenomeWindows(Sequence[Interval]):
     Raises:
         CorpusError: a row is of no record, or reaches past its end.
         InputError: max_length is below 2, or does not divide the window.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> _ = Path("rows.bed").write_text("chr1\t100\t110\n")
+        >>> lengths = Genome("genome.fa").lengths
+        >>> print(GenomeWindows(read_bed("rows.bed"), 16, lengths, "hyenadna")[0])
+        chr1:97-113
     """
 
     def __init__(

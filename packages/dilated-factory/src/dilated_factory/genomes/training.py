@@ -53,7 +53,7 @@ class GenomeCorpus(Corpus):
 def load_genome(
     config: GenomeConfig, context: int, *, validation_fraction: float = 0.05, seed: int = 0
 ) -> GenomeCorpus:
-    """The windows of a genome, of ``context`` bases each, to train on and held out.
+    r"""The windows of a genome, of ``context`` bases each, to train on and held out.
 
     Args:
         config: which file, which parts, which tokens.
@@ -66,6 +66,14 @@ def load_genome(
         InputError: the intervals do not fit the context.
         MissingPackageError: pyfaidx is not installed.
         OSError: a file cannot be read.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> corpus = load_genome(GenomeConfig(fasta="genome.fa"), 16)
+        >>> tokens, targets = corpus.windows[0]
+        >>> tokens.shape
+        torch.Size([16])
     """
     sides = [_rows(config, validation_fraction, held_out=side) for side in (False, True)]
     train, held_out = (
@@ -144,10 +152,24 @@ def _parts(genome: Genome, fraction: float, *, held_out: bool) -> list[Interval]
 
 
 class GenomeTrainer(Trainer):
-    """A `Trainer` of which a step sees windows of a genome; N and padding are no targets.
+    r"""A `Trainer` of which a step sees windows of a genome; N and padding are no targets.
 
     Its loss is per target, so its bits "per byte" are bits per base; [SEP] is a target in training,
     and none of those that are held out.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> shape = LongNetConfig(
+        ...     embed_dim=16, num_heads=2, num_layers=1, context=16, vocab_size=16
+        ... )
+        >>> corpus = load_genome(GenomeConfig(fasta="genome.fa"), 16)
+        >>> config = TrainConfig(model=shape, steps=2, batch_size=2)
+        >>> trainer = GenomeTrainer.start("run", config, corpus)
+        >>> trainer.train()  # to its end
+        True
+        >>> trainer.step
+        2
     """
 
     corpus: GenomeCorpus
@@ -244,7 +266,7 @@ def evaluate_genome(
     batch_bases: int = 2**14,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> GenomeScore:
-    """Mean bits per base of windows spread evenly; N, padding and [SEP] are not scored.
+    r"""Mean bits per base of windows spread evenly; N, padding and [SEP] are not scored.
 
     Each base is predicted from those before it in its window; four equal bases would take 2 bits.
 
@@ -257,6 +279,16 @@ def evaluate_genome(
 
     Raises:
         CorpusError: there is nothing but N.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("genome.fa").write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+        >>> shape = LongNetConfig(
+        ...     embed_dim=16, num_heads=2, num_layers=1, context=16, vocab_size=16
+        ... )
+        >>> corpus = load_genome(GenomeConfig(fasta="genome.fa"), 16)
+        >>> evaluate_genome(LongNetLM(shape), corpus.held_out).scored_bases > 0
+        True
     """
     indices = _spread(data, max_bases, 1).unique()
     device, training = model.head.weight.device, model.training

@@ -44,6 +44,11 @@ def register_with_transformers(
             windows, chunks, packed sequences, caches of fixed size, biases and sinks, attention
             weights).
         MissingPackageError: transformers is not installed, or dilated-ring with a group.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> register_with_transformers(DilatedPattern([64, 256], [1, 4]), "far")
+        >>> # and then, with a model: model.set_attn_implementation("far")
     """
     if group is not None and find_spec("dilated_ring") is None:
         raise missing_package("register_with_transformers(group=...)", "dilated-ring")

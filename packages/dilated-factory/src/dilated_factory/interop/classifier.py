@@ -39,6 +39,20 @@ class SlideClassifier(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
+
+    Examples:
+        >>> shape = SlideEncoderConfig(
+        ...     tile_dim=8,
+        ...     embed_dim=16,
+        ...     num_heads=2,
+        ...     num_layers=1,
+        ...     segment_lengths=(16,),
+        ...     dilation_rates=(1,),
+        ... )
+        >>> model = SlideClassifier(SlideEncoder(shape), num_classes=3)
+        >>> slides = [(torch.randn(n, 8), torch.randint(99, (n, 2)) * 256) for n in (20, 30)]
+        >>> model.classify(slides, tile_size=[256, 256]).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -193,6 +207,18 @@ def parameter_groups(
 
     Raises:
         ValueError: an argument is out of range.
+
+    Examples:
+        >>> shape = SlideEncoderConfig(
+        ...     tile_dim=8,
+        ...     embed_dim=16,
+        ...     num_heads=2,
+        ...     num_layers=1,
+        ...     segment_lengths=(16,),
+        ...     dilation_rates=(1,),
+        ... )
+        >>> groups = parameter_groups(SlideEncoder(shape), learning_rate=1e-3, layer_decay=0.9)
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     for name, value, fits in (
         ("learning_rate", learning_rate, learning_rate > 0),
@@ -245,6 +271,17 @@ def save_gigapath(model: SlideEncoder | SlideClassifier, path: str | PathLike[st
     Raises:
         TypeError: another kind of model.
         OSError: the file cannot be written.
+
+    Examples:
+        >>> shape = SlideEncoderConfig(
+        ...     tile_dim=8,
+        ...     embed_dim=16,
+        ...     num_heads=2,
+        ...     num_layers=1,
+        ...     segment_lengths=(16,),
+        ...     dilation_rates=(1,),
+        ... )
+        >>> save_gigapath(SlideEncoder(shape), "slide_encoder.pth")
     """
     if not isinstance(model, SlideEncoder | SlideClassifier):
         raise TypeError(

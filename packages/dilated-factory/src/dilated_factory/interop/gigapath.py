@@ -92,6 +92,20 @@ class SlideEncoder(nn.Module):
         config: shape of the model.
         activation_checkpointing: as in `LongNetEncoder`.
         device, dtype: as in torch.nn.
+
+    Examples:
+        >>> shape = SlideEncoderConfig(
+        ...     tile_dim=8,
+        ...     embed_dim=16,
+        ...     num_heads=2,
+        ...     num_layers=1,
+        ...     segment_lengths=(16,),
+        ...     dilation_rates=(1,),
+        ... )
+        >>> model = SlideEncoder(shape)
+        >>> (embedding,) = model(torch.randn(1, 20, 8), torch.randint(99, (1, 20, 2)) * 256)
+        >>> embedding.shape
+        torch.Size([1, 16])
     """
 
     def __init__(

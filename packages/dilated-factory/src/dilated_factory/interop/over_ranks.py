@@ -45,6 +45,12 @@ def shard_for_transformers(
     Raises:
         RankMismatchError: the ranks hold different sequences.
         MissingPackageError: dilated-ring is not installed.
+
+    Examples:
+        >>> tokens = torch.arange(8).reshape(1, 8)
+        >>> part = shard_for_transformers(tokens, labels=tokens)  # of one process, the whole
+        >>> part["input_ids"].shape, part["shift_labels"].shape
+        (torch.Size([1, 8]), torch.Size([1, 8]))
     """
     try:
         from dilated_ring import local_positions, shard_sequence

@@ -34,6 +34,13 @@ class ReplacedModule:
         kind: the class it has, or had.
         visible: the pattern or layout that it has now; None where it was left as it was.
         why_not: why it was left.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> (found,) = replace_attention(layer, DilatedPattern([8, 32], [1, 4])).modules
+        >>> found.name, found.visible
+        ('self_attn', DilatedPattern([8, 32], [1, 4]))
     """
 
     name: str
@@ -49,6 +56,13 @@ class Replaced:
     Attributes:
         model: the model that was given, or what replaces it where it is attention itself.
         modules: what became of each module of attention, in the model's order.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        >>> print(replace_attention(layer, DilatedPattern([8, 32], [1, 4])))
+        module       kind                replaced  by, or why not
+        (the model)  MultiheadAttention  yes       DilatedPattern([8, 32], [1, 4])
     """
 
     model: nn.Module
@@ -83,6 +97,13 @@ def replace_attention(model: nn.Module, pattern: Patterns) -> Replaced:
         ValueError: nothing can be replaced; a key of the mapping names no attention; or a pattern
             splits more groups than a module has heads. The model is what it was. Later, from the
             model: it asks for what dilated attention does not serve, which the message names.
+
+    Examples:
+        >>> from dilated_core import DilatedPattern
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> _ = replace_attention(layer, DilatedPattern([8, 32], [1, 4]))
+        >>> layer(torch.randn(2, 30, 16), is_causal=True).shape
+        torch.Size([2, 30, 16])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module. Got {type(model).__name__}.")

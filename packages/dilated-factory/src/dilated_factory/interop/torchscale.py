@@ -108,6 +108,19 @@ def load_torchscale(
             rows of that branch in inputs longer than the segment; this model does not. Or: a model
             of GigaPath's published size pools by the class token, which its authors did not train,
             and ``config`` does not say so. Or, without ``strict``: what started anew.
+
+    Examples:
+        >>> shape = SlideEncoderConfig(
+        ...     tile_dim=8,
+        ...     embed_dim=16,
+        ...     num_heads=2,
+        ...     num_layers=1,
+        ...     segment_lengths=(16,),
+        ...     dilation_rates=(1,),
+        ... )
+        >>> save_gigapath(SlideEncoder(shape), "slide_encoder.pth")
+        >>> type(load_torchscale("slide_encoder.pth", shape)).__name__
+        'SlideEncoder'
     """
     tensors, settings = read_checkpoint(source)
     if isinstance(config, SlideEncoderConfig):

@@ -39,6 +39,11 @@ def default_registry() -> Registry:
 
     Kinds that need a package that is not installed are known to it by name, and asking for one is
     an error that says what to install.
+
+    Examples:
+        >>> registry = default_registry()  # a new one of what is installed
+        >>> registry is default_registry()
+        False
     """
     registry = Registry()
     register_dilated(registry)

@@ -28,6 +28,10 @@ class Runtime:
         group: the ranks that a sequence is spread over; None for torch's default group, or for
             none if there is no such.
         buffers: where buffers of exchanges come from, such as a memory pool; None for torch.
+
+    Examples:
+        >>> Runtime(default_registry()).group is None
+        True
     """
 
     registry: Registry
@@ -50,6 +54,14 @@ class Registry:
     A plain object: importing a package changes no registry, and two registries share nothing.
     Copies are independent; pickling works if the registered functions can be pickled. All methods
     can be called from any thread.
+
+    Examples:
+        >>> registry = default_registry()
+        >>> attention = registry.create(
+        ...     {"kind": "dilated", "segment_lengths": [64, 256], "dilation_rates": [1, 4]}
+        ... )
+        >>> attention.pattern
+        DilatedPattern([64, 256], [1, 4])
     """
 
     def __init__(self) -> None:
@@ -168,7 +180,13 @@ def create_attention(
     group: ProcessGroup | DeviceMesh | None = None,
     buffers: BufferSource | None = None,
 ) -> nn.Module:
-    """`registry.create(config, ...)`, for callers that get both from outside."""
+    """`registry.create(config, ...)`, for callers that get both from outside.
+
+    Examples:
+        >>> values = {"kind": "dilated", "segment_lengths": [64, 256], "dilation_rates": [1, 4]}
+        >>> create_attention(values, default_registry()).pattern
+        DilatedPattern([64, 256], [1, 4])
+    """
     return registry.create(config, group=group, buffers=buffers)
 
 

@@ -43,6 +43,10 @@ class Environment:
         missing: the packages that other kinds need.
         triton: whether triton is installed.
         capability: compute capability of the CUDA device, None where there is none.
+
+    Examples:
+        >>> "dilated" in Environment.of(default_registry()).kinds
+        True
     """
 
     kinds: frozenset[str]
@@ -81,6 +85,17 @@ class Selection:
         reason: why it was picked.
         cost: what it is estimated to cost.
         rejected: every other kind and backend, and why it was not.
+
+    Examples:
+        >>> request = AutoConfig(
+        ...     length=4096,
+        ...     heads=8,
+        ...     head_dim=64,
+        ...     segment_lengths=(64, 4096),
+        ...     dilation_rates=(1, 16),
+        ... )
+        >>> Selection.of(request, Environment.of(default_registry())).kind
+        'dilated'
     """
 
     kind: str

@@ -22,6 +22,11 @@ class LongNetEncoder(LongNetStack[LongNetEncoderConfig]):
             layer keeps 11 and 7 tensors (B, N, E) of two bytes, and 18 without.
         device, dtype: as in torch.nn; with ``device="meta"`` nothing is allocated, and
             ``model.to_empty(device=...)`` followed by ``reset_parameters()`` makes it real.
+
+    Examples:
+        >>> config = LongNetEncoderConfig(embed_dim=32, num_heads=4, num_layers=2)
+        >>> LongNetEncoder(config)(torch.randn(2, 300, 32)).shape
+        torch.Size([2, 300, 32])
     """
 
     layer_type = TransformerEncoderLayer

@@ -38,6 +38,11 @@ def generate(
 
     Raises:
         InputError: (a ValueError) an argument is out of its range.
+
+    Examples:
+        >>> model = LongNetLM(LongNetConfig(embed_dim=32, num_heads=4, num_layers=1, context=64))
+        >>> len(generate(model, b"def ", max_bytes=5, seed=1))
+        5
     """
     if max_bytes < 0:
         raise InputError(f"max_bytes must not be negative. Got {max_bytes}.")
@@ -120,6 +125,12 @@ def generate_tokens(
 
     Raises:
         InputError: (a ValueError) an argument is out of its range.
+
+    Examples:
+        >>> model = LongNetLM(LongNetConfig(embed_dim=32, num_heads=4, num_layers=1, context=64))
+        >>> prompts = torch.randint(256, (2, 10))
+        >>> generate_tokens(model, prompts, max_new_tokens=3, temperature=0).shape
+        torch.Size([2, 3])
     """
     steps = stream_tokens(
         model, tokens, key_padding_mask, max_new_tokens, Draw(temperature, top_k, top_p),

@@ -299,6 +299,13 @@ class TransformerEncoderLayer(TransformerLayer):
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
+
+    Examples:
+        >>> from dilated_core import DilatedAttention, DilatedPattern
+        >>> attention = DilatedAttention(DilatedPattern([16, 64], [1, 4]))
+        >>> layer = TransformerEncoderLayer(32, 4, attention)
+        >>> layer(torch.randn(1, 50, 32)).shape
+        torch.Size([1, 50, 32])
     """
 
     def forward(
@@ -331,6 +338,13 @@ class TransformerDecoderLayer(TransformerLayer):
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be, and what it was.
+
+    Examples:
+        >>> from dilated_core import DilatedAttention, DilatedPattern
+        >>> attention = DilatedAttention(DilatedPattern([16, 64], [1, 4]))
+        >>> layer = TransformerDecoderLayer(32, 4, attention)
+        >>> layer(torch.randn(1, 50, 32)).shape
+        torch.Size([1, 50, 32])
     """
 
     def __init__(

@@ -66,6 +66,13 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             layer keeps 11 and 7 tensors (B, N, E) of two bytes, and 18 without.
         device, dtype: as in torch.nn; with ``device="meta"`` nothing is allocated, and
             ``model.to_empty(device=...)`` followed by ``reset_parameters()`` makes it real.
+
+    Examples:
+        >>> model = LongNetLM(LongNetConfig(embed_dim=32, num_heads=4, num_layers=2, context=64))
+        >>> tokens = torch.randint(256, (2, 50))
+        >>> model.loss(tokens).backward()
+        >>> model(tokens).shape
+        torch.Size([2, 50, 256])
     """
 
     layer_type = TransformerDecoderLayer

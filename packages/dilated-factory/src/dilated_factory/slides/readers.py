@@ -41,6 +41,12 @@ class SlideFeatures:
         name: the file's, without folder and ending.
         layout: who writes such files: "TRIDENT", "CLAM", "STAMP", ...
         attributes: what else the file says: numbers and text by name.
+
+    Examples:
+        >>> torch.save({"features": torch.zeros(5, 8), "coords": torch.zeros(5, 2)}, "slide.pt")
+        >>> slide = read_slide_features("slide.pt")
+        >>> slide.name, slide.features.shape
+        ('slide', torch.Size([5, 8]))
     """
 
     features: Tensor
@@ -89,6 +95,11 @@ def read_slide_features(path: str | Path) -> SlideFeatures:
         InputError: the file holds no features of tiles, which lists what it holds; or is damaged.
         MissingPackageError: h5py, which reads ``.h5``, is not installed.
         OSError: there is no such file.
+
+    Examples:
+        >>> torch.save({"features": torch.zeros(5, 8), "coords": torch.zeros(5, 2)}, "slide.pt")
+        >>> read_slide_features("slide.pt").coords.shape
+        torch.Size([5, 2])
     """
     path = Path(path)
     with _opened(path) as (arrays, attributes):

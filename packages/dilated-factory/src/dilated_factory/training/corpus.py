@@ -26,6 +26,13 @@ class Corpus:
     ``digest`` is a SHA-256 over both, so
     that a resumed run notices when its corpus has changed. ``ends`` are where documents, which are
     files, end, counted from the beginning of ``train``.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> corpus = load_corpus(["text"])
+        >>> len(corpus.train), len(corpus.validation)
+        (1805, 95)
     """
 
     train: Tensor
@@ -55,6 +62,12 @@ def load_corpus(
 
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> load_corpus(["text"], validation_fraction=0.1).train_files
+        ('text',)
     """
     corpus = _split(*_readable(paths), validation_fraction)
     if digest not in (None, corpus.digest):

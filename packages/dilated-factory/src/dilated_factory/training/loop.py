@@ -48,7 +48,17 @@ from dilated_factory.training.validation import validation_starts
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step did; ``step`` counts from 1. A line of metrics.jsonl."""
+    """What one step did; ``step`` counts from 1. A line of metrics.jsonl.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> _ = train(config, "run", on_step=lambda step: print(step.step))
+        1
+        2
+    """
 
     step: int
     loss: float  # nats per byte
@@ -130,6 +140,17 @@ class Trainer:
         checkpoint_every: steps between checkpoints. A killed run loses at most these, and those
             that were taken while the last one was written.
         compiled: whether the blocks go through torch.compile.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> trainer = Trainer.start("run", config, load_corpus(config.paths))
+        >>> trainer.train()  # to its end
+        True
+        >>> trainer.step
+        2
     """
 
     def __init__(

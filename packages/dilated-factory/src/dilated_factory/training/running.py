@@ -43,6 +43,14 @@ def train(
         RunError: something is at `out`, its run is another, or the loss became infinite.
         InputError: the device is absent, or nothing can be compiled.
         OSError: a checkpoint could not be written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> train(config, "run").state.step
+        2
     """
     parallel = Parallel(select_device(device))
     if corpus is None:

@@ -26,7 +26,17 @@ from dilated_factory.training.run_folder import RunFolder, RunState
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint of a run, on a device and ready to evaluate."""
+    """A checkpoint of a run, on a device and ready to evaluate.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> trained = train(config, "run")
+        >>> trained.state.step
+        2
+    """
 
     run: RunFolder
     model: LongNetLM
@@ -39,6 +49,15 @@ class Evaluation:
     """Held-out bits per byte at each context, and of each baseline on the same bytes.
 
     There are no baselines if the corpus of the run is gone or has changed.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> evaluation = evaluate_run(train(config, "run"), contexts=(8, 32), max_bytes=64)
+        >>> [score.context for score in evaluation.scores]
+        [8, 32]
     """
 
     scores: list[ContextScore]
@@ -52,6 +71,15 @@ def load_trained(
 
     Raises:
         RunError: no run folder, no such checkpoint, or a damaged one.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> _ = train(config, "run")
+        >>> load_trained("run").model.config.context
+        32
     """
     run = RunFolder.open(path)
     checkpoint = run.load(best=best)
@@ -84,6 +112,15 @@ def evaluate_run(
         InputError: bytes are no tokens of the model.
         RunError: the held-out files are asked for, but the corpus has changed since training.
         CorpusError: a path does not exist, or the data is too short for the contexts.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> config = TrainConfig(model=shape, paths=("text",), steps=2, batch_size=2)
+        >>> evaluation = evaluate_run(train(config, "run"), contexts=(32,), max_bytes=64)
+        >>> evaluation.scores[0].scored_bytes
+        64
     """
     config = trained.run.config
     if config.model.vocab_size < 256:
