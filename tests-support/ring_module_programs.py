@@ -186,6 +186,29 @@ def share_loss(x: Tensor, holders: str) -> tuple[float, Tensor]:
     return share.item(), rows.grad.cpu()
 
 
+def loss_of_recipe(tokens: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """This rank's loss and gradient to the embedding, as the README of ring says it."""
+    rows, padding = shard_sequence(tokens.to(device()), multiple_of=3)
+    targets = shard_sequence(labels.to(device()), multiple_of=3, fill=-100).rows
+    table, hidden = recipe_model(rows, padding)
+    logits = (hidden @ table.T).flatten(0, 1)
+    summed = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    share = shared_loss(summed, hidden, weight=(targets != -100).sum())
+    share.backward()
+    assert table.grad is not None
+    return share.item(), table.grad.cpu()
+
+
+def recipe_model(rows: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An embedding, which is the head too, and what is attended of it."""
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(7, 10, dtype=torch.float64, generator=generator)
+    table = table.to(rows.device).requires_grad_()
+    x = table[rows].unflatten(2, (2, 5))
+    attended = RingDilatedAttention(PATTERN)(x, x, x, key_padding_mask=padding)
+    return table, attended.flatten(2)
+
+
 def through_a_file(how: str) -> tuple[str, float]:
     """What a module from a file says without a group, and how far it is off with one."""
     world = dist.get_world_size()

@@ -183,6 +183,23 @@ def test_a_loss_that_one_rank_has_is_the_loss_of_all(
     assert relative_error(grad, expected) < 1e-12
 
 
+@pytest.mark.parametrize("world", worlds(1, 2, 3, 4))
+@pytest.mark.parametrize("length", [12, 13])
+def test_padding_of_targets_is_no_target(ranks: GetRanks, world: World, length: int) -> None:
+    """The recipe of the README gives the loss of one process where the length does not divide."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, labels = (torch.randint(7, (2, length), generator=generator) for _ in "tl")
+    labels[0, :5] = -100
+    table, hidden = programs.recipe_model(tokens, None)
+    logits = (hidden @ table.T).flatten(0, 1)
+    true = torch.nn.functional.cross_entropy(logits, labels.flatten())
+    (expected,) = torch.autograd.grad(true, table)
+    found = ranks(world).run(programs.loss_of_recipe, tokens, labels)
+    assert sum(loss for loss, _ in found) / world.size == pytest.approx(true.item(), rel=1e-12)
+    mean = torch.stack([grad for _, grad in found]).mean(0)
+    assert relative_error(mean, expected) < 1e-12
+
+
 def test_a_shared_loss_is_one_number() -> None:
     with pytest.raises(ValueError, match=r"loss must have shape \(\). Got \(3,\)"):
         shared_loss(torch.ones(3), torch.ones(2))
@@ -293,6 +310,7 @@ def test_buffers_are_given_back_and_not_used_after(
             lambda: shard_sequence(torch.ones(2, 3), key_padding_mask=[1]),
             "key_padding_mask must be a bool Tensor. Got list",
         ),
+        (lambda: shard_sequence(torch.ones(2, 3), fill=None), "fill must be a number. Got None"),
         (lambda: unshard_sequence([1]), "x must be a Tensor. Got list"),
         (lambda: unshard_sequence(torch.ones(2, 3), dim=2), "dim must be one of the 2 dimensions"),
         (lambda: unshard_sequence(torch.ones(2, 3), length=2.0), "length must be an int. Got 2.0"),

@@ -45,9 +45,10 @@ def shard_sequence(
     dim: int = 1,
     multiple_of: int = 1,
     key_padding_mask: Tensor | None = None,
+    fill: float = 0,
     validate: Literal["always", "off"] = "always",
 ) -> Shard:
-    """This rank's rows of a sequence that every rank has; padded with zeros where it is too short.
+    """This rank's rows of a sequence that every rank has; padded where it is too short.
 
     All ranks of the group call it together, each with the same sequence, bit for bit: a sampler or
     loader that gives each rank a batch of its own is for groups of ranks, not for ranks of one.
@@ -59,6 +60,7 @@ def shard_sequence(
         multiple_of: what n is to be a multiple of; with the pattern's smallest segment length, the
             branches that fit in a shard need no rows of other ranks.
         key_padding_mask: (B, N) bool, True = ignore.
+        fill: what the padding holds; for targets, the number that leaves one out.
         validate: compare the arguments of all ranks, by digests of what they hold ("always"), or
             not ("off").
 
@@ -78,12 +80,13 @@ def shard_sequence(
         raise ValueError(f"validate must be 'always' or 'off'. Got {validate!r}.")
     ring = find_ring(group)
     compared = ring if validate == "always" else None
-    problem = problem_of(_check_whole, x, dim, multiple_of, key_padding_mask)
+    problem = problem_of(_check_whole, x, dim, multiple_of, key_padding_mask, fill)
     if problem is not None:
         refuse_alike(compared, x, "shard_sequence", problem)
     dim, length = dim % x.ndim, x.shape[dim]
     if compared is not None:
-        facts: dict[str, Fact] = {"multiple_of": multiple_of, "dim": dim, **_facts("x", x)}
+        facts: dict[str, Fact] = {"multiple_of": multiple_of, "dim": dim, "fill": fill}
+        facts |= _facts("x", x)
         facts["key_padding_mask"] = "none"
         if key_padding_mask is not None:
             facts |= _facts("key_padding_mask", key_padding_mask)
@@ -94,7 +97,7 @@ def shard_sequence(
     if key_padding_mask is None and n * world_size != length:
         key_padding_mask = torch.zeros(x.shape[0], length, dtype=torch.bool, device=x.device)
     start = rank * n
-    rows = _rows(x, dim, start, n, 0)
+    rows = _rows(x, dim, start, n, fill)
     if key_padding_mask is not None:
         key_padding_mask = _rows(key_padding_mask, 1, start, n, 1)
     return Shard(rows, key_padding_mask)
@@ -187,8 +190,10 @@ def positions_of(
     return positions - ends[torch.searchsorted(ends, positions, right=True) - 1]
 
 
-def _check_whole(x: Tensor, dim: int, multiple_of: int, mask: Tensor | None) -> None:
+def _check_whole(x: Tensor, dim: int, multiple_of: int, mask: Tensor | None, fill: float) -> None:
     """Raise unless a sequence can be cut."""
+    if not isinstance(fill, int | float):
+        raise TypeError(f"fill must be a number. Got {fill!r}.")
     _integer("multiple_of", multiple_of)
     if multiple_of <= 0:
         raise ValueError(f"multiple_of must be positive. Got {multiple_of}.")
@@ -232,7 +237,7 @@ def _integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int. Got {value!r}.")
 
 
-def _rows(x: Tensor, dim: int, start: int, count: int, fill: int) -> Tensor:
+def _rows(x: Tensor, dim: int, start: int, count: int, fill: float) -> Tensor:
     """Rows from `start`, filled up behind the last one."""
     held = max(0, min(count, x.shape[dim] - start))
     rows = x.narrow(dim, min(start, x.shape[dim]), held)

@@ -69,8 +69,7 @@ def shard_for_transformers(
         found["attention_mask"] = (~padding).long()
     if labels is not None:
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        # Shards are padded with zeros.
-        mine = shard_sequence(shifted - IGNORED, **cut).rows + IGNORED
+        mine = shard_sequence(shifted, fill=IGNORED, **cut).rows
         count = (shifted != IGNORED).sum().clamp(min=1)
         found |= {"labels": mine, "shift_labels": mine}
         found["num_items_in_batch"] = count.double() / rank_in(group)[1]
