@@ -34,6 +34,7 @@ from dilated_factory.training.embedding_files import read_embeddings
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.trained import load_trained
 
+README = Path(__file__).parents[2] / "README.md"
 SHAPE = {"embed_dim": 16, "num_heads": 2, "num_layers": 2, "context": 32, "vocab_size": 16}
 OPTIONS = [
     *("--embed-dim", "16", "--num-heads", "2", "--num-layers", "2", "--context", "32"),
@@ -296,6 +297,17 @@ def test_a_run_on_text_is_no_run_on_a_genome(
     held_out.intervals = [Interval("chr1", 810, 840)]
     with pytest.raises(CorpusError, match="nothing but N"):
         evaluate_genome(LongNetLM(LongNetConfig(**SHAPE)), held_out)
+
+
+@pytest.mark.skipif(not README.exists(), reason="tested away from the source tree")
+def test_the_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = README.read_text(encoding="utf-8").partition("\n## Genomes\n")[2]
+    example = section.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(README), "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.splitlines()[-1] == "torch.Size([2, 32])"
 
 
 def test_the_help_of_genomes_needs_no_torch() -> None:
