@@ -122,15 +122,16 @@ def tokens_and_targets(
     if sep:
         found = np.append(found, np.uint8(SEP))
     unknown = is_unknown(found) & (unknown_bases == "ignore")
-    found = np.where(unknown, np.uint8(PAD), found)
-    tokens = torch.from_numpy(found).to(torch.int64)
-    targets = tokens.masked_fill(torch.from_numpy(unknown), IGNORED)
-    return tokens[:-1], targets[1:]
+    tokens = np.where(unknown, PAD, found).astype(np.int64)
+    targets = np.where(unknown, IGNORED, tokens)
+    return torch.from_numpy(tokens[:-1]), torch.from_numpy(targets[1:])
 
 
 def is_unknown(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which tokens are N, in upper or lower case."""
-    return np.isin(tokens, UNKNOWN_BASES)
+    upper, lower = UNKNOWN_BASES
+    found: np.ndarray[Any, np.dtype[np.bool_]] = (tokens == upper) | (tokens == lower)
+    return found
 
 
 def left_aligned(parts: Sequence[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, Tensor]:
