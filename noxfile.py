@@ -174,7 +174,8 @@ def lowest(session: nox.Session) -> None:
         "-Wignore:'click.utils.get_:DeprecationWarning",
         "-Wignore::pyparsing.warnings.PyparsingDeprecationWarning",
     )
-    run_pytest(session, "tests-integration", *tests, *old)
+    examples = "--ignore=tests-integration/test_examples.py"  # the session integration runs them
+    run_pytest(session, "tests-integration", examples, *tests, *old)
 
 
 @nox.session

@@ -275,7 +275,10 @@ def test_nothing_to_replace_is_an_error_that_tells_what_was_seen(
 
 
 def test_the_result_is_a_table_and_has_the_model() -> None:
-    model = nn.ModuleDict({"ours": encoder(), "theirs": nn.MultiheadAttention(6, 2, kdim=4)})
+    class AttentionModel(nn.ModuleDict):  # a name that says nothing beside what is in it
+        pass
+
+    model = AttentionModel({"ours": encoder(), "theirs": nn.MultiheadAttention(6, 2, kdim=4)})
     found = replace_attention(model, HIDING)
     assert isinstance(found, Replaced)
     assert [line.split()[:3] for line in str(found).splitlines()] == [
@@ -371,6 +374,12 @@ class TupleAttention(Attention):
         return self.attend(x), None
 
 
+class ImageAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]  # as Segment Anything's
+        return self.attend(x.flatten(1, 2)).unflatten(1, (height, width))
+
+
 class RotaryAttention(Attention):
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:  # type: ignore[override]  # as timm's
         return self.attend(x)
@@ -390,6 +399,7 @@ def test_a_vision_transformer_with_one_segment_is_what_it_was(gated: bool, norme
     new, x = replaced(model), rows(2, 17, WIDTH)
     assert all(isinstance(module, PatternViTAttention) for module in new)
     assert list(new.state_dict()) == list(model.state_dict())
+    assert new[0].head_dim == model[0].head_dim
     assert_alike(model, new, lambda m: m(x))
     assert (replaced(model, HIDING)(x) - model(x)).abs().max() > 1e-3
     assert torch.equal(replaced(new, HIDING)(x), replaced(model, HIDING)(x))
@@ -402,6 +412,7 @@ def test_a_vision_transformer_with_one_segment_is_what_it_was(gated: bool, norme
     [
         (ScaledAttention, "computes something else"),
         (TupleAttention, "computes something else"),
+        (ImageAttention, "computes something else"),
         (RotaryAttention, "its forward takes more .rope."),
         (BiasedAttention, "parts of its own .relative_position_bias_table."),
     ],

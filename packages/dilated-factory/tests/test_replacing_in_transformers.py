@@ -107,6 +107,17 @@ def test_each_layer_has_its_pattern_in_training_and_generation() -> None:
     assert torch.equal(*longer)
 
 
+def test_a_graph_holds_the_pattern_of_a_layer() -> None:
+    model = build("LlamaForCausalLM", num_hidden_layers=1)
+    replace_attention(model, HIDING)
+    mask = (torch.arange(23) < torch.tensor([[23], [17]])).int()
+    with torch.no_grad():
+        expected = states(model, attention_mask=mask)
+        model.forward = torch.compile(model.forward, backend="eager")
+        got = states(model, attention_mask=mask)
+    assert relative_error(got[mask.bool()], expected[mask.bool()]) < 1e-10
+
+
 def test_cross_attention_stays_dense_unless_it_is_named() -> None:
     options = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 48, "dropout": 0.0}
     heads = {"encoder_attention_heads": 6, "decoder_attention_heads": 6}

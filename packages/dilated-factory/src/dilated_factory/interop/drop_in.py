@@ -154,9 +154,12 @@ class PatternViTAttention(nn.Module):
 
     def __init__(self, source: nn.Module, visible: Visible) -> None:
         super().__init__()
-        self.num_heads = cast(int, source.num_heads)
+        for name, value in vars(source).items():
+            if not name.startswith("_"):  # what others read of it: head_dim, scale
+                setattr(self, name, value)
         for name, child in source.named_children():
-            self.add_module(name, child)
+            if name != "attention":
+                self.add_module(name, child)
         dropped = getattr(source, "attn_drop", None)
         self.attention = between_heads(visible, self.num_heads, getattr(dropped, "p", 0.0))
         self.train(source.training)
