@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import runpy
@@ -17,6 +18,7 @@ from nox.command import CommandFailed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from tools import release as steps
 from tools.built import difference, sdist_problems, wheel_problems
 from tools.installing import (
     LOCK,
@@ -64,6 +66,7 @@ TEST_TOOLS = (
 RUFF = "ruff>=0.17.6,<0.18"
 MYPY = "mypy>=2.4.1,<2.5"
 IMPORT_LINTER = "import-linter>=2.3,<3"
+GRIFFE = "griffe==2.4.1"
 BUILD_TOOLS = ("hatch>=1.16,<2", "twine>=6.1,<7")
 SITE_TOOLS = (
     "matplotlib>=3.9",
@@ -194,7 +197,7 @@ def alone(session: nox.Session, package: str) -> None:
 @nox.session(default=False)
 def lock(session: nox.Session) -> None:
     """Renew the exact versions that the other sessions install: requirements*.lock."""
-    tools = [RUFF, MYPY, IMPORT_LINTER, *TEST_TOOLS, *BUILD_TOOLS, *SITE_TOOLS]
+    tools = [RUFF, MYPY, IMPORT_LINTER, GRIFFE, *TEST_TOOLS, *BUILD_TOOLS, *SITE_TOOLS]
     tools += runpy.run_path(str(ROOT / "noxw"))["REQUIREMENTS"]
     all_of_it = (outside_requirements(package, with_options=True) for package in PACKAGES)
     write_lock(session, LOCK, chain(tools, *all_of_it))
@@ -287,24 +290,46 @@ def attack(session: nox.Session) -> None:
 def build(session: nox.Session) -> None:
     """Build the wheel and the sdist of each package into dist/ and check them."""
     install(session, *BUILD_TOOLS)
-    dist = ROOT / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    for package in PACKAGES:
-        with session.chdir(ROOT / "packages" / package):
-            hatch(session, "build", str(dist))
-            version = hatch(session, "version").strip().splitlines()[-1]
-        stem = f"{import_name(package)}-{version}"
-        wheel, sdist = dist / f"{stem}-py3-none-any.whl", dist / f"{stem}.tar.gz"
-        rebuilt = (Path(session.create_tmp()) / "rebuilt").resolve()
-        uv_build_wheel(session, sdist, rebuilt)
-        problems = [
-            *wheel_problems(wheel, package, version),
-            *sdist_problems(sdist, stem),
-            *difference(wheel, rebuilt / wheel.name),
-        ]
-        if problems:
-            session.error("\n".join(problems))
-    session.run("twine", "check", "--strict", *(str(path) for path in sorted(dist.iterdir())))
+    build_packages(session, *PACKAGES)
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Release one package, here only: `./noxw -s release -- dilated-core 0.2.0`.
+
+    Bumps its version, dates its changelog, compares its public names with the last release's,
+    builds and checks it, commits and tags; nothing is pushed. What fails leaves the tree as it was.
+    """
+    if len(session.posargs) != 2:
+        session.error("name a package and a version after `--`, as in dilated-core 0.2.0")
+    package, version = session.posargs
+    if git(session, "status", "--porcelain"):
+        session.error("the tree must be clean: commit or stash what git status lists")
+    tags = git(session, "tag", "--list").split()
+    if problems := steps.refusals(package, version, tags):
+        session.error("\n".join(problems))
+    install(session, GRIFFE, *BUILD_TOOLS)
+    compare_names(session, package, version, steps.last_version(package, tags))
+    changelog = ROOT / "packages" / package / "CHANGELOG.md"
+    changed = {ROOT / steps.about_path(package): steps.bumped(steps.about(package), version)}
+    try:
+        day = datetime.date.today().isoformat()
+        changed[changelog] = steps.dated(changelog.read_text(encoding="utf-8"), version, day)
+    except ValueError as error:
+        session.error(f"{changelog}: {error}")
+    paths = [str(path) for path in changed]
+    try:
+        for path, text in changed.items():
+            path.write_text(text, encoding="utf-8")
+        build_packages(session, package)
+        if git(session, "diff", "--name-only"):
+            git(session, "commit", "--quiet", "--message", f"{package} {version}", "--", *paths)
+    except BaseException:
+        git(session, "checkout", "HEAD", "--", *paths)
+        raise
+    name = steps.tag(package, version)
+    git(session, "tag", "--annotate", "--message", f"{package} {version}", name)
+    session.log(f"tagged {name}, here only; its files are in dist/")
 
 
 # What they share
@@ -342,6 +367,47 @@ def run_alone(session: nox.Session, node: str) -> str | None:
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     return None if done.returncode == 0 else f"{node} fails alone:\n{done.stdout}{done.stderr}"
+
+
+def build_packages(session: nox.Session, *packages: str) -> None:
+    """Build wheels and sdists of packages into an empty dist/ and check them."""
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for package in packages:
+        with session.chdir(ROOT / "packages" / package):
+            hatch(session, "build", str(dist))
+            version = hatch(session, "version").strip().splitlines()[-1]
+        stem = f"{import_name(package)}-{version}"
+        wheel, sdist = dist / f"{stem}-py3-none-any.whl", dist / f"{stem}.tar.gz"
+        rebuilt = (Path(session.create_tmp()) / "rebuilt").resolve()
+        uv_build_wheel(session, sdist, rebuilt)
+        problems = [
+            *wheel_problems(wheel, package, version),
+            *sdist_problems(sdist, stem),
+            *difference(wheel, rebuilt / wheel.name),
+        ]
+        if problems:
+            session.error("\n".join(problems))
+    session.run("twine", "check", "--strict", *(str(path) for path in sorted(dist.iterdir())))
+
+
+def compare_names(session: nox.Session, package: str, version: str, last: str | None) -> None:
+    """Refuse a release that breaks public names where its version says that it does not."""
+    if last is None:
+        session.log(f"first release of {package}: there are no public names to compare with")
+        return
+    source = f"packages/{package}/src"
+    arguments = ["--search", source, "--against", steps.tag(package, last), "--format", "oneline"]
+    command = ["griffe", "check", import_name(package), *arguments]
+    told = str(session.run(*command, silent=True, success_codes=[0, 1])).strip()
+    session.log(told or f"no public name of {package} {last} has changed for the worse")
+    if told and not steps.may_break(last, version):
+        session.error(f"{version} must not break what {last} has; release the next minor version")
+
+
+def git(session: nox.Session, *arguments: str) -> str:
+    """Run git at the root and return what it says."""
+    return str(session.run("git", *arguments, external=True, silent=True)).strip()
 
 
 def hatch(session: nox.Session, *arguments: str) -> str:
