@@ -307,7 +307,7 @@ def release(session: nox.Session) -> None:
         session.error("the tree must be clean: commit or stash what git status lists")
     tags = git(session, "tag", "--list").split()
     if problems := steps.refusals(package, version, tags):
-        session.error("\n".join(problems))
+        session.error("\n".join(problems).removesuffix("."))
     install(session, GRIFFE, *BUILD_TOOLS)
     compare_names(session, package, version, steps.last_version(package, tags))
     changelog = ROOT / "packages" / package / "CHANGELOG.md"

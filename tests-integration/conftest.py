@@ -3,6 +3,7 @@
 import importlib.util
 
 NEEDS = {
+    "test_planned_figures.py": ("dilated_factory",),
     "test_registry_ranks.py": ("dilated_factory", "dilated_ring", "dilated_sparse"),
     "test_ring_layouts.py": ("dilated_ring", "dilated_sparse"),
     "test_selection_on_a_trained_model.py": ("dilated_factory", "dilated_sparse"),
