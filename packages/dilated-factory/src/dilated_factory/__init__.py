@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dilated_factory.genomes.fasta import Genome
     from dilated_factory.genomes.intervals import GenomeWindows, read_bed
     from dilated_factory.genomes.training import GenomeTrainer, evaluate_genome, load_genome
-    from dilated_factory.interop import register_with_transformers
+    from dilated_factory.interop import export_to_transformers, register_with_transformers
     from dilated_factory.interop.classifier import (
         SlideClassifier,
         parameter_groups,
@@ -118,6 +118,7 @@ __all__ = [
     "embed_intervals",
     "evaluate_genome",
     "evaluate_run",
+    "export_to_transformers",
     "generate",
     "generate_tokens",
     "load_corpus",
@@ -171,6 +172,7 @@ _HOMES = {
     "LongNetEncoder": "models.encoder",
     "generate": "models.generation",
     "generate_tokens": "models.generation",
+    "export_to_transformers": "interop",
     "register_with_transformers": "interop",
     "shard_for_transformers": "interop.over_ranks",
     "Replaced": "interop.replacing",

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "Compare runs: how far each is, its loss, on held-out bytes too, its speed.",
     "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
     "generate": "Continue prompts, byte by byte; print prompts and continuations as they come.",
+    "export": "Write a trained model as a folder that Hugging Face transformers loads.",
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
     "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",
     "genomes": "Train on genomes in FASTA files, score bits per base, embed intervals.",

@@ -1,6 +1,8 @@
 """Checkpoints and models of other projects: torchscale, GigaPath, Hugging Face."""
 
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -10,6 +12,9 @@ from dilated_factory.interop.replacing import Replaced, ReplacedModule, replace_
 from dilated_factory.interop.visible import Visible
 
 __all__ = ["Replaced", "ReplacedModule", "register_with_transformers", "replace_attention"]
+
+if TYPE_CHECKING:
+    from dilated_factory.models.longnet import LongNetLM
 
 
 def register_with_transformers(
@@ -58,3 +63,38 @@ def register_with_transformers(
     from dilated_factory.interop.transformers import register
 
     register(pattern, name, group)
+
+
+def export_to_transformers(
+    model: "LongNetLM",
+    folder: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    remote_code: bool = False,
+) -> None:
+    """Write a model as a folder that transformers loads: weights, configurations, tokenizer.
+
+    After one call of `dilated_factory.interop.transformers.register_longnet`, AutoConfig,
+    AutoModelForCausalLM and AutoTokenizer load it. The folder is complete or absent.
+
+    Args:
+        model: a language model with the attention of its configuration, in any dtype.
+        folder: a new folder, or an empty one, in one that exists.
+        tokenizer: its tokenizer.json; None is one of bytes, for a vocabulary of 256. The
+            "eos_token" of a tokenizer_config.json beside it ends documents, or else a special
+            token of a usual name, and pads.
+        remote_code: also write a file of code by which ``trust_remote_code=True`` loads the folder
+            without that call; it imports this package, which must be installed there too.
+
+    Raises:
+        InputError: (a ValueError) the folder is not empty or has no parent, the model has another
+            attention, or the tokenizer is none or has tokens that the model does not know.
+        MissingPackageError: transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        raise missing_package("export_to_transformers", "transformers")
+    from dilated_factory.interop.transformers_export import export
+
+    export(
+        model, Path(folder), None if tokenizer is None else Path(tokenizer), remote_code=remote_code
+    )

@@ -5,7 +5,6 @@ Importing this module imports transformers; `dilated_factory` itself does not.
 
 # Shapes, transformers' layout: B batch, H heads, N queries, M keys, D head_dim.
 
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,21 +21,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedConfig,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    create_causal_mask,
-)
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dilated_core import DilatedPattern
-from dilated_core.interfaces import DecodingState
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.interop.over_ranks import Misplaced, fault_in_share, rank_in, refuse_share
+from dilated_factory.interop.transformers_base import (
+    LongNetPreTrainedConfig,
+    LongNetPreTrainedModel,
+    token_loss,
+)
+from dilated_factory.interop.transformers_cache import CACHE, LongNetCache
 from dilated_factory.interop.unserved import (
     described,
     features,
@@ -47,10 +45,17 @@ from dilated_factory.interop.visible import Visible, attend, check_visible
 from dilated_factory.models.head_loss import IGNORED
 from dilated_factory.models.longnet import LongNetLM
 
-# What the installed version calls a model's cache: `cache`, in older ones `past_key_values`.
-CACHE = (
-    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-)
+__all__ = [
+    "CACHE",
+    "DilatedAttentionFunction",
+    "LongNetCache",
+    "LongNetForCausalLM",
+    "LongNetPreTrainedConfig",
+    "RingAttentionFunction",
+    "padding_mask",
+    "register",
+    "register_longnet",
+]
 
 
 def register(
@@ -264,115 +269,7 @@ def _is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", True)) and bool(getattr(config, "is_causal", True))
 
 
-class LongNetPreTrainedConfig(PreTrainedConfig):
-    """Configuration of `LongNetForCausalLM`: the fields of a `LongNetConfig` under ``longnet``."""
-
-    model_type = "dilated_longnet"
-
-    def __init__(self, longnet: dict[str, Any] | None = None, **options: Any) -> None:
-        config = LongNetConfig.model_validate(longnet or {})
-        self.longnet = config.model_dump(mode="json")
-        options["tie_word_embeddings"] = config.tie_embeddings
-        # Names by which transformers asks every configuration.
-        self.vocab_size, self.hidden_size = config.vocab_size, config.embed_dim
-        self.num_hidden_layers, self.num_attention_heads = config.num_layers, config.num_heads
-        super().__init__(**options)
-
-
-class _StateOfLayer(CacheLayerMixin):
-    """A `DilatedKVCache` as a layer of transformers' cache.
-
-    Attributes:
-        state: what is kept.
-        columns: columns of input ids seen, padding included, which is what transformers counts.
-    """
-
-    # Rows that the start of a segment wrote over do not come back.
-    is_croppable = False
-    is_sliding = False
-
-    def __init__(self, state: DecodingState) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # it has no types
-        self.state, self.columns, self.is_initialized = state, 0, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first call takes the memory."""
-
-    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """There are no keys of all positions to hand out."""
-        raise NotImplementedError("a LongNetCache serves LongNetForCausalLM alone.")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns with the new ones, and where they begin."""
-        return self.columns + int(query_length), 0
-
-    def get_seq_length(self) -> int:
-        """Columns seen."""
-        return self.columns
-
-    def get_max_length(self) -> int:
-        """There is no end."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # in older versions
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.state.reset()
-        self.columns = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows of beams."""
-        self.state.reorder(beam_idx.to(self.state.lengths.device))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some of the rows."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        rows = torch.arange(len(self.state.lengths), device=self.state.lengths.device)
-        self.state.reorder(rows.repeat_interleave(repeats))
-
-    def crop(self, tokens: int) -> None:
-        """Take back the last -tokens columns, all of real tokens, or all after the first tokens.
-
-        Raises:
-            ValueError: rows that are needed again are no longer held.
-        """
-        # Before crops were counted from the end, 0 took back all.
-        after = self.columns + tokens if tokens < 0 or CACHE == "cache" else tokens
-        gone = self.columns - min(after, self.columns)
-        if gone:
-            self.state.truncate(self.state.lengths - gone)
-            self.columns -= gone
-
-
-class LongNetCache(Cache):
-    """State of constant size behind transformers' cache: what `LongNetForCausalLM` decodes with.
-
-    Args:
-        model: the `LongNetForCausalLM`.
-    """
-
-    def __init__(self, model: "LongNetForCausalLM") -> None:
-        self.of_layers = [_StateOfLayer(state) for state in model.longnet.new_caches()]
-        super().__init__(layers=list(self.of_layers))
-
-    @property
-    def states(self) -> list[DecodingState]:
-        """The state of each layer."""
-        return [layer.state for layer in self.of_layers]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, however long the context is."""
-        return sum(state.nbytes for state in self.states)
-
-
-class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
+class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     """`LongNetLM` as one of transformers' models: save_pretrained, from_pretrained, generate.
 
     ``LongNetForCausalLM(LongNetPreTrainedConfig(config.model_dump()))``; the model itself is in
@@ -380,34 +277,32 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     cannot: rows that the start of a segment wrote over are gone.
     """
 
-    config_class = LongNetPreTrainedConfig
-    base_model_prefix = "longnet"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # Trainer then gives num_items_in_batch
     _tied_weights_keys = {"longnet.head.weight": "longnet.embedding.weight"}  # noqa: RUF012 # theirs
 
     def __init__(self, config: LongNetPreTrainedConfig) -> None:
         super().__init__(config)
+        # Trainer shifts the labels that it smooths for the classes of this table alone; unshifted,
+        # a model learns to repeat its input.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = LongNetForCausalLM.__name__
         self.longnet = LongNetLM(LongNetConfig.model_validate(config.longnet))
-        self.post_init()  # type: ignore[no-untyped-call] # it has no types
+        self.finish()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of tokens."""
-        return self.longnet.embedding
+    def _get_name(self) -> str:
+        # What is looked up in that table, where FSDP and subclasses have other names.
+        return LongNetForCausalLM.__name__
+
+    @property
+    def stack(self) -> LongNetLM:
+        """The `LongNetLM`."""
+        return self.longnet
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.longnet.head
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether backward computes each layer again; transformers and its Trainer set it."""
-        return self.longnet.activation_checkpointing is True
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.longnet.activation_checkpointing = value
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another head."""
+        self.longnet.head = new_embeddings  # type: ignore[assignment] # adapters wrap it
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -426,6 +321,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        **unserved: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, N, V), and with labels the mean loss of the next token in nats.
 
@@ -444,10 +340,12 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: False returns a tuple.
             num_items_in_batch: what the sum of losses is divided by, instead of the number of
                 targets: that of all parts of a batch whose gradients are accumulated.
+            **unserved: what other models take, such as ``output_attentions``; None or False.
 
         Raises:
-            TypeError: the cache is no `LongNetCache`.
+            TypeError: the cache is no `LongNetCache`, or something unserved is asked for.
         """
+        self.refuse(unserved)
         if past_key_values is not None:
             if CACHE == "cache":
                 warnings.warn("past_key_values is now called cache.", FutureWarning, stacklevel=2)
@@ -469,19 +367,19 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self.longnet.hidden_states(input_ids, **options)
         for layer in () if cache is None else cache.of_layers:
             layer.columns += length
+        logits = None
         if isinstance(logits_to_keep, Tensor):
             logits = self.longnet.head(hidden[:, logits_to_keep])
-        else:
+        elif labels is None or not (self.training and self.config.loss_in_chunks):
             logits = self.longnet.head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             targets = labels[:, 1:]
             if attention_mask is not None:
                 targets = targets.masked_fill(options["key_padding_mask"][:, :-1], IGNORED)
-            loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED,
-                reduction="mean" if num_items_in_batch is None else "sum",
-            ) / (1 if num_items_in_batch is None else num_items_in_batch)  # fmt: skip
+            whole = not isinstance(logits_to_keep, Tensor) and not logits_to_keep
+            given = logits[:, :-1] if whole and logits is not None else None
+            loss = token_loss(hidden[:, :-1], self.longnet.head, given, targets, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         if cache is not None:
             setattr(output, CACHE, cache)
@@ -491,6 +389,13 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register_longnet() -> None:
-    """Make AutoConfig and AutoModelForCausalLM know `LongNetForCausalLM`; again changes nothing."""
-    AutoConfig.register(LongNetPreTrainedConfig.model_type, LongNetPreTrainedConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LongNetPreTrainedConfig, LongNetForCausalLM, exist_ok=True)
+    """Make the Auto classes of transformers know our models; again changes nothing."""
+    for config, models in MODELS.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto, model in models.items():
+            auto.register(config, model, exist_ok=True)
+
+
+MODELS: dict[type[LongNetPreTrainedConfig], dict[Any, type[LongNetPreTrainedModel]]] = {
+    LongNetPreTrainedConfig: {AutoModelForCausalLM: LongNetForCausalLM},
+}
