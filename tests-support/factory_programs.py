@@ -55,6 +55,7 @@ def train_exactly(
         torch.set_default_dtype(torch.float32)
 
 
+SMOOTHING = 0.1  # of labels
 CAUSAL = DilatedPattern([4, 24], [1, 2])
 LM = LongNetConfig(
     vocab_size=23, embed_dim=16, num_heads=2, num_layers=2, segment_lengths=CAUSAL.segment_lengths,
@@ -82,8 +83,9 @@ class Shares(torch.nn.Module):
     ) -> torch.Tensor:
         """Its loss."""
         return self.model.loss(
-            tokens, targets, positions=positions, group=self.group, cu_seqlens=ends
-        )
+            tokens, targets, positions=positions, group=self.group, cu_seqlens=ends,
+            label_smoothing=SMOOTHING,
+        )  # fmt: skip
 
 
 def train_shares(

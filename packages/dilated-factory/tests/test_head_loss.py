@@ -1,6 +1,7 @@
 """The loss of a head: torch's cross-entropy and its gradients, from few logits at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,25 +24,29 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return hidden, weight, targets
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     logits = F.linear(hidden, weight)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, reduction="sum")
+    return F.cross_entropy(wide, targets, reduction="sum", label_smoothing=smoothing)
 
 
-def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+def with_gradients(function: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
     total = function(*inputs)
     return [total.detach(), *torch.autograd.grad(total / 34, inputs[:2])]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 36, 37, 1000])
-def test_loss_and_gradients_are_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "smoothing"), [(1, 0.0), (5, 0.3), (36, 0.0), (37, 0.3), (1000, 0.0)]
+)
+def test_loss_and_gradients_are_torchs(
+    rows: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LOSS_BYTES", 8 * 23 * rows)
-    inputs = problem()
+    inputs = *problem(), smoothing
     found, expected = with_gradients(head_loss, *inputs), with_gradients(plain, *inputs)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    hidden, weight, targets = inputs
-    assert torch.autograd.gradcheck(lambda h, w: head_loss(h, w, targets), (hidden, weight))
+    hidden, weight, *rest = inputs
+    assert torch.autograd.gradcheck(lambda h, w: head_loss(h, w, *rest), (hidden, weight))
 
 
 @pytest.mark.parametrize("rows", [5, 37])

@@ -103,15 +103,18 @@ def test_the_head_is_the_embedding_if_tied(tiny_model: LongNetConfig, tied: bool
     assert (copy.deepcopy(model).head.weight is model.head.weight) is False
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_chunks_change_neither_loss_nor_gradients(
-    tiny_model: LongNetConfig, monkeypatch: pytest.MonkeyPatch
+    smoothing: float, tiny_model: LongNetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = build(tiny_model, dtype=torch.float64), tokens(42, batch=3)
-    expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    expected = F.cross_entropy(
+        model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), label_smoothing=smoothing
+    )
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     for chunk in (7, 1000):
         monkeypatch.setattr(head_loss, "LOSS_BYTES", 8 * 256 * chunk)
-        loss = model.loss(batch)
+        loss = model.loss(batch, label_smoothing=smoothing)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         found = torch.autograd.grad(loss, list(model.parameters()))
         torch.testing.assert_close(found, gradients, rtol=1e-9, atol=1e-12)
@@ -142,6 +145,8 @@ def test_given_targets_and_positions_are_those_of_a_whole_sequence(
         model.loss(batch, positions=torch.arange(40))
     with pytest.raises(ValueError, match=r"targets must have tokens' shape \(2, 42\)"):
         model.loss(batch, batch[:, 1:])
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\). Got 1.0"):
+        model.loss(batch, label_smoothing=1.0)
 
 
 def test_padding_and_ignored_targets_are_as_if_they_were_not_there(

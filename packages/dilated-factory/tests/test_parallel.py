@@ -181,7 +181,7 @@ def test_packed_documents_over_ranks_are_those_of_one_process(
     torch.set_default_dtype(torch.float64)
     one = programs.Shares(ring=False)
     torch.set_default_dtype(torch.float32)
-    true = one.model.loss(tokens, targets, cu_seqlens=ends)
+    true = one.model.loss(tokens, targets, cu_seqlens=ends, label_smoothing=programs.SMOOTHING)
     true.backward()
     found = get_ranks(world_size).run(programs.train_shares, tokens, targets, "ddp", ends)
     assert sum(share for share, _ in found) / world_size == pytest.approx(true.item(), rel=1e-10)

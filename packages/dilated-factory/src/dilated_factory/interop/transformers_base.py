@@ -122,8 +122,9 @@ def token_loss(
         assert isinstance(head, nn.Linear)
         total = head_loss(hidden.flatten(0, 1), head.weight, targets.flatten())
     else:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
     return total / (
         (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None

@@ -17,7 +17,9 @@ LOSS_BYTES = 2**28
 IGNORED = -100
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
     """The summed cross-entropy in nats of the logits hidden @ weight.T, in float32 or wider.
 
     Gradients are made beside the loss, so backward needs no logits either. It can be called once
@@ -27,15 +29,18 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden: (T, E).
         weight: (V, E).
         targets: (T,) int64, below V; `IGNORED` leaves a position out.
+        label_smoothing: the share of a target that all V have alike, as in torch's cross_entropy.
     """
     wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total: Tensor = _HeadLoss.apply(hidden, weight, targets, wants)  # type: ignore[no-untyped-call] # torch's
+    total: Tensor = _HeadLoss.apply(hidden, weight, targets, label_smoothing, wants)  # type: ignore[no-untyped-call] # torch's
     return total
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, wants: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, wants: bool
+    ) -> Tensor:
         (narrow,) = autocast(weight)
         wide = torch.promote_types(narrow.dtype, torch.float32)
         rows = max(1, LOSS_BYTES // (len(weight) * wide.itemsize))
@@ -49,11 +54,16 @@ class _HeadLoss(torch.autograd.Function):
             aim = aim.masked_fill(ignored, 0)
             logits = (part @ narrow.T).to(wide)
             lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(-1, aim)).masked_fill(ignored, 0).sum()
+            aimed = logits.gather(-1, aim)
+            if smoothing:
+                aimed = aimed.lerp(logits.mean(-1, keepdim=True), smoothing)
+            total += (lse - aimed).masked_fill(ignored, 0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                # By the logits: the probabilities, less one at the target.
+                # By the logits: the probabilities, less those that were aimed at.
                 slopes = logits.sub_(lse).exp_()
-                slopes.scatter_(-1, aim, slopes.gather(-1, aim) - 1)
+                slopes.scatter_(-1, aim, slopes.gather(-1, aim) - (1 - smoothing))
+                if smoothing:
+                    slopes.sub_(smoothing / len(weight))
                 slopes = slopes.masked_fill_(ignored, 0).to(narrow.dtype)
                 grad_hidden[start : start + rows] = slopes @ narrow
                 grad_weight += slopes.T @ part
@@ -63,9 +73,9 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = (
             (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None

@@ -222,6 +222,7 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        label_smoothing: float = 0.0,
         group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from those before each.
@@ -238,6 +239,8 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             cu_seqlens: (S + 1,), as in `forward`. Without targets the ends are those of the N + 1
                 tokens, and the first token of a document is not predicted; targets that are given
                 leave it out themselves.
+            label_smoothing: the share of each target, in [0, 1), that all tokens have alike, as in
+                torch's cross_entropy.
             group: the ranks among which targets are divided, unevenly or not; a mesh of one
                 dimension, or a process group. Each then returns its share of the mean over all
                 their targets: the mean of the shares is that mean, and the mean of their gradients,
@@ -248,8 +251,11 @@ class LongNetLM(LongNetStack[LongNetConfig]):
             A number; 0, with gradients of 0, where there is no target.
 
         Raises:
-            ValueError: ``tokens`` holds fewer than two positions, or targets of another shape.
+            ValueError: ``tokens`` holds fewer than two positions, or targets of another shape, or
+                label_smoothing is out of its range.
         """
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1). Got {label_smoothing}.")
         if targets is None:
             if tokens.ndim != 2 or tokens.shape[1] < 2:
                 raise ValueError(
@@ -270,7 +276,9 @@ class LongNetLM(LongNetStack[LongNetConfig]):
         if key_padding_mask is not None:
             targets = targets.masked_fill(key_padding_mask, IGNORED)
         count, ranks = _count_targets(targets, group)
-        total = head_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        total = head_loss(
+            hidden.flatten(0, 1), self.head.weight, targets.flatten(), label_smoothing
+        )
         return total * ranks / count
 
 
