@@ -19,7 +19,11 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
 )
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -35,6 +39,13 @@ from dilated_factory.interop.transformers_base import (
     token_loss,
 )
 from dilated_factory.interop.transformers_cache import CACHE, LongNetCache
+from dilated_factory.interop.transformers_encoder import (
+    LongNetEncoderPreTrainedConfig,
+    LongNetForMaskedLM,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetModel,
+)
 from dilated_factory.interop.unserved import (
     described,
     features,
@@ -49,7 +60,12 @@ __all__ = [
     "CACHE",
     "DilatedAttentionFunction",
     "LongNetCache",
+    "LongNetEncoderPreTrainedConfig",
     "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
     "LongNetPreTrainedConfig",
     "RingAttentionFunction",
     "padding_mask",
@@ -398,4 +414,10 @@ def register_longnet() -> None:
 
 MODELS: dict[type[LongNetPreTrainedConfig], dict[Any, type[LongNetPreTrainedModel]]] = {
     LongNetPreTrainedConfig: {AutoModelForCausalLM: LongNetForCausalLM},
+    LongNetEncoderPreTrainedConfig: {
+        AutoModel: LongNetModel,
+        AutoModelForMaskedLM: LongNetForMaskedLM,
+        AutoModelForSequenceClassification: LongNetForSequenceClassification,
+        AutoModelForTokenClassification: LongNetForTokenClassification,
+    },
 }
