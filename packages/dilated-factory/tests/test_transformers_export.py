@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,16 @@ def test_a_model_with_another_attention_is_refused(tmp_path: Path) -> None:
     model = LongNetLM(tiny(), attention=lambda: DilatedAttention(DilatedPattern([4], [1])))
     with pytest.raises(InputError, match="attention of its configuration"):
         export_to_transformers(model, tmp_path / "out")
+
+
+def test_the_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = [x for x in re.findall("```python\n(.*?)```", text, re.DOTALL) if '"exported"' in x]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr()[0].startswith("def main(")
 
 
 def tiny(vocab_size: int = 256) -> LongNetConfig:

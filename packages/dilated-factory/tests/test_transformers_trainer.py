@@ -88,7 +88,7 @@ def leave_out(rows: Rows, *, unequally: bool) -> None:
     for index, row in enumerate(rows):
         if unequally:
             row["labels"][7 * (index % BATCH) :] = -100
-        # Before 5.24 Trainer counts the first label, which nothing predicts.
+        # Trainer of 5.6 counts the first label, which nothing predicts.
         if "_loss_shifts_labels" not in inspect.getsource(transformers.Trainer.__init__):
             row["labels"][0] = -100
 
