@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dilated_factory import CorpusError
-from dilated_factory.training.batches import batch_offsets, bytes_seen, gather_windows, step_seed
+from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed, windows_seen
 
 
 def test_offsets_depend_on_seed_and_step_alone() -> None:
@@ -33,7 +33,7 @@ def test_every_window_fits_and_every_start_occurs() -> None:
 
 
 def test_a_corpus_shorter_than_a_window_is_an_error() -> None:
-    with pytest.raises(CorpusError, match=r"context \+ 1 = 32 bytes. Got 31"):
+    with pytest.raises(CorpusError, match=r"context \+ 1 = 32 tokens. Got 31"):
         batch_offsets(31, context=31, batch_size=1, seed=0, step=0)
 
 
@@ -44,13 +44,13 @@ def test_windows_are_the_bytes_at_the_offsets() -> None:
     assert windows.tolist() == [[4, 5, 6, 7, 8], [90, 91, 92, 93, 94]]
 
 
-def test_bytes_seen_are_the_windows_of_all_steps_or_else_the_corpus() -> None:
+def test_windows_seen_are_the_windows_of_all_steps_or_else_the_corpus() -> None:
     data = torch.randint(256, (1009,), dtype=torch.uint8)
-    seen = bytes_seen(data, context=13, batch_size=3, seed=5, steps=4)
+    seen = windows_seen(data, context=13, batch_size=3, seed=5, steps=4)
     expected = [
         gather_windows(data, batch_offsets(1009, context=13, batch_size=3, seed=5, step=step), 14)
         for step in range(4)
     ]
     assert torch.equal(seen.to(torch.int64), torch.cat(expected))
-    everything = bytes_seen(data, context=13, batch_size=3, seed=5, steps=26)
+    everything = windows_seen(data, context=13, batch_size=3, seed=5, steps=26)
     assert torch.equal(everything, data.unsqueeze(0))

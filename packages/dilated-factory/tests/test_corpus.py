@@ -13,8 +13,8 @@ from dilated_factory import CorpusError
 from dilated_factory.training import corpus as corpus_module
 from dilated_factory.training.corpus import (
     find_files,
-    load_bytes,
     load_corpus,
+    load_held_out,
     standard_library,
 )
 
@@ -76,7 +76,9 @@ def test_any_bytes_are_kept_and_hidden_empty_and_cached_files_are_not(tmp_path: 
         ".git/config": b"no",
         "__pycache__/a.pyc": b"no",
     }
-    assert torch.equal(load_bytes([write(tmp_path, files)]), joined(everything, b"\r\n\x00"))
+    assert torch.equal(
+        load_held_out([write(tmp_path, files)]).validation, joined(everything, b"\r\n\x00")
+    )
 
 
 def test_a_pipe_does_not_block_and_a_link_loop_ends(tmp_path: Path) -> None:
@@ -89,7 +91,9 @@ def test_a_pipe_does_not_block_and_a_link_loop_ends(tmp_path: Path) -> None:
 
 def test_a_file_given_twice_counts_once(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"12", "b/c": b"34"})
-    assert torch.equal(load_bytes([tmp_path, tmp_path / "a", tmp_path / "b"]), joined(b"1234"))
+    assert torch.equal(
+        load_held_out([tmp_path, tmp_path / "a", tmp_path / "b"]).validation, joined(b"1234")
+    )
 
 
 def test_unreadable_files_are_skipped_and_counted(

@@ -33,7 +33,7 @@ def test_the_score_is_the_mean_of_each_byte_after_its_own_window(
     data = torch.randint(256, (211,), dtype=torch.uint8)
     told: list[tuple[str, float]] = []
     scores = evaluate_contexts(
-        model, data, [8, 16, 32], max_bytes=70, on_progress=lambda *now: told.append(now)
+        model, data, [8, 16, 32], max_tokens=70, on_progress=lambda *now: told.append(now)
     )
     shares = [share for _, share in told]
     assert shares == sorted(shares)
@@ -70,7 +70,7 @@ def test_default_contexts_double_up_to_what_fits() -> None:
     assert fitting_contexts(10**6) == (512, 1024, 2048, 4096, 8192, 16384)
     assert fitting_contexts(2048) == (512, 1024)
     assert fitting_contexts(2049) == (512, 1024, 2048)
-    with pytest.raises(CorpusError, match=r"at least 513 bytes\. Got 512"):
+    with pytest.raises(CorpusError, match=r"at least 513 tokens\. Got 512"):
         fitting_contexts(512)
 
 

@@ -60,6 +60,8 @@ def _record(name: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "bits_per_byte": running_mean([line["bits_per_byte"] for line in metrics])[-1],
         "best_validation_bits_per_byte": best and best["validation_bits_per_byte"],
         "best_step": best and best["step"],
+        "tokens_per_second": last.get("tokens_read", last["bytes_read"])
+        / max(last["elapsed_seconds"], 1e-9),
         "bytes_per_second": last["bytes_read"] / max(last["elapsed_seconds"], 1e-9),
     }
 
@@ -79,6 +81,6 @@ def comparison_table(records: list[dict[str, Any]]) -> Table:
             f"{record['bytes_read'] / 1e6:,.1f}",
             f"{record['bits_per_byte']:.3f}",
             "-" if best is None else f"{best:.3f} at {record['best_step']}",
-            f"{record['bytes_per_second']:,.0f}",
+            f"{record['tokens_per_second']:,.0f}",
         )
     return table

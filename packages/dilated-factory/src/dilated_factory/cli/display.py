@@ -35,7 +35,7 @@ class TrainingDisplay(Protocol):
 def training_display(
     console: Console,
     *,
-    flops_per_byte: float = 0.0,
+    flops_per_token: float = 0.0,
     peak: float | None = None,
     unit: str = "byte",
 ) -> TrainingDisplay:
@@ -43,11 +43,11 @@ def training_display(
 
     Args:
         console: where to show.
-        flops_per_byte: operations of a model for each byte.
+        flops_per_token: operations of a model for each token.
         peak: operations a second that the devices could do; None where that is not known.
-        unit: what a token is.
+        unit: what the loss is per.
     """
-    smoothed = _Smoothed(flops_per_byte / peak if peak else 0.0, unit)
+    smoothed = _Smoothed(flops_per_token / peak if peak else 0.0, unit)
     return (_Bar if console.is_terminal else _Lines)(console, smoothed)
 
 
@@ -58,7 +58,7 @@ class _Smoothed:
         self._share_per_speed, self.unit = share_per_speed, unit
         self.validation: float | None = None
         self.bits = 0.0
-        self.bytes_per_second = 0.0
+        self.tokens_per_second = 0.0
         self.seconds_left: float | None = None
         self._last: StepMetrics | None = None
         self._first: StepMetrics | None = None
@@ -68,11 +68,11 @@ class _Smoothed:
         self.bits += weight * (now.bits_per_byte - self.bits)
         if self._first is None or self._last is None:
             self._first = now
-            self.bytes_per_second = now.bytes_read / max(now.elapsed_seconds, 1e-9)
+            self.tokens_per_second = tokens(now) / max(now.elapsed_seconds, 1e-9)
         else:
             seconds = max(now.elapsed_seconds - self._last.elapsed_seconds, 1e-9)
-            speed = (now.bytes_read - self._last.bytes_read) / seconds
-            self.bytes_per_second += weight * (speed - self.bytes_per_second)
+            speed = (tokens(now) - tokens(self._last)) / seconds
+            self.tokens_per_second += weight * (speed - self.tokens_per_second)
             done = max(now.progress - self._first.progress, 1e-9)
             spent = now.elapsed_seconds - self._first.elapsed_seconds
             self.seconds_left = spent / done * (1 - now.progress)
@@ -88,9 +88,14 @@ class _Smoothed:
 
     @property
     def speed(self) -> str:
-        """Bytes a second, and the share of what the devices could do, where that is known."""
-        share = self._share_per_speed * self.bytes_per_second
-        return f"{self.bytes_per_second:,.0f} tokens/s" + (f", MFU {share:.0%}" if share else "")
+        """Tokens a second, and the share of what the devices could do, where that is known."""
+        share = self._share_per_speed * self.tokens_per_second
+        return f"{self.tokens_per_second:,.0f} tokens/s" + (f", MFU {share:.0%}" if share else "")
+
+
+def tokens(metrics: StepMetrics) -> int:
+    """What was read so far, in tokens."""
+    return metrics.bytes_read if metrics.tokens_read is None else metrics.tokens_read
 
 
 class _Bar:

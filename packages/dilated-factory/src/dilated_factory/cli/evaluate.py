@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from dilated_factory.cli.display import progress_bar
-from dilated_factory.cli.options import Device, parse_lengths, sight_warning
+from dilated_factory.cli.options import Device, parse_lengths, sight_warning, unit
 from dilated_factory.cli.output import plain_console
 from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.figures import save_context_curve
@@ -27,7 +27,10 @@ def evaluate(
     ] = None,
     contexts: Annotated[
         str | None,
-        typer.Option(help="In bytes; default 512,1024,...,16384.", show_default=False),
+        typer.Option(
+            help="In tokens, by default bytes; default 512,1024,...,16384.",
+            show_default=False,
+        ),
     ] = None,
     max_bytes: Annotated[
         int, typer.Option(min=1, help="About how many bytes to score at each context.")
@@ -43,9 +46,9 @@ def evaluate(
 ) -> int:
     """Score held-out bytes at several contexts, beside byte Markov models.
 
-    The same bytes are scored at every context, each predicted from at least half a context and at
-    most one context of the bytes before it. The Markov models count the bytes that the model was
-    trained on and are scored on the same bytes.
+    The same bytes are scored at every context, each token of them predicted from at least half a
+    context and at most one context of the tokens before it. The Markov models count the bytes that
+    the model was trained on and are scored on the same bytes.
 
     Examples:
         dilated evaluate runs/longnet
@@ -61,12 +64,13 @@ def evaluate(
             trained, paths or (), contexts=lengths, max_bytes=max_bytes, on_progress=show
         )
     trained_at = trained.run.config.model.context
-    save_context_curve(picture, evaluation.scores, evaluation.baselines, trained_at)
+    units = unit(trained.run.config)
+    save_context_curve(picture, evaluation.scores, evaluation.baselines, trained_at, units)
     if as_json:
         print(json.dumps(evaluation_record(trained, evaluation, picture)))
         return 0
     console = plain_console()
-    console.print(evaluation_table(evaluation))
+    console.print(evaluation_table(evaluation, units))
     if warning := sight_warning(trained.run.config.model, trained_at):
         console.print(warning, soft_wrap=True)
     if not evaluation.baselines:
@@ -75,13 +79,13 @@ def evaluate(
     return 0
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
+def evaluation_table(evaluation: Evaluation, units: str = "bytes") -> Table:
     """One row per context and per baseline."""
     scored = evaluation.scores[0].scored_bytes
     title = f"Held-out bits per byte, on the same {scored:,} bytes"
     table = Table(title=title, min_width=len(title))
     table.add_column("model")
-    table.add_column("context, bytes", justify="right")
+    table.add_column(f"context, {units}", justify="right")
     table.add_column("bits per byte", justify="right")
     for score in evaluation.scores:
         table.add_row("LongNet", f"{score.context}", f"{score.bits_per_byte:.3f}")

@@ -150,7 +150,7 @@ def train(
             soft_wrap=True,
         )
         trainer = GenomeTrainer.start(out, config, corpus, **options)
-    code = run_training(trainer, console, command="genomes train", unit="base")
+    code = run_training(trainer, console, command="genomes train", bits_per="base")
     if code == 0:
         console.print(f"next: dilated genomes evaluate {trainer.run.path}", soft_wrap=True)
     leave()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dilated_factory.configs.models import StackConfig
+from dilated_factory.configs.models import StackConfig, TrainConfig
 from dilated_factory.configs.pattern import sight
 from dilated_factory.errors import InputError
 
@@ -33,6 +33,11 @@ def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:
             f"Got {_shown(text)!r}."
         )
     return values
+
+
+def unit(config: TrainConfig) -> str:
+    """What the contexts of a run are counted in."""
+    return "bytes" if config.tokenizer is None else "tokens"
 
 
 def sight_warning(model: StackConfig, context: int) -> str | None:

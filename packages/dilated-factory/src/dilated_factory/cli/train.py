@@ -11,10 +11,11 @@ from rich.console import Console
 
 from dilated_factory.cli.display import file_size, training_display
 from dilated_factory.cli.fields import given_fields, with_fields
-from dilated_factory.cli.options import Device, sight_warning
+from dilated_factory.cli.options import Device, sight_warning, unit
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
 from dilated_factory.configs.models import LongNetConfig, TrainConfig, parse_config
+from dilated_factory.corpora.tokens import INEXACT, Tokenizer, load_tokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.training.compiling import Compile, decide_compile
 from dilated_factory.training.corpus import Corpus, load_corpus
@@ -123,15 +124,18 @@ def train(
     if paths:
         # Absolute, so that a run can be resumed and evaluated from another folder.
         given["paths"] = tuple(str(Path(path).resolve()) for path in paths)
+    if given.get("tokenizer"):
+        given["tokenizer"] = str(Path(given["tokenizer"]).resolve())
     shape = given_fields(LongNetConfig, fields)
     options: dict[str, Any] = {"parallel": parallel, "checkpoint_every": checkpoint_every}
     if resume or (was_restarted() and (out / "config.json").exists()):
         if resume and (config or parent):
             raise InputError("--resume takes its settings from --out: no --config and no --from.")
         run = RunFolder.open(out)
+        run.require_tokenizer(given.pop("tokenizer", None))
         run.require_same(shape | {k: v for k, v in given.items() if v != "auto"})
         options["compiled"] = decide_compile(compiling, parallel, console.print)
-        corpus = _corpus(run.config, console, run.corpus_digest())
+        corpus = _corpus(run.config, run.tokenizer(), console, run.corpus_digest())
         trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
@@ -171,7 +175,8 @@ def start_run(out: Path, config: TrainConfig, console: Console, **options: Any) 
     """
     RunFolder.require_new(out)
     options = {"parallel": ALONE, **options}
-    return Trainer.start(out, config, _corpus(config, console), **options)
+    corpus = _corpus(config, load_tokenizer(config.tokenizer), console)
+    return Trainer.start(out, config, corpus, **options)
 
 
 def run_training(
@@ -181,17 +186,18 @@ def run_training(
     tensorboard: bool = False,
     profile: bool = False,
     command: str = "train",
-    unit: str = "byte",
+    bits_per: str = "byte",
 ) -> int:
     """Train with a display until the end or a signal; return the exit code.
 
-    `command` is what goes on with it, and `unit` what a token is.
+    `command` is what goes on with it, and `bits_per` what the loss is per.
     """
     run, parallel = trainer.run, trainer.parallel
     config = run.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    tokens = unit(config) if bits_per == "byte" else f"{bits_per}s"
     console.print(
-        f"{parameters:,} parameters, context {config.model.context:,} {unit}s, "
+        f"{parameters:,} parameters, context {config.model.context:,} {tokens}, "
         f"{config.dtype} on {parallel.device}, from step {trainer.step}",
     )
     if warning := sight_warning(config.model, config.model.context):
@@ -209,9 +215,9 @@ def run_training(
             stack.enter_context(
                 training_display(
                     console,
-                    flops_per_byte=flops_per_token(trainer.model),
+                    flops_per_token=flops_per_token(trainer.model),
                     peak=peak and peak * parallel.ranks,
-                    unit=unit,
+                    unit=bits_per,
                 )
             ).show
         )
@@ -222,7 +228,7 @@ def run_training(
         if metrics:
             save_loss_curve(run.curves_path, metrics)
     if trainer.best is not None:
-        best = f"{trainer.best.bits_per_byte:.3f} bits/{unit} after step {trainer.best.step}"
+        best = f"{trainer.best.bits_per_byte:.3f} bits/{bits_per} after step {trainer.best.step}"
         console.print(f"least on held-out bytes: {best}, kept")
     if done:
         console.print(f"done: {trainer.step} steps. Loss curve: {run.curves_path}", soft_wrap=True)
@@ -238,15 +244,29 @@ def _tell(told: list[Callable[[StepMetrics], None]], metrics: StepMetrics) -> No
         each(metrics)
 
 
-def _corpus(config: TrainConfig, console: Console, digest: str | None = None) -> Corpus:
+def _corpus(
+    config: TrainConfig, tokenizer: Tokenizer, console: Console, digest: str | None = None
+) -> Corpus:
     corpus = load_corpus(
-        config.paths, validation_fraction=config.validation_fraction, digest=digest
+        config.paths, validation_fraction=config.validation_fraction, digest=digest,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    train, held_out = (
+        file_size(len(side)) if config.tokenizer is None else f"{len(side):,} tokens"
+        for side in (corpus.train, corpus.validation)
     )
     console.print(
-        f"corpus: {file_size(len(corpus.train))} in {len(corpus.train_files)} files to train on, "
-        f"{file_size(len(corpus.validation))} in {len(corpus.validation_files)} held out",
+        f"corpus: {train} in {len(corpus.train_files)} files to train on, "
+        f"{held_out} in {len(corpus.validation_files)} held out",
         soft_wrap=True,
     )
+    if config.tokenizer is not None:
+        console.print(
+            f"tokenizer: {tokenizer.vocab_size:,} tokens, of {corpus.bytes_per_token:.2f} bytes "
+            "each in held-out files"
+        )
+    if not tokenizer.is_exact:
+        console.print(f"warning: {INEXACT}", soft_wrap=True)
     if corpus.skipped:
         console.print(f"skipped {corpus.skipped} files that cannot be read")
     return corpus

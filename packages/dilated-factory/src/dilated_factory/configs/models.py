@@ -187,6 +187,9 @@ class TrainConfig(FrozenConfig):
     validation_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of the files that is held out"
     )
+    tokenizer: str | None = Field(
+        default=None, description="tokenizer.json, or the folder of one; none means bytes"
+    )
     documents: Literal["joined", "separate"] = Field(
         default="joined", description="whether files that share a window see each other"
     )

@@ -1,9 +1,11 @@
 """Byte Markov models, the baselines that a language model has to beat."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+_COUNTED_AT_ONCE = 2**22
 
 
 class MarkovModel:
@@ -16,14 +18,15 @@ class MarkovModel:
     Args:
         order: 0, 1 or 2.
         windows: uint8 tensors (..., length); each row is counted on its own, so no history
-            crosses from one window into another.
+            crosses from one window into another. Several where lengths differ.
     """
 
-    def __init__(self, order: int, windows: Tensor) -> None:
+    def __init__(self, order: int, windows: Tensor | Sequence[Tensor]) -> None:
         if order not in (0, 1, 2):
             raise ValueError(f"order must be 0, 1 or 2. Got {order}.")
         self.order = order
-        rows = windows.reshape(-1, windows.shape[-1])
+        given = [windows] if isinstance(windows, Tensor) else windows
+        rows = [each.reshape(-1, each.shape[-1]) for each in given]
         probabilities = torch.full((1, 256), 1 / 256)
         for k in range(order + 1):
             probabilities = _interpolate(_counts(rows, k), probabilities)
@@ -41,7 +44,7 @@ class MarkovModel:
             row = data[section.start - self.order : section.stop].unsqueeze(0)
             total += self._bits.flatten()[_codes(row, self.order)].sum(dtype=torch.float64).item()
             count += len(section)
-        return total / count
+        return total / max(1, count)
 
 
 def _interpolate(counts: Tensor, lower: Tensor) -> Tensor:
@@ -54,11 +57,19 @@ def _interpolate(counts: Tensor, lower: Tensor) -> Tensor:
     return torch.where(seen > 0, smoothed, prior)
 
 
-def _counts(rows: Tensor, order: int) -> Tensor:
+def _counts(windows: Sequence[Tensor], order: int) -> Tensor:
     """How often each byte follows each history: float32 (256 ** order, 256)."""
     total = torch.zeros(256 ** (order + 1), dtype=torch.int64)
-    for part in torch.split(rows, 1024):
-        total += torch.bincount(_codes(part, order).flatten(), minlength=len(total))
+    parts = (part for rows in windows for part in rows.split(1024) if part.shape[1] > order)
+    pending: list[Tensor] = []
+    for part in parts:
+        pending.append(_codes(part, order).flatten())
+        # Counting passes over all of the table, so short windows are counted together.
+        if sum(map(len, pending)) >= _COUNTED_AT_ONCE:
+            total += torch.bincount(torch.cat(pending), minlength=len(total))
+            pending = []
+    if pending:
+        total += torch.bincount(torch.cat(pending), minlength=len(total))
     return total.view(-1, 256).to(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Batches drawn by a stateless index: (seed, step) alone decides which bytes a step sees."""
+"""Batches drawn by a stateless index: (seed, step) alone decides which tokens a step sees."""
 
 import hashlib
 
@@ -17,14 +17,14 @@ def step_seed(seed: int, step: int, purpose: str) -> int:
 def batch_offsets(length: int, *, context: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Where the windows of a step start: int64 (batch_size,), uniform over the corpus.
 
-    A window covers ``context + 1`` bytes: ``context`` inputs and the byte after each.
+    A window covers ``context + 1`` tokens: ``context`` inputs and the token after each.
 
     Raises:
-        CorpusError: the corpus of ``length`` bytes is shorter than one window.
+        CorpusError: the corpus of ``length`` tokens is shorter than one window.
     """
     if length < context + 1:
         raise CorpusError(
-            f"the training corpus must hold at least context + 1 = {context + 1} bytes. "
+            f"the training corpus must hold at least context + 1 = {context + 1} tokens. "
             f"Got {length}."
         )
     generator = torch.Generator().manual_seed(step_seed(seed, step, "batch"))
@@ -32,17 +32,17 @@ def batch_offsets(length: int, *, context: int, batch_size: int, seed: int, step
 
 
 def gather_windows(data: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """Windows of ``size`` bytes at the offsets: int64 (len(offsets), size)."""
+    """Windows of ``size`` tokens at the offsets: int64 (len(offsets), size)."""
     return data[offsets.unsqueeze(1) + torch.arange(size)].to(torch.int64)
 
 
 def document_starts(ends: Tensor, offsets: Tensor, size: int) -> list[Tensor]:
-    """Where documents begin behind the first byte of windows of ``size`` bytes.
+    """Where documents begin behind the first token of windows of ``size`` tokens.
 
     Args:
         ends: int64 (documents,), where they end, rising.
         offsets: int64 (B,), of the windows.
-        size: bytes of a window.
+        size: tokens of a window.
 
     Returns:
         For each window, int64 from 1 to size - 1.
@@ -54,8 +54,8 @@ def document_starts(ends: Tensor, offsets: Tensor, size: int) -> list[Tensor]:
     return [(ends[i:j] - offset).unique() for offset, i, j in parts]
 
 
-def bytes_seen(data: Tensor, *, context: int, batch_size: int, seed: int, steps: int) -> Tensor:
-    """The windows that the first ``steps`` steps trained on: uint8 (windows, context + 1).
+def windows_seen(data: Tensor, *, context: int, batch_size: int, seed: int, steps: int) -> Tensor:
+    """The windows that the first ``steps`` steps trained on: data's dtype (windows, context + 1).
 
     Once they would amount to more than the corpus, the corpus itself is returned, as (1, length).
     """

@@ -7,22 +7,27 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
 from dilated_factory.errors import CorpusError
 from dilated_factory.training.run_folder import is_run_folder
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes held out.
+    """Bytes to train on and bytes held out, or tokens of them.
 
     ``train`` and ``validation`` are one-dimensional uint8 tensors: whole files one after the
-    other, in the order of their names, nothing in between; both are parts of one mapped file.
+    other, in the order of their names, nothing in between; both are parts of one mapped file. With
+    another ``tokenizer`` they are int32, and each file ends with its token for that, if it has one;
+    ``bytes_share`` is 1, or how many bytes the files hold for each byte of the tokens, where the
+    tokenizer changes texts.
     ``digest`` is a SHA-256 over both, so
     that a resumed run notices when its corpus has changed. ``ends`` are where documents, which are
     files, end, counted from the beginning of ``train``.
@@ -42,6 +47,20 @@ class Corpus:
     skipped: int
     digest: str
     ends: tuple[int, ...] = ()
+    tokenizer: Tokenizer = BYTES
+    bytes_share: float = 1.0
+
+    def bytes_in(self, tokens: Tensor) -> float:
+        """How many bytes of the files tokens stand for, whole numbers of any shape."""
+        if isinstance(self.tokenizer, Bytes):
+            return tokens.numel()
+        return self.bytes_share * self.tokenizer.sizes[tokens.to(torch.int64)].sum().item()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """About how many bytes a token stands for, by the first that are held out."""
+        some = self.validation[:65536]
+        return max(self.bytes_in(some), 1.0) / max(len(some), 1)
 
 
 def load_corpus(
@@ -49,6 +68,7 @@ def load_corpus(
     *,
     validation_fraction: float = 0.05,
     digest: str | None = None,
+    tokenizer: Tokenizer = BYTES,
 ) -> Corpus:
     """Read files and folders into a :class:`Corpus`; no paths means :func:`standard_library`.
 
@@ -69,8 +89,8 @@ def load_corpus(
         >>> load_corpus(["text"], validation_fraction=0.1).train_files
         ('text',)
     """
-    corpus = _split(*_readable(paths), validation_fraction)
-    if digest not in (None, corpus.digest):
+    corpus = _tokenized(_split(*_readable(paths), validation_fraction), tokenizer)
+    if digest not in (None, corpus.digest) and isinstance(tokenizer, Bytes):
         earlier = _split(*_readable(paths, with_runs=True), validation_fraction)
         if earlier.digest == digest:
             return earlier
@@ -92,14 +112,43 @@ def _split(files: dict[str, list[Path]], skipped: int, validation_fraction: floa
     return _corpus(content, groups[len(train) - 1], train, validation, skipped, ends)
 
 
-def load_bytes(paths: Sequence[str | Path]) -> Tensor:
-    """All bytes of the given files and folders as one uint8 tensor, in the order of their names.
+def load_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer = BYTES) -> Corpus:
+    """All bytes of the given files and folders, in the order of their names, none to train on.
 
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
     """
-    files, _ = _readable(paths)
-    return torch.frombuffer(_spool(list(files.values()))[0], dtype=torch.uint8)
+    files, skipped = _readable(paths)
+    content, _, ends = _spool(list(files.values()))
+    return _tokenized(_corpus(content, 0, (), tuple(files), skipped, ends), tokenizer)
+
+
+def _tokenized(corpus: Corpus, tokenizer: Tokenizer) -> Corpus:
+    """A corpus of bytes as tokens."""
+    if isinstance(tokenizer, Bytes):
+        return corpus
+    cut, end, ends = len(corpus.train), tokenizer.end_of_document, []
+    sides: list[list[Tensor]] = [[], []]
+    length = counted = 0
+    for start, stop in pairwise(sorted({0, cut, *corpus.ends})):
+        side = (
+            corpus.train[start:stop] if stop <= cut else corpus.validation[start - cut : stop - cut]
+        )
+        (ids,) = tokenizer.encode([bytes(side.numpy())])
+        if stop in corpus.ends:
+            ids += [] if end is None else [end]
+            ends.append(length + len(ids))
+        length += len(ids)
+        sides[stop > cut].append(torch.tensor(ids, dtype=torch.int32))
+        counted += int(tokenizer.sizes[ids].sum())
+    train, validation = (
+        torch.cat(side) if side else torch.empty(0, dtype=torch.int32) for side in sides
+    )
+    digest = hashlib.sha256((corpus.digest + tokenizer.digest).encode()).hexdigest()
+    return replace(
+        corpus, train=train, validation=validation, ends=tuple(ends), digest=digest,
+        tokenizer=tokenizer, bytes_share=(cut + len(corpus.validation)) / max(counted, 1),
+    )  # fmt: skip
 
 
 def find_files(paths: Iterable[str | Path], *, with_runs: bool = False) -> list[tuple[str, Path]]:

@@ -1,9 +1,9 @@
 """Held-out bits per byte against context, on the same bytes for every context.
 
-Scored bytes are cut into chunks of half a context. A chunk is scored by one window of ``context``
-bytes that ends with it, so each byte is predicted from at least context / 2 + 1 and at most
-``context`` bytes before it. The scored bytes themselves are the same at every context, which makes
-the numbers comparable with each other and with the Markov baselines.
+Scored tokens, which by default are bytes, are cut into chunks of half a context. A chunk is scored
+by one window of ``context`` tokens that ends with it, so each token is predicted from at least
+context / 2 + 1 and at most ``context`` tokens before it. The scored tokens themselves are the same
+at every context, which makes the numbers comparable with each other and with the Markov baselines.
 """
 
 import math
@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_factory.errors import CorpusError, InputError
+from dilated_factory.models.head_loss import head_loss
 from dilated_factory.models.longnet import LongNetLM
 
-# Bytes of input per forward call: short windows are batched up to it.
-_CALL_BYTES = 16384
+# Tokens of input per forward call: short windows are batched up to it.
+_CALL_TOKENS = 16384
 
 
 @dataclass(frozen=True)
 class ContextScore:
-    """Mean bits per byte at one context, over ``scored_bytes`` bytes."""
+    """Mean bits per byte at one context, in tokens, over ``scored_bytes`` bytes."""
 
     context: int
     bits_per_byte: float
@@ -42,26 +42,26 @@ def fitting_contexts(length: int, *, shortest: int = 512, longest: int = 16384) 
         contexts.append(context)
         context *= 2
     if not contexts:
-        raise CorpusError(f"held-out data must hold at least {shortest + 1} bytes. Got {length}.")
+        raise CorpusError(f"held-out data must hold at least {shortest + 1} tokens. Got {length}.")
     return tuple(contexts)
 
 
-def scored_sections(length: int, longest: int, max_bytes: int) -> list[range]:
-    """Which bytes of held-out data to score: sections of longest / 2, spread evenly.
+def scored_sections(length: int, longest: int, max_tokens: int) -> list[range]:
+    """Which tokens of held-out data to score: sections of longest / 2, spread evenly.
 
-    Every section has longest / 2 + 1 bytes of history or more. About ``max_bytes`` bytes are
+    Every section has longest / 2 + 1 tokens of history or more. About ``max_tokens`` tokens are
     scored, at least one section.
 
     Raises:
-        CorpusError: the data is shorter than the longest context and one byte.
+        CorpusError: the data is shorter than the longest context and one token.
     """
     if length < longest + 1:
         raise CorpusError(
-            f"held-out data must hold at least context + 1 = {longest + 1} bytes. Got {length}."
+            f"held-out data must hold at least context + 1 = {longest + 1} tokens. Got {length}."
         )
     size = longest // 2
     first, last = size + 1, length - size
-    count = max(1, min(max_bytes, last - first + size) // size)
+    count = max(1, min(max_tokens, last - first + size) // size)
     gap = (last - first) / (count - 1) if count > 1 else 0.0
     starts = [first + int(index * gap) for index in range(count)]
     return [range(start, start + size) for start in starts]
@@ -72,17 +72,19 @@ def evaluate_contexts(
     data: Tensor,
     contexts: Sequence[int],
     *,
-    max_bytes: int = 131072,
+    max_tokens: int = 131072,
+    bytes_in: Callable[[Tensor], float] = torch.numel,
     device: torch.device | str = "cpu",
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> list[ContextScore]:
-    """Score held-out ``data``, uint8 (length,), at each context; see the module for how.
+    """Score held-out ``data``, uint8 or int32 (length,), at each context; see the module for how.
 
     Args:
         model: what predicts.
         data: what is predicted.
-        contexts: in bytes, even, each a divisor of the longest.
-        max_bytes: about how many bytes are scored at each context.
+        contexts: in tokens, even, each a divisor of the longest.
+        max_tokens: about how many tokens are scored at each context.
+        bytes_in: how many bytes some of the data stands for.
         device: where the model is.
         on_progress: is told what is scored and which share of all is done, from 0 to 1.
 
@@ -94,7 +96,8 @@ def evaluate_contexts(
     for context in contexts:
         if context < 2 or context % 2 or longest % context:
             raise InputError(f"contexts must be even and divide the longest. Got {context}.")
-    sections = scored_sections(len(data), longest, max_bytes)
+    sections = scored_sections(len(data), longest, max_tokens)
+    scored_bytes = sum(bytes_in(data[part.start : part.stop]) for part in sections)
     training = model.training
     model.eval()
     scores = []
@@ -103,14 +106,14 @@ def evaluate_contexts(
         def show(share: float, done: int = done, context: int = context) -> None:
             on_progress(f"scoring at context {context}", (done + share) / len(contexts))
 
-        bits = _mean_bits(model, data, sections, context, torch.device(device), show)
-        scores.append(ContextScore(context, bits, len(sections) * len(sections[0])))
+        bits = _bits(model, data, sections, context, torch.device(device), show)
+        scores.append(ContextScore(context, bits / max(1.0, scored_bytes), round(scored_bytes)))
     model.train(training)
     return scores
 
 
 @torch.no_grad()
-def _mean_bits(
+def _bits(
     model: LongNetLM,
     data: Tensor,
     sections: list[range],
@@ -122,14 +125,11 @@ def _mean_bits(
     chunks = [start for section in sections for start in section[::half]]
     starts = torch.tensor(chunks) - half - 1
     total = 0.0
-    parts = torch.split(starts, max(1, _CALL_BYTES // context))
+    parts = torch.split(starts, max(1, _CALL_TOKENS // context))
     for done, part in enumerate(parts):
         on_progress(done / len(parts))
         windows = data[part.unsqueeze(1) + torch.arange(context + 1)].to(device, torch.int64)
-        logits = model.head(model.hidden_states(windows[:, :-1])[:, half:])
-        nats = F.cross_entropy(
-            logits.float().flatten(0, 1), windows[:, half + 1 :].flatten(), reduction="sum"
-        )
-        total += nats.item()
+        hidden = model.hidden_states(windows[:, :-1])[:, half:].flatten(0, 1)
+        total += head_loss(hidden, model.head.weight, windows[:, half + 1 :].flatten()).item()
     on_progress(1.0)
-    return total / math.log(2) / (len(chunks) * half)
+    return total / math.log(2)

@@ -52,7 +52,11 @@ def _plot_validation(
 
 
 def save_context_curve(
-    path: Path, scores: Sequence[ContextScore], baselines: Mapping[str, float], trained_at: int
+    path: Path,
+    scores: Sequence[ContextScore],
+    baselines: Mapping[str, float],
+    trained_at: int,
+    units: str = "bytes",
 ) -> None:
     """Plot held-out bits per byte against context, the baselines as horizontal lines."""
     figure, axes = _new_figure()
@@ -64,7 +68,7 @@ def save_context_curve(
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.minorticks_off()
-    axes.set(xlabel="context, bytes", ylabel="held-out bits per byte")
+    axes.set(xlabel=f"context, {units}", ylabel="held-out bits per byte")
     axes.legend()
     _save(figure, path)
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dilated_factory.configs.models import Parent, TrainConfig
+from dilated_factory.corpora.tokens import Bytes, Tokenizer
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.layers import AttentionFactory
 from dilated_factory.models.longnet import LongNetLM
@@ -61,7 +62,7 @@ class StepMetrics:
     """
 
     step: int
-    loss: float  # nats per byte
+    loss: float  # nats per token
     bits_per_byte: float
     learning_rate: float
     gradient_norm: float  # before clipping
@@ -69,6 +70,7 @@ class StepMetrics:
     elapsed_seconds: float  # of training so far
     progress: float  # share of the run that is done, 0 to 1
     validation_bits_per_byte: float | None = None  # of held-out bytes, after steps that looked
+    tokens_read: int | None = None  # as bytes_read, where a token is not a byte
 
     def record(self) -> dict[str, float]:
         """What metrics.jsonl says of it."""
@@ -96,7 +98,17 @@ class _Launched(NamedTuple):
 
     step: int
     learning_rate: float
-    losses: torch.Tensor  # (2,): nats per byte, norm of the gradients
+    losses: torch.Tensor  # (2,): nats per token, norm of the gradients
+    bytes_read: float  # in all steps so far
+    tokens_per_byte: float  # of what is predicted
+
+
+class _Drawn(NamedTuple):
+    """This rank's part of a batch, and what is true of the whole batch."""
+
+    shares: list[Share]
+    bytes_read: float
+    tokens_per_byte: float  # of what is predicted
 
 
 class _Pending(NamedTuple):
@@ -170,6 +182,7 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.step = 0
         self.elapsed_seconds = 0.0
+        self.bytes_read = 0.0
         self.best: Best | None = None
         parallel.require_fit(run.config)
         parallel.require_same("corpus", corpus.digest)
@@ -180,7 +193,7 @@ class Trainer:
         self._stopping = False
         # A device that works beside the host has its next step while the last one's loss arrives.
         self._lag = 1 if parallel.device.type == "cuda" else 0
-        self._shares = Ahead[list[Share]]()
+        self._shares = Ahead[_Drawn]()
         self._seconds = 0.0  # of this process; elapsed_seconds is what all have agreed on
 
     def _begin_anew(self) -> None:
@@ -227,6 +240,7 @@ class Trainer:
                 run is to be validated.
         """
         require_room_for(config)
+        require_tokenizer(config, corpus.tokenizer)
         if config.validate_every is not None:
             validation_starts(len(corpus.validation), config.model.context, 1, 1)
         first_batch = batch_offsets(
@@ -239,11 +253,11 @@ class Trainer:
         assert len(first_batch) == config.batch_size
         parallel.require_fit(config)
         if config.parent is not None:
-            _require_heir(config, config.parent)
+            _require_heir(config, config.parent, corpus.tokenizer)
         RunFolder.require_new(path)
         parallel.barrier()
         if parallel.is_main:
-            RunFolder.create(path, config)
+            RunFolder.create(path, config, corpus.tokenizer)
         parallel.barrier()
         run = RunFolder.open(path)
         trainer = cls(
@@ -280,7 +294,7 @@ class Trainer:
             raise
 
     def _go_back(self) -> None:
-        self.step, self.elapsed_seconds, self.best = 0, 0.0, None
+        self.step, self.elapsed_seconds, self.bytes_read, self.best = 0, 0.0, 0.0, None
         checkpoints = self.run.checkpoints()
         if not (checkpoints or self._is_fresh):
             self._begin_anew()
@@ -290,6 +304,7 @@ class Trainer:
                 raise RunError("the corpus has changed since this run was started.")
             self._load(folder)
             self.step, self.elapsed_seconds = state.step, state.elapsed_seconds
+            self.bytes_read = self._bytes_read(state)
             if state.best_step is not None and state.best_bits_per_byte is not None:
                 self.best = Best(state.best_step, state.best_bits_per_byte)
         elif self.run.config.parent is not None:  # it ended before what it inherits was saved
@@ -396,17 +411,20 @@ class Trainer:
         ranks, context = self.parallel.data_ranks, config.model.context
         rows = config.micro_batch_size or config.batch_size // ranks
         # Whole batches, since a compiled block would be compiled anew for another size.
-        starts = validation_starts(len(data), context, config.validation_bytes, rows * ranks)
+        most = max(1, round(config.validation_bytes / self.corpus.bytes_per_token))
+        starts = validation_starts(len(data), context, most, rows * ranks)
         total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
         targets = len(starts) * context - sum(
             map(len, self._document_starts(starts, held_out=True) or [])
         )
+        scored_bytes = 0.0
         was_training = self.model.training
         self.model.eval()
         for part in starts.split(rows * ranks):
             windows, begins = (
                 gather_windows(data, part, context + 1), self._document_starts(part, held_out=True)
             )  # fmt: skip
+            scored_bytes += self._scored(windows, begins)[1]
             share_of_all = (len(part) * context - sum(map(len, begins or []))) / max(1, targets)
             for share in self.parallel.shares(windows, starts=begins):
                 with autocast(self.parallel.device, config.dtype):
@@ -414,7 +432,7 @@ class Trainer:
                 total += loss * share_of_all
         self.model.train(was_training)
         (nats,) = self.parallel.mean([total.item()])
-        return nats / math.log(2)
+        return nats / math.log(2) * (targets / max(1.0, scored_bytes))
 
     @property
     def progress(self) -> float:
@@ -443,6 +461,7 @@ class Trainer:
             step=self.step,
             elapsed_seconds=self.elapsed_seconds,
             corpus_digest=self.corpus.digest,
+            bytes_read=self.bytes_read if self._has_tokenizer else None,
             best_step=self.best.step if self.best else None,
             best_bits_per_byte=self.best.bits_per_byte if self.best else None,
             # Now: lines of later steps are added while this checkpoint is written.
@@ -520,7 +539,28 @@ class Trainer:
         stopping, self.elapsed_seconds = self.parallel.mean([float(stop), self.elapsed_seconds])
         self._stopping, self._seconds = stopping > 0, self.elapsed_seconds
 
-    def _draw(self, step: int) -> list[Share]:
+    @property
+    def _has_tokenizer(self) -> bool:
+        return self.run.config.tokenizer is not None
+
+    def _bytes_read(self, state: RunState) -> float:
+        if state.bytes_read is not None:
+            return state.bytes_read
+        return float(state.step * self.run.config.batch_size * self.run.config.model.context)
+
+    def _scored(
+        self, windows: torch.Tensor, begins: list[torch.Tensor] | None
+    ) -> tuple[int, float]:
+        """How many tokens of windows are predicted, and how many bytes these stand for."""
+        targets = windows[:, 1:]
+        left_out = [
+            row[at - 1] for row, at in zip(targets, begins or (), strict=begins is not None)
+        ]
+        missing = torch.cat(left_out) if left_out else targets[:0]
+        counted = self.corpus.bytes_in(targets) - self.corpus.bytes_in(missing)
+        return targets.numel() - missing.numel(), counted
+
+    def _draw(self, step: int) -> _Drawn:
         """This rank's part of the batch of a step."""
         config = self.run.config
         data, context = self.corpus.train, config.model.context
@@ -529,7 +569,12 @@ class Trainer:
         )
         windows = gather_windows(data, offsets, context + 1)
         begins = self._document_starts(offsets)
-        return self.parallel.shares(windows, config.micro_batch_size, begins)
+        tokens, scored_bytes = self._scored(windows, begins)
+        return _Drawn(
+            self.parallel.shares(windows, config.micro_batch_size, begins),
+            self.corpus.bytes_in(windows[:, 1:]),
+            tokens / max(1.0, scored_bytes),
+        )
 
     def _document_starts(
         self, offsets: torch.Tensor, *, held_out: bool = False
@@ -548,7 +593,7 @@ class Trainer:
         factor = learning_rate_factor(config, self.step, self.progress)
         rate = config.learning_rate * factor
         set_learning_rate(self.optimizers, rate)
-        shares = self._shares.get(self._draw, self.step)
+        shares, bytes_read, tokens_per_byte = self._shares.get(self._draw, self.step)
         losses = []
         for index, share in enumerate(shares, start=1):
             with self.parallel.gathering(self._loss, last=index == len(shares)):
@@ -561,14 +606,17 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
+        self.bytes_read += bytes_read
         nats = torch.stack(losses).sum()
-        return _Launched(self.step, rate, torch.stack([nats, norm.to(nats)]))
+        numbers = torch.stack([nats, norm.to(nats)])
+        return _Launched(self.step, rate, numbers, self.bytes_read, tokens_per_byte)
 
     def _read(self, pending: _Pending) -> StepMetrics:
         """The numbers of a step, once they are here; what the ranks agreed on with it is noted."""
         nats, norm, stopping, self.elapsed_seconds = pending.numbers.numbers()
         self._stopping |= stopping > 0
-        config, (step, rate, _) = self.run.config, pending.launched
+        config = self.run.config
+        step, rate, _, bytes_read, tokens_per_byte = pending.launched
         if not math.isfinite(nats):
             raise RunError(
                 f"the loss became {nats} at step {step}; the last checkpoint is kept. "
@@ -577,12 +625,15 @@ class Trainer:
         return StepMetrics(
             step=step,
             loss=nats,
-            bits_per_byte=nats / math.log(2),
+            bits_per_byte=nats / math.log(2) * tokens_per_byte,
             learning_rate=rate,
             gradient_norm=norm,
-            bytes_read=step * config.batch_size * config.model.context,
+            bytes_read=round(bytes_read),
             elapsed_seconds=self.elapsed_seconds,
             progress=self._progress(step),
+            tokens_read=step * config.batch_size * config.model.context
+            if self._has_tokenizer
+            else None,
         )
 
 
@@ -590,7 +641,22 @@ class Trainer:
 _SHAPES = ("embed_dim", "num_layers", "hidden_dim", "vocab_size", "tie_embeddings")
 
 
-def _require_heir(config: TrainConfig, parent: Parent) -> None:
+def require_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raise an `InputError` if a tokenizer is not that of a configuration, or does not fit it."""
+    if (config.tokenizer is None) != isinstance(tokenizer, Bytes):
+        raise InputError(
+            "the corpus must be made with the tokenizer of the configuration. "
+            f"Got tokenizer={config.tokenizer!r} in the configuration and a corpus of "
+            f"{'bytes' if config.tokenizer else 'tokens'}."
+        )
+    if config.tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"vocab_size must be at least that of the tokenizer ({tokenizer.vocab_size}). "
+            f"Got {config.model.vocab_size}."
+        )
+
+
+def _require_heir(config: TrainConfig, parent: Parent, tokenizer: Tokenizer) -> None:
     """Refuse a run that cannot begin with the weights of its parent."""
     run = RunFolder.open(parent.run)
     run.at(parent.step)
@@ -602,6 +668,8 @@ def _require_heir(config: TrainConfig, parent: Parent) -> None:
     ]
     if differing:
         raise RunError(f"the weights of {parent.run!r} do not fit: {'; '.join(differing)}.")
+    if run.tokenizer().digest != tokenizer.digest:
+        raise RunError(f"the weights of {parent.run!r} do not fit: they are of another tokenizer.")
 
 
 def require_room_for(config: TrainConfig) -> None:

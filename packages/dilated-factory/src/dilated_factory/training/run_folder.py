@@ -4,6 +4,8 @@ Layout::
 
     config.json                      the TrainConfig, written once
     config.json.sha256               its checksum, as of sha256sum
+    tokenizer.json                   of runs with one; its checksum beside it; perhaps a
+    tokenizer_config.json            which says what ends a document, and its checksum
     lock                             who writes here
     metrics.jsonl                    one line per step
     curves.png                       loss against bytes read
@@ -45,8 +47,15 @@ from torch import Tensor
 
 from dilated_factory.configs.files import open_regular, read_regular, writing
 from dilated_factory.configs.models import FrozenConfig, TrainConfig, describe_invalid
-from dilated_factory.errors import InputError, RunError
-from dilated_factory.training.atomic import sync, write_text
+from dilated_factory.corpora.tokens import (
+    BYTES,
+    FILE,
+    FileTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from dilated_factory.errors import InputError, MissingPackageError, RunError
+from dilated_factory.training.atomic import sync, write_bytes, write_text
 from dilated_factory.training.lock import FolderLock, holder
 from dilated_factory.training.shards import read_shards
 
@@ -66,6 +75,7 @@ class RunState(FrozenConfig):
     step: int = Field(ge=0, description="steps done")
     elapsed_seconds: float = Field(ge=0, description="spent on the steps done")
     corpus_digest: str
+    bytes_read: float | None = Field(default=None, description="where a token is not a byte")
     best_step: int | None = Field(default=None, description="of the least validation loss so far")
     best_bits_per_byte: float | None = Field(default=None, description="what that was")
     checksums: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
@@ -87,6 +97,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path = path
         self.config = config
+        self._tokenizer: FileTokenizer | None = None
         self._hashed: Any = None  # SHA-256 of the lines of the metrics, kept up to date
 
     @staticmethod
@@ -103,8 +114,8 @@ class RunFolder:
             )
 
     @classmethod
-    def create(cls, path: str | Path, config: TrainConfig) -> Self:
-        """Make a new run folder.
+    def create(cls, path: str | Path, config: TrainConfig, tokenizer: Tokenizer = BYTES) -> Self:
+        """Make a new run folder, with a copy of its tokenizer.
 
         Raises:
             RunError: there is already something.
@@ -112,7 +123,10 @@ class RunFolder:
         path = Path(path)
         cls.require_new(path)
         path.mkdir(parents=True, exist_ok=True)
-        _write_checked(path / "config.json", config.model_dump_json(indent=2) + "\n")
+        if isinstance(tokenizer, FileTokenizer):
+            for name, content in tokenizer.files().items():
+                _write_checked(path / name, content)
+        _write_checked(path / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
         return cls(path, config)
 
     @classmethod
@@ -137,6 +151,31 @@ class RunFolder:
             reason = describe_invalid(error)
             raise RunError(f"{str(file)!r} is damaged or of another version: {reason}") from None
         return cls(path, config)
+
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of bytes: the folder's own copy.
+
+        Raises:
+            RunError: it is missing, damaged or no tokenizer.
+            MissingPackageError: `tokenizers` is not installed.
+        """
+        if self.config.tokenizer is None:
+            return BYTES
+        if self._tokenizer is None:
+            with _told_by_reader():
+                self._tokenizer = FileTokenizer(self.path / FILE)
+                for name, content in self._tokenizer.read.items():
+                    _check(self.path / name, content)
+        return self._tokenizer
+
+    def require_tokenizer(self, path: str | None) -> None:
+        """Refuse a tokenizer other than this run's, wherever it lies; None will do.
+
+        Raises:
+            RunError: it is another.
+        """
+        if path is not None and load_tokenizer(path).digest != self.tokenizer().digest:
+            raise RunError(f"the run folder is from another tokenizer than {path!r}.")
 
     def require_same(self, given: Mapping[str, Any]) -> None:
         """Refuse other values than this run's for fields of its configuration or of its model's.
@@ -239,7 +278,7 @@ class RunFolder:
         digest = state.metrics_digest or self.metrics_digest()
         full = state.model_copy(update={"checksums": checksums, "metrics_digest": digest})
         record = temporary / "state.json"
-        _write_checked(record, full.model_dump_json(indent=2) + "\n")
+        _write_checked(record, (full.model_dump_json(indent=2) + "\n").encode())
         for file in files:
             # safetensors lets nobody else read its files, whatever the umask says.
             if file.stat().st_mode != record.stat().st_mode:
@@ -444,10 +483,10 @@ def _read_state(file: Path) -> RunState:
     return state
 
 
-def _write_checked(path: Path, text: str) -> None:
+def _write_checked(path: Path, content: bytes) -> None:
     """Write a file, then its checksum as `sha256sum` does."""
-    write_text(path, text)
-    write_text(_checksum_file(path), f"{hashlib.sha256(text.encode()).hexdigest()}  {path.name}\n")
+    write_bytes(path, content)
+    write_text(_checksum_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
 
 
 def _check(path: Path, content: bytes) -> None:
@@ -491,8 +530,8 @@ def _is_metrics(record: Any) -> bool:
 
 def _is_torn(path: Path) -> bool:
     """Whether a killed process left it half written, or half removed."""
-    torn = r"\.checkpoint-\d+\.tmp|\.(config\.json(\.sha256)?|metrics\.jsonl)\.\d+\.tmp"
-    return re.fullmatch(torn, path.name) is not None
+    file = r"(config|tokenizer|tokenizer_config)\.json(\.sha256)?|metrics\.jsonl"
+    return re.fullmatch(rf"\.checkpoint-\d+\.tmp|\.({file})\.\d+\.tmp", path.name) is not None
 
 
 def _remove(path: Path) -> None:
@@ -509,4 +548,5 @@ def _told_by_reader() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise error if isinstance(error, RunError) else RunError(str(error)) from None
+        told = isinstance(error, RunError | MissingPackageError)
+        raise error if told else RunError(str(error)) from None

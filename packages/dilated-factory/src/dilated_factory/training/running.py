@@ -1,10 +1,12 @@
 """Training from Python, in one call."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dilated_factory.configs.models import TrainConfig
+from dilated_factory.corpora.tokens import INEXACT, load_tokenizer
 from dilated_factory.training.compiling import Compile, decide_compile
 from dilated_factory.training.corpus import Corpus, load_corpus
 from dilated_factory.training.loop import StepMetrics, Trainer, select_device
@@ -53,16 +55,24 @@ def train(
         2
     """
     parallel = Parallel(select_device(device))
+    run = None
+    if resume and (Path(out) / "config.json").exists():
+        run = RunFolder.open(out)
+        run.require_same(dict(config.model) | dict(config))
     if corpus is None:
-        corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+        corpus = load_corpus(
+            config.paths,
+            validation_fraction=config.validation_fraction,
+            tokenizer=run.tokenizer() if run else load_tokenizer(config.tokenizer),
+        )
+    if not corpus.tokenizer.is_exact:
+        warnings.warn(INEXACT, stacklevel=2)
     options: dict[str, Any] = {
         "parallel": parallel,
         "checkpoint_every": checkpoint_every,
         "compiled": decide_compile(compile, parallel),
     }
-    if resume and (Path(out) / "config.json").exists():
-        run = RunFolder.open(out)
-        run.require_same(dict(config.model) | dict(config))
+    if run is not None:
         trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:

@@ -7,6 +7,7 @@ from typing import Any
 from dilated_factory.configs.files import read_values
 from dilated_factory.configs.models import LongNetConfig, Parent
 from dilated_factory.configs.pattern import default_pattern
+from dilated_factory.corpora.tokens import load_tokenizer, rounded
 from dilated_factory.errors import InputError
 from dilated_factory.training.run_folder import RunFolder
 
@@ -29,7 +30,10 @@ def values_in(file: Path) -> dict[str, Any]:
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
         raise InputError(f"paths must be a list of strings. Got {paths!r}.")
     # Absolute, so that a run can be resumed and evaluated from another folder.
-    return values | {"paths": tuple(str((file.parent / path).resolve()) for path in paths)}
+    values |= {"paths": tuple(str((file.parent / path).resolve()) for path in paths)}
+    if isinstance(values.get("tokenizer"), str):
+        values["tokenizer"] = str((file.parent / values["tokenizer"]).resolve())
+    return values
 
 
 def child_of(path: Path) -> dict[str, Any]:
@@ -43,6 +47,8 @@ def child_of(path: Path) -> dict[str, Any]:
     run = RunFolder.open(path)
     _, state = run.newest()
     values = run.config.model_dump(exclude_none=True)
+    if run.config.tokenizer is not None:
+        values["tokenizer"] = str(path.resolve())  # the original may be gone
     return values | {
         "seed": (run.config.seed + 1) % 2**63,
         "parent": Parent(run=str(path.resolve()), step=state.step).model_dump(),
@@ -66,7 +72,11 @@ def changed(
     model = dict(model)
     if "context" in shape and _is_default(model):
         model = {name: value for name, value in model.items() if name not in _PATTERN}
-    return base | dict(training) | {"model": model | dict(shape)}
+    model |= dict(shape)
+    base |= dict(training)
+    if isinstance(base.get("tokenizer"), str) and "vocab_size" not in model:
+        model["vocab_size"] = rounded(load_tokenizer(base["tokenizer"]).vocab_size)
+    return base | {"model": model}
 
 
 def _is_default(model: Mapping[str, Any]) -> bool:

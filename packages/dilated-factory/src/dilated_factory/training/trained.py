@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dilated_factory.corpora.tokens import Bytes
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.baselines import MarkovModel
-from dilated_factory.training.batches import bytes_seen
-from dilated_factory.training.corpus import Corpus, load_bytes, load_corpus
+from dilated_factory.training.batches import windows_seen
+from dilated_factory.training.corpus import Corpus, load_corpus, load_held_out
 from dilated_factory.training.evaluation import (
     ContextScore,
     evaluate_contexts,
@@ -104,7 +105,7 @@ def evaluate_run(
     Args:
         trained: the model.
         paths: files and folders to score instead of the held-out files of the run's corpus.
-        contexts: in bytes; default 512 to 16384, doubling, as far as the data goes.
+        contexts: in tokens; default 512 to 16384, doubling, as far as the data goes.
         max_bytes: about how many bytes are scored at each context.
         on_progress: is told what is done and which share of the model's part is done, from 0 to 1.
 
@@ -134,21 +135,25 @@ def evaluate_run(
     except InputError:
         if not paths:
             raise
-    data = load_bytes(paths) if corpus is None or paths else corpus.validation
+    tokenizer = trained.run.tokenizer()
+    held_out = load_held_out(paths, tokenizer) if corpus is None or paths else corpus
+    data = held_out.validation
+    max_tokens = max(1, round(max_bytes / held_out.bytes_per_token))
     contexts = tuple(contexts or fitting_contexts(len(data)))
     # In float32 on CPUs: scores are as exact, and torch's attention is faster there.
     with autocast(trained.device, config.dtype if trained.device.type == "cuda" else "float32"):
         scores = evaluate_contexts(
             *(trained.model, data, contexts),
-            max_bytes=max_bytes,
+            max_tokens=max_tokens,
+            bytes_in=held_out.bytes_in,
             device=trained.device,
             on_progress=on_progress,
         )
     if not all(math.isfinite(score.bits_per_byte) for score in scores):
         raise RunError("the model's predictions are not finite: its weights are too large.")
-    sections = scored_sections(len(data), max(contexts), max_bytes)
+    sections = scored_sections(len(data), max(contexts), max_tokens)
     on_progress("counting for the Markov models", 1.0)
-    baselines = {} if corpus is None else _baselines(trained, corpus, data, sections)
+    baselines = {} if corpus is None else _baselines(trained, corpus, held_out, sections)
     return Evaluation(scores, baselines)
 
 
@@ -158,6 +163,7 @@ def _same_corpus(trained: TrainedModel) -> Corpus:
         config.paths,
         validation_fraction=config.validation_fraction,
         digest=trained.state.corpus_digest,
+        tokenizer=trained.run.tokenizer(),
     )
     if corpus.digest != trained.state.corpus_digest:
         raise RunError("the corpus has changed since this run was trained.")
@@ -165,17 +171,42 @@ def _same_corpus(trained: TrainedModel) -> Corpus:
 
 
 def _baselines(
-    trained: TrainedModel, corpus: Corpus, data: Tensor, sections: list[range]
+    trained: TrainedModel, corpus: Corpus, held_out: Corpus, sections: list[range]
 ) -> dict[str, float]:
     config = trained.run.config
-    seen = bytes_seen(
+    windows = windows_seen(
         corpus.train,
         context=config.model.context,
         batch_size=config.batch_size,
         seed=config.seed,
         steps=trained.state.step,
     )
+    seen: Tensor | list[Tensor] = windows
+    data, share = held_out.validation, 1.0
+    if not isinstance(corpus.tokenizer, Bytes):
+        seen = [_text(corpus, window) for window in windows]
+        data, sections = _texts(held_out, sections)
+        share = held_out.bytes_share
     return {
-        f"Markov order {order}": MarkovModel(order, seen).bits_per_byte(data, sections)
+        f"Markov order {order}": MarkovModel(order, seen).bits_per_byte(data, sections) / share
         for order in (1, 2)
     }
+
+
+def _text(corpus: Corpus, tokens: Tensor) -> Tensor:
+    """The bytes that tokens stand for, uint8."""
+    text = b"".join(corpus.tokenizer.tokens[id] for id in tokens.tolist())
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else tokens[:0].byte()
+
+
+def _texts(corpus: Corpus, sections: list[range]) -> tuple[Tensor, list[range]]:
+    """The bytes of sections of held-out tokens, each after some of those before it."""
+    parts, found, length = [], [], 0
+    for section in sections:
+        before = _text(corpus, corpus.validation[max(0, section.start - 64) : section.start])[-2:]
+        text = _text(corpus, corpus.validation[section.start : section.stop])
+        # A Markov model needs a history; where there is none, newlines are as good as any.
+        parts += [torch.full((2 - len(before),), 10, dtype=torch.uint8), before, text]
+        found.append(range(length + 2, length + 2 + len(text)))
+        length += 2 + len(text)
+    return torch.cat(parts), found
