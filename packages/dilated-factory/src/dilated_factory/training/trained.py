@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dilated_factory.corpora.tokens import Bytes
+from dilated_factory.corpora.tokens import Bytes, Tokenizer
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.baselines import MarkovModel
@@ -43,6 +43,11 @@ class TrainedModel:
     model: LongNetLM
     state: RunState
     device: torch.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own; raises as `RunFolder.tokenizer`."""
+        return self.run.tokenizer()
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,7 @@ def evaluate_run(
     except InputError:
         if not paths:
             raise
-    tokenizer = trained.run.tokenizer()
-    held_out = load_held_out(paths, tokenizer) if corpus is None or paths else corpus
+    held_out = load_held_out(paths, trained.tokenizer) if corpus is None or paths else corpus
     data = held_out.validation
     max_tokens = max(1, round(max_bytes / held_out.bytes_per_token))
     contexts = tuple(contexts or fitting_contexts(len(data)))
@@ -163,7 +167,7 @@ def _same_corpus(trained: TrainedModel) -> Corpus:
         config.paths,
         validation_fraction=config.validation_fraction,
         digest=trained.state.corpus_digest,
-        tokenizer=trained.run.tokenizer(),
+        tokenizer=trained.tokenizer,
     )
     if corpus.digest != trained.state.corpus_digest:
         raise RunError("the corpus has changed since this run was trained.")
