@@ -110,11 +110,11 @@ def test_text_comes_as_soon_as_no_stop_can_begin_in_it() -> None:
     text = Continuation(b"p", [b"abc", b"bd"])
     seen = []
     for byte in "xabé".encode() + b"aabd.":
-        text.add(byte)
+        text.add(bytes([byte]))
         seen.append(text.ready)
         text.ready = ""
     assert seen == ["px", "", "", "ab", "é", "", "a", "", "a\n", ""]
-    assert text.stopped
+    assert text.over
 
 
 def test_evaluate_scores_files_of_the_users_choice(
@@ -205,7 +205,7 @@ def test_a_bad_corpus_is_one_line_and_writes_nothing(capsys: Captured, tmp_path:
     corpus.mkdir()
     assert "the corpus is empty" in complaint(capsys, *train)
     (corpus / "a").write_bytes(b"x" * 48)
-    assert "at least context + 1 = 49 bytes" in complaint(capsys, *train)
+    assert "at least context + 1 = 49 tokens" in complaint(capsys, *train)
     assert not out.exists()
 
 

@@ -108,7 +108,7 @@ def test_long_documents_are_cut_between_lines_which_changes_nothing(
     text = "def hello(world):\n\n    return self.hello\n\nÉté ".encode() * 20 + b"x" * 99
     whole = tokenizer.encode([text])
     monkeypatch.setattr(tokens, "MOST_TEXT", 67)
-    pieces = list(tokens._cut(text.decode()))
+    pieces = list(tokens.cut(text.decode()))
     assert max(map(len, pieces)) <= 67
     assert len(pieces) > 9
     (ids,) = tokenizer.encode([text])

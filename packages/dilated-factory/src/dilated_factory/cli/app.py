@@ -14,9 +14,10 @@ from typer.core import TyperCommand, TyperGroup
 # The commands, each in the module of its name, and the first line of each one's help.
 COMMANDS = {
     "train": "Train a LongNet language model on the bytes of files.",
+    "tokenize": "Learn a byte-level BPE tokenizer, for `dilated train --tokenizer`.",
     "compare": "Compare runs: how far each is, its loss, on held-out bytes too, its speed.",
     "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
-    "generate": "Continue prompts, byte by byte; print prompts and continuations as they come.",
+    "generate": "Continue prompts; print prompts and continuations as they come.",
     "export": "Write a trained model as a folder that Hugging Face transformers loads.",
     "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
     "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from dilated_factory.cli.options import Device
+from dilated_factory.cli.options import Device, unit
 from dilated_factory.errors import InputError
-from dilated_factory.models.generation import stream_bytes
+from dilated_factory.models.generation import stream_texts
 from dilated_factory.training.loop import select_device
 from dilated_factory.training.trained import load_trained
 
@@ -25,28 +25,29 @@ def generate(
     prompt_file: Annotated[
         list[Path] | None, typer.Option(help="File to continue; again for more.")
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=0, max=2**24, help="Bytes to add.")] = 256,
+    max_bytes: Annotated[int, typer.Option(min=0, max=2**24, help="Bytes to add, at most.")] = 256,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Text that ends a continuation and is not printed; again for more."),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest byte each time.")
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
     ] = 0.8,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw among the k likeliest bytes only.")
+        int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw among the likeliest bytes of this probability together."),
+        typer.Option(help="Draw among the likeliest tokens of this probability together."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "cpu",
 ) -> int:
-    """Continue prompts, byte by byte; print prompts and continuations as they come.
+    """Continue prompts; print prompts and continuations as they come.
 
     Several prompts go through the model together and are printed one after the other. How fast it
-    was goes to stderr. Bytes that are not UTF-8 are printed as the replacement character.
+    was goes to stderr. Bytes that are not UTF-8 are printed as the replacement character. With a
+    tokenizer a continuation is over where the model ends the document.
 
     Examples:
         dilated generate runs/longnet --prompt "def main("
@@ -61,19 +62,24 @@ def generate(
         if not all(given):
             raise typer.BadParameter("must hold at least one byte", param_hint=name)
     trained = load_trained(run, device=select_device(device))
+    tokenizer = trained.tokenizer
+    for start, ids in zip(prompts, tokenizer.encode(prompts), strict=True):
+        if ids and (read := tokenizer.decode(ids)) != start:
+            shown = printable(read[:200].decode("utf-8", "replace"))
+            print(f"warning: the tokenizer makes of a prompt {shown!r}", file=sys.stderr)
     texts = [Continuation(start, stops) for start in prompts]
     started = time.perf_counter()
-    steps = stream_bytes(
-        trained.model, prompts, max_bytes=max_bytes, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed,
+    steps = stream_texts(
+        trained.model, prompts, max_bytes=max_bytes, tokenizer=tokenizer, temperature=temperature,
+        top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
     times = []
     for step in steps:
         times.append(time.perf_counter())
-        for text, byte in zip(texts, step, strict=True):
-            text.add(byte)
+        for text, added in zip(texts, step, strict=True):
+            text.add(added)
         show(texts)
-        if all(text.stopped for text in texts):
+        if all(text.over for text in texts):
             break
     for text in texts:
         text.end()
@@ -81,7 +87,8 @@ def generate(
     sys.stdout.flush()
     if len(times) > 1:
         rate = (len(times) - 1) * len(texts) / (times[-1] - times[0])
-        print(f"prompt {times[0] - started:.2f} s, then {rate:,.0f} bytes/s", file=sys.stderr)
+        speed = f"{rate:,.0f} {unit(trained.run.config)}/s"
+        print(f"prompt {times[0] - started:.2f} s, then {speed}", file=sys.stderr)
     return 0
 
 
@@ -105,7 +112,6 @@ class Continuation:
 
     Attributes:
         ready: text that is not printed yet.
-        stopped: whether a text that ends it has come.
         over: whether nothing more comes.
     """
 
@@ -113,16 +119,19 @@ class Continuation:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops, self._held = stops, b""
         self.ready = printable(self._decoder.decode(prompt))
-        self.stopped = self.over = False
+        self.over = False
 
-    def add(self, byte: int) -> None:
-        """Take the next byte; what may be the start of a stop is held back."""
-        if self.stopped:
+    def add(self, added: bytes | None) -> None:
+        """Take the next bytes, None at the end; what may be the start of a stop is held back."""
+        if self.over:
             return
-        self._held += bytes([byte])
+        if added is None:
+            self.end()
+            return
+        self._held += added
         ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
-            self._held, self.stopped = self._held[: min(ends)], True
+            self._held = self._held[: min(ends)]
             self.end()
             return
         longest = max((starts(stop, self._held) for stop in self._stops), default=0)
@@ -131,10 +140,10 @@ class Continuation:
         self._held = self._held[cut:]
 
     def end(self) -> None:
-        """Give out what was held back."""
+        """Give out what was held back; of a character that is not whole, nothing."""
         if not self.over:
             self.over = True
-            self.ready += printable(self._decoder.decode(self._held, final=True)) + "\n"
+            self.ready += printable(self._decoder.decode(self._held)) + "\n"
 
 
 def starts(stop: bytes, text: bytes) -> int:

@@ -20,6 +20,7 @@ from dilated_factory.errors import InputError, missing_package
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 MOST_FILE_BYTES = 2**28
 MOST_TOKENS = 2**24  # a vocabulary beyond is a mistake in the file
+LEAST_VOCABULARY = 257  # of a byte-level BPE: the bytes and the end of a document
 MOST_TEXT = 2**20  # characters that the library is given in one piece; it takes 200 bytes for each
 # What ends a document, where the folder of a tokenizer does not say.
 ENDS = (
@@ -228,7 +229,7 @@ class FileTokenizer:
             except UnicodeDecodeError as error:
                 text = document[: error.start].decode()
                 bad, document = document[error.start : error.end], document[error.end :]
-            yield from _cut(text)
+            yield from cut(text)
             ids = [self._bytes[byte] for byte in bad if byte in self._bytes]
             if len(ids) == len(bad):
                 yield ids
@@ -256,7 +257,7 @@ def rounded(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
-def _cut(text: str) -> Iterator[str]:
+def cut(text: str) -> Iterator[str]:
     """A text in pieces that are not too long, each but the last ending with a line if one ends."""
     while len(text) > MOST_TEXT:
         end = MOST_TEXT

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dilated_core.extending import check_padding_mask
 from dilated_factory.configs.models import XPOS_MAX_SPAN, LongNetConfig
+from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.models.longnet import LeftAligned, LongNetLM
 from dilated_factory.models.row_step import RowStep
@@ -27,14 +28,43 @@ def generate(
     prompt: bytes,
     *,
     max_bytes: int,
+    tokenizer: Tokenizer = BYTES,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
 ) -> bytes:
-    """Continue ``prompt`` by ``max_bytes`` bytes; return the continuation.
+    """Continue ``prompt`` by at most ``max_bytes`` bytes; return the continuation.
 
-    The same arguments give the same bytes; they are those of `generate_tokens`.
+    It is shorter where the model ends the document. The same arguments give the same bytes; they
+    are those of `generate_tokens`, and the tokenizer is that of the model.
+
+    Raises:
+        InputError: (a ValueError) an argument is out of its range.
+    """
+    steps = stream_texts(
+        model, [prompt], max_bytes=max_bytes, tokenizer=tokenizer, temperature=temperature,
+        top_k=top_k, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    return b"".join(added or b"" for (added,) in steps)
+
+
+def stream_texts(
+    model: LongNetLM,
+    prompts: Sequence[bytes],
+    *,
+    max_bytes: int,
+    tokenizer: Tokenizer = BYTES,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[list[bytes | None]]:
+    """Continue prompts of any lengths together; yield the bytes of each one's next token.
+
+    They may be a part of a character. None stands for a text that is over: the model ended the
+    document, or ``max_bytes`` are there, to which the last token is cut. Tokens that stand for
+    nothing are not drawn.
 
     Raises:
         InputError: (a ValueError) an argument is out of its range.
@@ -46,43 +76,47 @@ def generate(
     """
     if max_bytes < 0:
         raise InputError(f"max_bytes must not be negative. Got {max_bytes}.")
-    steps = stream_bytes(
-        model, [prompt], max_bytes=max_bytes, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed,
-    )  # fmt: skip
-    return bytes(added for (added,) in steps)
-
-
-def stream_bytes(
-    model: LongNetLM,
-    prompts: Sequence[bytes],
-    *,
-    max_bytes: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-) -> Iterator[list[int]]:
-    """Continue prompts of any lengths together; yield the next byte of each, as it is drawn.
-
-    Raises:
-        InputError: (a ValueError) an argument is out of its range.
-    """
     if not prompts or not all(prompts):
         raise InputError("prompt must hold at least one byte. Got none.")
-    if model.config.vocab_size != 256:
+    size = model.config.vocab_size
+    if isinstance(tokenizer, Bytes) and size != 256:
+        raise InputError(f"model must have a vocabulary of 256 bytes. Got {size}.")
+    if size < tokenizer.vocab_size:
         raise InputError(
-            f"model must have a vocabulary of 256 bytes. Got {model.config.vocab_size}."
+            f"model must have the vocabulary of the tokenizer ({tokenizer.vocab_size}). Got {size}."
         )
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompts])
-    padding = torch.tensor([[i < longest - len(row) for i in range(longest)] for row in prompts])
-    draw = Draw(temperature, top_k, top_p)
+    rows = tokenizer.encode(prompts)
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise InputError(f"prompt must hold a token of the tokenizer. Got {prompt[:80]!r}.")
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    padding = torch.tensor([[i < longest - len(row) for i in range(longest)] for row in rows])
+    stops = () if tokenizer.end_of_document is None else (tokenizer.end_of_document,)
+    draw = Draw(temperature, top_k, top_p, _drawable(tokenizer, model))
     steps = stream_tokens(
-        model, tokens, padding if padding.any() else None, max_bytes, draw, (), seed, use_cache=True
-    )
+        model, tokens, padding if padding.any() else None, max_bytes, draw, stops, seed,
+        use_cache=True,
+    )  # fmt: skip
+    left = [max_bytes] * len(rows)
     for step in steps:
-        yield step.tolist()
+        added: list[bytes | None] = []
+        for index, token in enumerate(step.tolist()):
+            left[index] *= token not in stops
+            added.append(tokenizer.tokens[token][: left[index]] if left[index] else None)
+            left[index] -= len(added[-1] or b"")
+        yield added
+        if not any(left):
+            return
+
+
+def _drawable(tokenizer: Tokenizer, model: LongNetLM) -> Tensor | None:
+    """Which tokens of a model stand for something, bool (V,); None where all do."""
+    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    allowed[: tokenizer.vocab_size] = tokenizer.sizes > 0
+    if tokenizer.end_of_document is not None:
+        allowed[tokenizer.end_of_document] = True
+    return None if allowed.all() else allowed.to(next(model.parameters()).device)
 
 
 @torch.no_grad()
@@ -192,11 +226,17 @@ def stream_tokens(
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn from logits; the arguments are those of `generate_tokens`."""
+    """How a token is drawn from logits; the first arguments are those of `generate_tokens`.
+
+    Args:
+        temperature, top_k, top_p: as there.
+        allowed: bool (V,) on the logits' device, tokens that may be drawn; None means all.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    allowed: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -210,6 +250,8 @@ class Draw:
 
     def __call__(self, logits: Tensor, chances: Tensor) -> Tensor:
         """Tokens (B,) int64 from logits (B, V) and uniform chances (B,), in chances' dtype."""
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed, -torch.inf)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         logits = logits.to(chances.dtype)
