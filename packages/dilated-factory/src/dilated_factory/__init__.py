@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dilated_factory.configs.pattern import default_pattern
     from dilated_factory.configs.pool import PoolConfig, create_pool
     from dilated_factory.configs.slides import SlideEncoderConfig
+    from dilated_factory.corpora.tokens import load_tokenizer
     from dilated_factory.genomes.dataset import GenomeDataset
     from dilated_factory.genomes.embedding import embed_intervals
     from dilated_factory.genomes.fasta import Genome
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from dilated_factory.models.longnet import LongNetLM
     from dilated_factory.slides.readers import SlideFeatures, read_slide_features
     from dilated_factory.training.corpus import Corpus, load_corpus
+    from dilated_factory.training.learning_tokens import learn_tokenizer
     from dilated_factory.training.loop import StepMetrics, Trainer
     from dilated_factory.training.running import train
     from dilated_factory.training.trained import (
@@ -121,8 +123,10 @@ __all__ = [
     "export_to_transformers",
     "generate",
     "generate_tokens",
+    "learn_tokenizer",
     "load_corpus",
     "load_genome",
+    "load_tokenizer",
     "load_torchscale",
     "load_trained",
     "parameter_groups",
@@ -196,6 +200,8 @@ _HOMES = {
     "Selection": "kinds.selection",
     "Corpus": "training.corpus",
     "load_corpus": "training.corpus",
+    "load_tokenizer": "corpora.tokens",
+    "learn_tokenizer": "training.learning_tokens",
     "StepMetrics": "training.loop",
     "Trainer": "training.loop",
     "train": "training.running",

@@ -30,7 +30,7 @@ EXIT_BROKEN = 1
 _PACKAGES = (
     *("dilated-core", "dilated-pool", "dilated-sparse", "dilated-ring", "dilated-factory"),
     *("torch", "triton", "numpy", "pydantic", "safetensors", "matplotlib", "typer", "rich"),
-    *("transformers", "h5py", "scikit-learn"),
+    *("transformers", "tokenizers", "h5py", "scikit-learn"),
 )
 _YES, _NOT_HERE, _FAULT = Text("yes"), Text("not here", "dim"), Text("FAULT", "bold red")
 # How a backend says that it cannot serve such a call.

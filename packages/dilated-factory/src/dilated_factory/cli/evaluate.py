@@ -71,7 +71,7 @@ def evaluate(
         return 0
     console = plain_console()
     console.print(evaluation_table(evaluation, units))
-    if warning := sight_warning(trained.run.config.model, trained_at):
+    if warning := sight_warning(trained.run.config.model, trained_at, units):
         console.print(warning, soft_wrap=True)
     if not evaluation.baselines:
         console.print("no Markov models: the corpus of the run is gone or has changed")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dilated_factory.cli.options import Device, unit
+from dilated_factory.corpora.tokens import Tokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.models.generation import stream_texts
 from dilated_factory.training.loop import select_device
@@ -63,10 +64,7 @@ def generate(
             raise typer.BadParameter("must hold at least one byte", param_hint=name)
     trained = load_trained(run, device=select_device(device))
     tokenizer = trained.tokenizer
-    for start, ids in zip(prompts, tokenizer.encode(prompts), strict=True):
-        if ids and (read := tokenizer.decode(ids)) != start:
-            shown = printable(read[:200].decode("utf-8", "replace"))
-            print(f"warning: the tokenizer makes of a prompt {shown!r}", file=sys.stderr)
+    warn_of_changes(prompts, tokenizer)
     texts = [Continuation(start, stops) for start in prompts]
     started = time.perf_counter()
     steps = stream_texts(
@@ -90,6 +88,14 @@ def generate(
         speed = f"{rate:,.0f} {unit(trained.run.config)}/s"
         print(f"prompt {times[0] - started:.2f} s, then {speed}", file=sys.stderr)
     return 0
+
+
+def warn_of_changes(prompts: Sequence[bytes], tokenizer: Tokenizer) -> None:
+    """Say what a model reads where that is not the prompt."""
+    for prompt, ids in zip(prompts, tokenizer.encode(prompts), strict=True):
+        if ids and (read := tokenizer.decode(ids)) != prompt:
+            shown = printable(read[:200].decode("utf-8", "replace"))
+            print(f"warning: the tokenizer makes of a prompt {shown!r}", file=sys.stderr)
 
 
 def content_of(path: Path) -> bytes:

@@ -40,14 +40,15 @@ def unit(config: TrainConfig) -> str:
     return "bytes" if config.tokenizer is None else "tokens"
 
 
-def sight_warning(model: StackConfig, context: int) -> str | None:
+def sight_warning(model: StackConfig, context: int, units: str = "bytes") -> str | None:
     """What to tell of a pattern that does not reach over a context; None if it does."""
     seen = sight(model.pattern, model.num_layers)
     if seen >= context:
         return None
     return (
-        f"warning: with these segments {model.num_layers} layers see {seen:,} bytes at most, of a "
-        f"context of {context:,}; without --segment-lengths and --dilation-rates a new run sees all"
+        f"warning: with these segments {model.num_layers} layers see {seen:,} {units} at most, of "
+        f"a context of {context:,}; without --segment-lengths and --dilation-rates a new run sees "
+        "all"
     )
 
 

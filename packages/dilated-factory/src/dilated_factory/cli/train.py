@@ -200,7 +200,7 @@ def run_training(
         f"{parameters:,} parameters, context {config.model.context:,} {tokens}, "
         f"{config.dtype} on {parallel.device}, from step {trainer.step}",
     )
-    if warning := sight_warning(config.model, config.model.context):
+    if warning := sight_warning(config.model, config.model.context, unit(config)):
         console.print(warning, soft_wrap=True)
     peak = peak_flops(parallel.device, config.dtype)
     with StopRequest() as stop, ExitStack() as stack:
