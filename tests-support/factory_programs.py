@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dilated_core import DilatedPattern
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
+from dilated_factory.corpora.tokens import load_tokenizer
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import StepMetrics, Trainer
@@ -185,7 +186,11 @@ def _trainer(
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     parallel = join(device(), sequence_parallel=sequence_parallel, data_parallel=data_parallel)
-    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    corpus = load_corpus(
+        config.paths,
+        validation_fraction=config.validation_fraction,
+        tokenizer=load_tokenizer(config.tokenizer),
+    )
     if not (path / "config.json").exists():
         trainer = Trainer.start(path, config, corpus, parallel=parallel, compiled=compiled)
         optimizer(trainer)

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import factory_programs as programs
-from dilated_factory import InputError, LongNetConfig, TrainConfig
+from dilated_factory import InputError, LongNetConfig, TrainConfig, train
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.parallel import DataParallel, Parallel, join
 from dilated_factory.training.run_folder import RunFolder
 from process_ranks import Ranks, World
 
 from .conftest import TINY_OPTIONS, losses, start
+from .tokenizer_files import byte_level, saved
 
 pytest.importorskip("dilated_ring", reason="dilated-ring is not installed")
 
@@ -95,6 +96,20 @@ def test_four_processes_train_like_one(
     assert sum(name.startswith("shard-") for name in files) >= 4
     kinds = {Path(name).suffix for name in files - {"lock"}}
     assert kinds == {".json", ".jsonl", ".safetensors", ".sha256"}
+
+
+def test_processes_share_tokens_as_they_share_bytes(
+    config: TrainConfig, four: Ranks, tmp_path: Path
+) -> None:
+    values = {"tokenizer": str(saved(byte_level(), tmp_path)), "steps": 2, "validate_every": 2}
+    model = config.model.model_copy(update={"vocab_size": 320})
+    config = config.model_copy(update=values | {"model": model, "validation_bytes": 400})
+    alone = train(config, tmp_path / "alone").run.read_metrics()
+    four.run(programs.train, tmp_path / "run", config, 2, None, "ddp", timeout=120)
+    for found, expected in zip(RunFolder.open(tmp_path / "run").read_metrics(), alone, strict=True):
+        assert found["bytes_read"] == expected["bytes_read"] > found["tokens_read"]
+        for name in ("bits_per_byte", "validation_bits_per_byte"):
+            assert found.get(name) == pytest.approx(expected.get(name), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
