@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dilated_factory import InputError
 from dilated_factory.corpora import tokens
@@ -128,8 +128,12 @@ def test_the_end_of_a_document_is_what_the_folder_says_or_a_usual_name(tmp_path:
         there = load_tokenizer(folder)
         assert there.end_of_document == 2
         assert there.digest != first.digest
-    settings.write_text(json.dumps({"eos_token": "<gone>"}))
-    with pytest.raises(InputError, match=r"eos_token in .* must be in the vocabulary .* '<gone>'"):
+    for wrong in ("<gone>", ["<stop>"], 7, {"content": {}}):
+        settings.write_text(json.dumps({"eos_token": wrong}))
+        with pytest.raises(InputError, match=r"eos_token in .* must be in the vocabulary .* Got"):
+            load_tokenizer(folder)
+    settings.write_text("[]")
+    with pytest.raises(InputError, match=r"tokenizer_config.json' is no tokenizer"):
         load_tokenizer(folder)
 
 
@@ -186,6 +190,17 @@ def test_a_file_that_is_no_tokenizer_is_one_line(
     with pytest.raises(InputError) as raised:
         load_tokenizer(tmp_path)
     assert complaint in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_vocabulary_without_a_token_for_the_unknown_serves_what_it_knows(tmp_path: Path) -> None:
+    made = Tokenizer(models.WordLevel({"hello": 0, "world": 1}))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = FileTokenizer(saved(made, tmp_path))
+    assert not tokenizer.is_exact
+    assert tokenizer.encode([b"hello world  hello"]) == [[0, 1, 0]]
+    with pytest.raises(InputError, match=r"has no tokens for a document: .*\[UNK\]") as raised:
+        tokenizer.encode([b"hello you"])
     assert "\n" not in str(raised.value)
 
 

@@ -109,6 +109,7 @@ def train(
         dilated train src docs --out runs/mine --context 16384 --validate-every 100
         dilated train --out runs/mine --resume
         dilated train --from runs/mine --out runs/longer --context 65536 --steps 500
+        dilated train src --tokenizer tokenizer.json --out runs/tokens
         dilated train --config run.toml --out runs/filed --tensorboard
         torchrun --nproc-per-node 4 -m dilated_factory train --sequence-parallel 4
         torchrun --nproc-per-node 4 -m dilated_factory train --batch-size 4 \

@@ -126,7 +126,11 @@ class LongNetConfig(StackConfig):
     """
 
     kind: Literal["longnet"] = "longnet"
-    vocab_size: int = Field(default=256, ge=1, description="different tokens; 256 are bytes")
+    vocab_size: int = Field(
+        default=256,
+        ge=1,
+        description="different tokens; of a tokenizer all, and up to a multiple of 64",
+    )
     scale_embedding: bool = Field(default=True, description="embedding times sqrt(embed_dim)")
     tie_embeddings: bool = Field(default=True, description="one weight for embedding and head")
 

@@ -86,7 +86,8 @@ class FileTokenizer:
     """The tokenizer of a tokenizer.json, by the library `tokenizers`.
 
     Truncation, padding and dropout that the file asks for are left out. Bytes that are not UTF-8
-    are tokens where the vocabulary has tokens of single bytes, and U+FFFD elsewhere.
+    are tokens where the vocabulary has tokens of single bytes, and U+FFFD elsewhere; a tokenizer
+    that puts a space before a text puts another one behind them.
 
     Args:
         path: the file, or a folder that holds tokenizer.json. The "eos_token" of a
@@ -138,9 +139,10 @@ class FileTokenizer:
         defining = content + f"\0{self.end_of_document}".encode()
         self.digest = hashlib.sha256(defining).hexdigest()
         self._bytes = _byte_tokens(values, vocabulary)
-        self.tokens: Sequence[bytes] = self._read_tokens(values, vocabulary, added)
+        with _told(self.path):
+            self.tokens: Sequence[bytes] = self._read_tokens(values, vocabulary, added)
         self.sizes = torch.tensor([len(token) for token in self.tokens])
-        self.is_exact = all(self.decode(self.encode([probe])[0]) == probe for probe in _PROBES)
+        self.is_exact = all(map(self._gives_back, _PROBES))
 
     @property
     def _name(self) -> str:
@@ -158,7 +160,7 @@ class FileTokenizer:
                 said = json.loads(self._read(settings)).get("eos_token")
         name = said.get("content") if isinstance(said, dict) else said
         if name is not None:
-            if name not in vocabulary:
+            if not isinstance(name, str) or name not in vocabulary:
                 raise InputError(
                     f"eos_token in {str(settings)!r} must be in the vocabulary of {self._name}. "
                     f"Got {name!r}."
@@ -208,10 +210,18 @@ class FileTokenizer:
         return {FILE: content, SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
 
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
-        """The ids of each document; nothing is added, and no text is read as a special token."""
+        """The ids of each document; nothing is added, and no text is read as a special token.
+
+        Raises:
+            InputError: the vocabulary lacks a token and has none for what is unknown.
+        """
         pieces = [list(self._pieces(document)) for document in documents]
         texts = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
-        encodings = iter(self._library.encode_batch_fast(texts, add_special_tokens=False))
+        try:
+            encodings = iter(self._library.encode_batch_fast(texts, add_special_tokens=False))
+        except Exception as error:  # the library's own, of vocabularies without an unknown token
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self._name} has no tokens for a document: {reason}") from None
         return [
             [
                 id
@@ -220,6 +230,12 @@ class FileTokenizer:
             ]
             for parts in pieces
         ]
+
+    def _gives_back(self, text: bytes) -> bool:
+        try:
+            return self.decode(self.encode([text])[0]) == text
+        except InputError:
+            return False
 
     def _pieces(self, document: bytes) -> Iterator[str | list[int]]:
         """Texts that the library can take, and ids of the bytes that are none."""
@@ -303,7 +319,7 @@ def _byte_tokens(values: Any, vocabulary: Mapping[str, int]) -> dict[int, int]:
 # Spaces, cases, composed and other characters, line ends, no UTF-8: what tokenizers lose.
 _PROBES = (
     b"a", b" a  b ", b"A\tb\r\n\n", "\u00e9 e\u0301 \ufb01 \uff21 \u65e5\u672c \U0001f600".encode(),
-    b"\xff\xfe\x80 a\x00", b"don't , [x] ##y.",
+    b"a\x00 \xff\xfe\x80", b"don't , [x] ##y.",
 )  # fmt: skip
 
 
