@@ -1,5 +1,6 @@
 """`dilated tokenize`: a tokenizer from a corpus."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,10 @@ def test_the_same_files_give_the_same_tokenizer_and_held_out_ones_teach_nothing(
 
 
 def test_sizes_that_cannot_be_are_refused(
-    corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "tokenizer.json"
     for size, complaint in (
@@ -69,6 +73,9 @@ def test_sizes_that_cannot_be_are_refused(
     assert "path must be an existing file or folder" in capsys.readouterr().err
     assert main(["tokenize", str(corpus_folder), "--vocab-size", "300", "--out", "no/x.json"]) == 2
     assert "in a folder that exists" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["tokenize", str(corpus_folder), "--vocab-size", "300", "--out", str(out)]) == 2
+    assert "needs tokenizers, which is not installed" in capsys.readouterr().err
     assert not out.exists()
 
 

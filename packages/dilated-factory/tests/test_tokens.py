@@ -1,6 +1,7 @@
 """Tokenizers: bytes come back, what a token stands for, files that are none."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,6 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(InputError, match=r"must be a tokenizer.json or the folder of one. Got"):
             load_tokenizer(path)
     folder = saved(byte_level(), tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match="needs tokenizers, which is not installed: pip install"):
         load_tokenizer(folder)

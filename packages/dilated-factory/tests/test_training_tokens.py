@@ -29,6 +29,7 @@ from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.evaluation import evaluate_contexts, scored_sections
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.sources import changed, values_in
 from dilated_factory.training.trained import load_trained
 
 from .conftest import TINY_OPTIONS
@@ -60,8 +61,7 @@ def test_a_tokenizer_of_single_bytes_trains_and_scores_as_bytes_do(
     folder = saved(single_bytes(), tmp_path / "tokenizer")
     config = TrainConfig.model_validate({**dict(tiny_train), **SHORT, "documents": documents})
     plain = train(config, tmp_path / "plain")
-    changed = with_tokenizer(config, folder, vocab_size=256)
-    tokens = train(changed, tmp_path / "tokens")
+    tokens = train(with_tokenizer(config, folder, vocab_size=256), tmp_path / "tokens")
     expected = plain.run.read_metrics()
     for line, other in zip(expected, tokens.run.read_metrics(), strict=True):
         assert other.pop("tokens_read") == line["bytes_read"]
@@ -239,6 +239,33 @@ def test_a_damaged_copy_is_noticed(tiny_train: TrainConfig, tmp_path: Path) -> N
     file.unlink()
     with pytest.raises(RunError, match=r"must be a tokenizer.json or the folder of one"):
         RunFolder.open(tmp_path / "run").tokenizer()
+
+
+def test_a_run_folder_whose_making_was_killed_is_made_anew_and_nobody_elses_is(
+    tiny_train: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(byte_level(), tmp_path / "tokenizer")
+    config, tokenizer = with_tokenizer(tiny_train, folder), load_tokenizer(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainConfig, "model_dump_json", lambda self, indent: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            RunFolder.create(tmp_path / "run", config, tokenizer)
+    assert (tmp_path / "run" / "tokenizer.json").exists()
+    assert RunFolder.create(tmp_path / "run", config, tokenizer).tokenizer().digest
+    with pytest.raises(RunError, match="already exists"):
+        RunFolder.create(folder, config, tokenizer)
+
+
+def test_a_tokenizer_in_a_file_counts_from_its_folder_and_gives_the_vocabulary(
+    tmp_path: Path,
+) -> None:
+    folder = saved(byte_level(), tmp_path / "tokenizer")
+    (tmp_path / "run.toml").write_text('tokenizer = "tokenizer"\npaths = ["text"]\nsteps = 1\n')
+    values = changed(values_in(tmp_path / "run.toml"), {}, {})
+    assert values["tokenizer"] == str(folder.resolve())
+    assert values["model"]["vocab_size"] == 320
+    given = changed(values_in(tmp_path / "run.toml"), {}, {"vocab_size": 301})
+    assert given["model"]["vocab_size"] == 301
 
 
 def test_a_large_vocabulary_trains_and_is_scored_without_logits_of_the_whole_sequence(

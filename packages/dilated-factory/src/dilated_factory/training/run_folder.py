@@ -50,6 +50,7 @@ from dilated_factory.configs.models import FrozenConfig, TrainConfig, describe_i
 from dilated_factory.corpora.tokens import (
     BYTES,
     FILE,
+    SETTINGS,
     FileTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -108,7 +109,7 @@ class RunFolder:
             RunError: the path is a file or a folder with content.
         """
         path = Path(path)
-        if path.exists() and not (path.is_dir() and all(map(_is_torn, path.iterdir()))):
+        if path.exists() and not (path.is_dir() and _is_unfinished(path)):
             raise RunError(
                 f"run folder {str(path)!r} already exists; choose another, or resume it (--resume)."
             )
@@ -526,6 +527,15 @@ def _is_metrics(record: Any) -> bool:
         and type(record["step"]) is int
         and record["step"] >= 1
     )
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder is empty, or a run folder whose making was killed before it was one."""
+    names = {each.name for each in path.iterdir() if not _is_torn(each)}
+    copies = {FILE, SETTINGS}
+    copies |= {_checksum_file(Path(name)).name for name in copies}
+    # A tokenizer without our checksum is somebody else's.
+    return not names or (names <= copies and _checksum_file(Path(FILE)).name in names)
 
 
 def _is_torn(path: Path) -> bool:
