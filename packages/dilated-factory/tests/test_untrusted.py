@@ -13,6 +13,7 @@ import torch
 from dilated_core import DilatedPattern
 from dilated_factory import InputError
 from dilated_factory.configs.files import MOST_BYTES, read_regular, read_values
+from dilated_factory.corpora.tokens import MOST_FILE_BYTES, MOST_TOKENS, load_tokenizer
 from dilated_factory.interop.checkpoints import read_checkpoint
 from dilated_factory.slides.readers import read_slide_features
 from dilated_factory.tools.pattern_page import pattern_page
@@ -84,6 +85,9 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
         read_values(tmp_path / "any.json")
     with pytest.raises(InputError, match="must be a regular file"):
         read_regular("/dev/zero")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="must be a regular file"):
+        load_tokenizer(tmp_path)
     os.mkfifo(tmp_path / "lock")
     assert holder(tmp_path) == "another process"
 
@@ -98,6 +102,8 @@ def test_the_document_tells_the_bounds_of_the_code() -> None:
     text = (Path(__file__).parents[3] / "SECURITY.md").read_text(encoding="utf-8")
     assert f"{MOST_BYTES >> 20} MiB a file" in text
     assert f"| {MOST_STATE_BYTES >> 20} MiB |" in text
+    assert f"| {MOST_FILE_BYTES >> 20} MiB |" in text
+    assert f"ids of 2^{MOST_TOKENS.bit_length() - 1} and more" in text
     assert f"{MOST_LINE_BYTES >> 10} KiB a line" in text
 
 
