@@ -1,0 +1,1 @@
+"""Corpora: what a language model reads, and as which tokens."""
