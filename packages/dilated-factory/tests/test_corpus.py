@@ -13,8 +13,8 @@ from dilated_factory import CorpusError
 from dilated_factory.training import corpus as corpus_module
 from dilated_factory.training.corpus import (
     find_files,
-    load_bytes,
     load_corpus,
+    load_tokens,
     standard_library,
 )
 
@@ -52,7 +52,7 @@ names = st.text("abcxyz0", min_size=1, max_size=12)
 def test_both_sides_get_a_file_and_the_share_is_kept(files: set[str], fraction: float) -> None:
     held_out = corpus_module._held_out(sorted(files), fraction)
     assert 1 <= len(held_out) <= len(files) - 1
-    by_hash = {name for name in files if corpus_module._hash_share(name) < fraction}
+    by_hash = {name for name in files if corpus_module._name_share(name) < fraction}
     if 1 <= len(by_hash) <= len(files) - 1:
         assert held_out == by_hash
 
@@ -61,7 +61,7 @@ def test_both_sides_get_a_file_and_the_share_is_kept(files: set[str], fraction: 
 def test_a_file_keeps_its_side_when_another_comes(files: set[str], added: str) -> None:
     before = corpus_module._held_out(sorted(files), 0.5)
     after = corpus_module._held_out(sorted(files | {added}), 0.5)
-    by_hash = [corpus_module._hash_share(name) < 0.5 for name in files]
+    by_hash = [corpus_module._name_share(name) < 0.5 for name in files]
     if any(by_hash) and not all(by_hash):
         assert before - {added} == after - {added}
 
@@ -76,7 +76,8 @@ def test_any_bytes_are_kept_and_hidden_empty_and_cached_files_are_not(tmp_path: 
         ".git/config": b"no",
         "__pycache__/a.pyc": b"no",
     }
-    assert torch.equal(load_bytes([write(tmp_path, files)]), joined(everything, b"\r\n\x00"))
+    data = load_tokens([write(tmp_path, files)], raw=True)
+    assert torch.equal(data, joined(everything, b"\r\n\x00"))
 
 
 def test_a_pipe_does_not_block_and_a_link_loop_ends(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_a_pipe_does_not_block_and_a_link_loop_ends(tmp_path: Path) -> None:
 
 def test_a_file_given_twice_counts_once(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"12", "b/c": b"34"})
-    assert torch.equal(load_bytes([tmp_path, tmp_path / "a", tmp_path / "b"]), joined(b"1234"))
+    assert torch.equal(load_tokens([tmp_path, tmp_path / "a", tmp_path / "b"]), joined(b"1234"))
 
 
 def test_unreadable_files_are_skipped_and_counted(

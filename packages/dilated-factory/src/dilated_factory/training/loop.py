@@ -64,6 +64,8 @@ class StepMetrics:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+_AROUND = 2**17  # bytes that the system maps around what is read
+_MOST_TOUCHED = 2**28
 # What `recompute` of a configuration is to the model.
 _RECOMPUTED: dict[str, Checkpointing] = {
     "none": False,
@@ -166,6 +168,7 @@ class Trainer:
         # A device that works beside the host has its next step while the last one's loss arrives.
         self._lag = 1 if parallel.device.type == "cuda" else 0
         self._shares = Ahead[list[Share]]()
+        self._touched = 0  # bytes of the corpus, about, since it let go of them
         self._seconds = 0.0  # of this process; elapsed_seconds is what all have agreed on
 
     @classmethod
@@ -485,6 +488,11 @@ class Trainer:
         )
         windows = gather_windows(data, offsets, context + 1)
         begins = self._document_starts(offsets)
+        # The pages of the map that were read count as memory of this process until it lets go.
+        self._touched += len(offsets) * ((context + 1) * data.element_size() + _AROUND)
+        if self._touched > _MOST_TOUCHED:
+            self.corpus.drop_pages()
+            self._touched = 0
         return self.parallel.shares(windows, config.micro_batch_size, begins)
 
     def _document_starts(
@@ -493,9 +501,8 @@ class Trainer:
         """Where separate documents begin in windows; None where they are joined."""
         if self.run.config.documents == "joined":
             return None
-        ends = torch.tensor(self.corpus.ends, dtype=torch.int64)
-        ends -= len(self.corpus.train) if held_out else 0
-        return document_starts(ends, offsets, self.run.config.model.context + 1)
+        offsets = offsets + len(self.corpus.train) if held_out else offsets
+        return document_starts(self.corpus.ends, offsets, self.run.config.model.context + 1)
 
     def _take_step(self) -> _Launched:
         """Have the device take a step, and do not wait for it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.training.compiling import Compile, decide_compile
-from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.corpus import Corpus, corpus_of
 from dilated_factory.training.loop import StepMetrics, Trainer, select_device
 from dilated_factory.training.parallel import Parallel
 from dilated_factory.training.run_folder import RunFolder
@@ -45,8 +45,6 @@ def train(
         OSError: a checkpoint could not be written.
     """
     parallel = Parallel(select_device(device))
-    if corpus is None:
-        corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
     options: dict[str, Any] = {
         "parallel": parallel,
         "checkpoint_every": checkpoint_every,
@@ -55,9 +53,11 @@ def train(
     if resume and (Path(out) / "config.json").exists():
         run = RunFolder.open(out)
         run.require_same(dict(config.model) | dict(config))
+        if corpus is None:
+            corpus = corpus_of(config, digest=run.corpus_digest())
         trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
-        trainer = Trainer.start(out, config, corpus, **options)
+        trainer = Trainer.start(out, config, corpus or corpus_of(config), **options)
     trainer.train(on_step=on_step, should_stop=should_stop)
     return load_trained(out, device=parallel.device)

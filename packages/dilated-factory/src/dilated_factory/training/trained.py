@@ -12,7 +12,7 @@ from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.baselines import MarkovModel
 from dilated_factory.training.batches import bytes_seen
-from dilated_factory.training.corpus import Corpus, load_bytes, load_corpus
+from dilated_factory.training.corpus import Corpus, corpus_of, load_tokens
 from dilated_factory.training.evaluation import (
     ContextScore,
     evaluate_contexts,
@@ -67,6 +67,7 @@ def evaluate_run(
     *,
     contexts: Sequence[int] | None = None,
     max_bytes: int = 131072,
+    cache: str | Path | None = None,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Evaluation:
     """Score a trained model on held-out bytes, beside Markov models of order 1 and 2.
@@ -78,6 +79,7 @@ def evaluate_run(
         paths: files and folders to score instead of the held-out files of the run's corpus.
         contexts: in bytes; default 512 to 16384, doubling, as far as the data goes.
         max_bytes: about how many bytes are scored at each context.
+        cache: folder of the cache of tokens, as in `load_corpus`.
         on_progress: is told what is done and which share of the model's part is done, from 0 to 1.
 
     Raises:
@@ -87,11 +89,14 @@ def evaluate_run(
     config = trained.run.config
     corpus: Corpus | None = None
     try:
-        corpus = _same_corpus(trained)
+        corpus = _same_corpus(trained, cache)
     except InputError:
         if not paths:
             raise
-    data = load_bytes(paths) if corpus is None or paths else corpus.validation
+    if corpus is None or paths:
+        data = load_tokens(paths, text_field=config.text_field, raw=config.raw, cache=cache)
+    else:
+        data = corpus.validation
     contexts = tuple(contexts or fitting_contexts(len(data)))
     # In float32 on CPUs: scores are as exact, and torch's attention is faster there.
     with autocast(trained.device, config.dtype if trained.device.type == "cuda" else "float32"):
@@ -109,13 +114,8 @@ def evaluate_run(
     return Evaluation(scores, baselines)
 
 
-def _same_corpus(trained: TrainedModel) -> Corpus:
-    config = trained.run.config
-    corpus = load_corpus(
-        config.paths,
-        validation_fraction=config.validation_fraction,
-        digest=trained.state.corpus_digest,
-    )
+def _same_corpus(trained: TrainedModel, cache: str | Path | None) -> Corpus:
+    corpus = corpus_of(trained.run.config, digest=trained.state.corpus_digest, cache=cache)
     if corpus.digest != trained.state.corpus_digest:
         raise RunError("the corpus has changed since this run was trained.")
     return corpus

@@ -1,0 +1,411 @@
+"""The tokens of a corpus in one mapped file on disk: made once, complete or absent.
+
+Files are read in groups, and what is done of a group is kept when the process dies. Processes that
+want the same tokens at the same time share the groups among them by locks: the ranks of a training,
+of any number, and other trainings. What they write does not depend on who wrote it.
+
+    CACHE/<key>/tokens, ends, about.json    a corpus: training first, then what is held out
+    CACHE/<key>.parts/00000/...             the same of a group of files, until the corpus is done
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dilated_factory.corpora.contents import BrokenFileError
+from dilated_factory.corpora.documents import Piece, Source, document_pieces
+from dilated_factory.corpora.tokens import Bytes, Tokenizer
+from dilated_factory.errors import CorpusError
+from dilated_factory.training.atomic import sync, write_text
+from dilated_factory.training.lock import FolderLock
+
+Side = Literal[0, 1] | None  # training, held out, or as each document's hash says
+_FORMAT = 1
+_GROUP = 2**24  # bytes of small files that are read as one group
+_BATCH = 2**20  # bytes that a tokenizer gets at once, about
+_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.int32))
+_FILES = ("tokens", "ends")
+_COUNTS = ("tokens", "documents", "bytes")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made tokens of, and how.
+
+    Attributes:
+        sources: the files, in the order in which their documents follow each other.
+        sides: of each, what its documents are for.
+        fraction: which share of the documents is held out where their hashes decide.
+        text_field: of rows.
+        skip_broken: whether a damaged file is left out; otherwise it is an error.
+        tokenizer: what makes tokens.
+    """
+
+    sources: tuple[Source, ...]
+    sides: tuple[Side, ...]
+    fraction: float
+    text_field: str | None
+    skip_broken: bool
+    tokenizer: Tokenizer
+
+    @property
+    def key(self) -> str:
+        """Names all that decides the tokens; of the files, when they were changed last."""
+        files = [
+            (source.name, str(source.path.resolve()), *source.content, source.size, source.modified)
+            for source in self.sources
+        ]
+        told = (
+            _FORMAT, files, self.sides, self.fraction if None in self.sides else None,
+            self.text_field, self.skip_broken, self.tokenizer.digest,
+        )  # fmt: skip
+        return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest that holds the vocabulary."""
+        most = self.tokenizer.vocab_size - 1
+        return next(dtype for dtype in _DTYPES if most <= np.iinfo(dtype).max)
+
+    def groups(self) -> list[range]:
+        """Which files are read together: small ones of plain text, up to some size."""
+        groups: list[range] = []
+        size = _GROUP
+        for index, source in enumerate(self.sources):
+            alone = source.content != ("text", "")
+            size += source.size
+            if alone or size > _GROUP:
+                groups.append(range(index, index))
+                size = _GROUP if alone else source.size
+            groups[-1] = range(groups[-1].start, index + 1)
+        return groups
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """The tokens of an `Order`.
+
+    Attributes:
+        tokens: (n,) uint8, uint16 or int32, mapped: training first.
+        ends: (documents,) int64, mapped: where documents end in tokens.
+        counts: of each side, tokens, documents and bytes.
+        empty: documents without content, which are left out.
+        broken: the damaged files that were left out, and why.
+        digest: SHA-256 over tokens and ends.
+        drop_pages: lets go of the memory of the map, whose file the system has.
+    """
+
+    tokens: Tensor
+    ends: Tensor
+    counts: dict[str, list[int]]
+    empty: int
+    broken: dict[str, str]
+    digest: str
+    drop_pages: Callable[[], None]
+
+
+def default_cache() -> Path:
+    """The folder of this user for what can be made again."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "dilated"
+
+
+def cached_tokens(
+    order: Order,
+    folder: Path | None = None,
+    *,
+    on_progress: Callable[[str, float], None] = lambda what, share: None,
+) -> CachedTokens:
+    """The tokens of a corpus, from the cache, or made and put there.
+
+    Args:
+        order: what to make tokens of.
+        folder: the cache; by default `default_cache`.
+        on_progress: is told what is done, and which share of the files.
+
+    Raises:
+        CorpusError: a file cannot be read, or changes meanwhile.
+        OSError: the cache cannot be written.
+    """
+    home = folder or default_cache()
+    place, parts = home / order.key, home / f"{order.key}.parts"
+    while True:
+        if place.exists():
+            if (found := _opened(place, order.dtype)) is not None:
+                return found
+            _remove_damaged(place, parts, order.dtype)
+        _make_parts(order, place, parts, on_progress)
+        _join_parts(order, place, parts)
+
+
+def _make_parts(
+    order: Order, place: Path, parts: Path, on_progress: Callable[[str, float], None]
+) -> None:
+    """Until all groups are done, by this process or another."""
+    groups = order.groups()
+    missing = list(range(len(groups)))
+    while missing:
+        left = []
+        for number in missing:
+            if place.exists():
+                shutil.rmtree(parts, ignore_errors=True)
+                return
+            part = parts / f"{number:05}"
+            if (part / "about.json").exists():
+                continue
+            part.mkdir(parents=True, exist_ok=True)
+            on_progress("reading the corpus", 1 - len(missing) / len(groups))
+            with ExitStack() as stack:
+                if not _locked(part, stack):
+                    left.append(number)
+                elif not (part / "about.json").exists() and not place.exists():
+                    _write_part(order, groups[number], part)
+        if len(left) == len(missing):
+            time.sleep(0.05)  # all that is missing is being made by others
+        missing = left
+
+
+def _locked(folder: Path, stack: ExitStack) -> bool:
+    """Whether the folder is ours until the stack is left; without locks, two may make the same."""
+    try:
+        stack.callback(FolderLock(folder).release)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _write_part(order: Order, group: range, part: Path) -> None:
+    for stale in part.glob("*.tmp"):
+        stale.unlink()
+    broken: dict[str, str] = {}
+    temporary = [part / f"{side}.{os.getpid()}.tmp" for side in range(2)]
+    lengths = array("q"), array("q")
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb")) for path in temporary]
+        writer = _Writer(order.tokenizer, order.dtype, files, lengths)
+        for index in group:
+            source = order.sources[index]
+            before = writer.mark()
+            try:
+                for piece in _unchanged(source, order.text_field):
+                    writer.add(piece, order.sides[index], order.fraction)
+                writer.flush()
+            except BrokenFileError as error:
+                if not order.skip_broken:
+                    raise
+                writer.back_to(before)
+                broken[source.name] = str(error)
+    about = {
+        "tokens": writer.tokens,
+        "documents": [len(each) for each in lengths],
+        "bytes": writer.bytes,
+        "empty": writer.empty,
+        "broken": broken,
+    }
+    for side, path in enumerate(temporary):
+        path.replace(part / f"{side}.tokens")
+        (part / f"{side}.lengths").write_bytes(lengths[side].tobytes())
+    for side in range(2):
+        sync(part / f"{side}.tokens")
+        sync(part / f"{side}.lengths")
+    write_text(part / "about.json", json.dumps(about))
+
+
+def _unchanged(source: Source, text_field: str | None) -> Iterator[Piece]:
+    """The pieces of a file, if it is still the one that was found."""
+    try:
+        yield from document_pieces(source, text_field)
+        now = source.path.stat()
+    except FileNotFoundError:
+        raise CorpusError(f"{source.name!r} was removed while the corpus was read.") from None
+    except OSError as error:
+        raise BrokenFileError(f"{source.name!r} cannot be read: {error}.") from None
+    if (now.st_size, now.st_mtime_ns) != (source.size, source.modified):
+        raise CorpusError(f"{source.name!r} was changed while the corpus was read.")
+
+
+class _Writer:
+    """Writes the tokens of documents to the file of their side."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dtype: np.dtype[Any],
+        files: Sequence[BinaryIO],
+        lengths: Sequence["array[int]"],
+    ) -> None:
+        self._tokenizer, self._dtype, self._files = tokenizer, dtype, files
+        self._lengths = lengths
+        self.tokens, self.bytes, self.empty = [0, 0], [0, 0], 0
+        self._held: list[tuple[int, Piece]] = []
+        self._size = 0
+        self._open = [0, 0]  # tokens of the document that has not ended
+
+    def add(self, piece: Piece, side: Side, fraction: float) -> None:
+        if side is None:
+            side = 1 if hash_share(piece.data) < fraction else 0
+        self._held.append((side, piece))
+        self._size += len(piece.data)
+        if self._size >= _BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        encoded = _encoded(self._tokenizer, [piece.data for _, piece in self._held], self._dtype)
+        end = self._tokenizer.end_of_document
+        for (side, piece), ids in zip(self._held, encoded, strict=True):
+            self._files[side].write(ids.tobytes())
+            self.bytes[side] += len(piece.data)
+            self._open[side] += len(ids)
+            if not piece.is_last:
+                continue
+            if not self._open[side]:
+                self.empty += 1
+                continue
+            if end is not None:
+                self._files[side].write(np.array([end], self._dtype).tobytes())
+                self._open[side] += 1
+            self._lengths[side].append(self._open[side])
+            self.tokens[side] += self._open[side]
+            self._open[side] = 0
+        self._held.clear()
+        self._size = 0
+
+    def mark(self) -> tuple[Any, ...]:
+        documents = [len(each) for each in self._lengths]
+        return [*self.tokens], [*self.bytes], self.empty, documents
+
+    def back_to(self, mark: tuple[Any, ...]) -> None:
+        """Forget what was added since."""
+        self._held.clear()
+        self._size, self._open = 0, [0, 0]
+        tokens, counts, self.empty, documents = mark
+        self.tokens, self.bytes = [*tokens], [*counts]
+        for side, file in enumerate(self._files):
+            file.seek(tokens[side] * self._dtype.itemsize)
+            file.truncate()
+            del self._lengths[side][documents[side] :]
+
+
+def _encoded(
+    tokenizer: Tokenizer, texts: list[bytes], dtype: np.dtype[Any]
+) -> list["np.ndarray[Any, Any]"]:
+    if isinstance(tokenizer, Bytes):
+        return [np.frombuffer(text, np.uint8) for text in texts]
+    return [np.asarray(ids, dtype) for ids in tokenizer.encode(texts)]
+
+
+def hash_share(content: bytes) -> float:
+    """A number in [0, 1) that depends on the content alone."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+
+
+def _join_parts(order: Order, place: Path, parts: Path) -> None:
+    """Make one corpus of all parts, by one process."""
+    with ExitStack() as stack:
+        if place.exists() or not _locked(parts, stack):
+            time.sleep(0.05)
+            return
+        if place.exists():
+            shutil.rmtree(parts, ignore_errors=True)
+            return
+        folders = [parts / f"{number:05}" for number in range(len(order.groups()))]
+        abouts = [json.loads((folder / "about.json").read_text()) for folder in folders]
+        for stale in place.parent.glob(f"{place.name}.*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+        temporary.mkdir(exist_ok=True)
+        digests = {}
+        with (temporary / "tokens").open("wb") as file:
+            for side in range(2):
+                for folder in folders:
+                    with (folder / f"{side}.tokens").open("rb") as part:
+                        shutil.copyfileobj(part, file, 2**20)
+        with (temporary / "ends").open("wb") as file:
+            last = 0
+            for side in range(2):
+                for folder in folders:
+                    ends = last + np.fromfile(folder / f"{side}.lengths", np.int64).cumsum()
+                    ends.tofile(file)
+                    last = int(ends[-1]) if len(ends) else last
+        for name in _FILES:
+            sync(temporary / name)
+            digests[name] = _digest_of(temporary / name)
+        total: dict[str, Any] = {
+            name: [sum(about[name][side] for about in abouts) for side in range(2)]
+            for name in _COUNTS
+        }
+        total["empty"] = sum(about["empty"] for about in abouts)
+        total["broken"] = {name: why for a in abouts for name, why in a["broken"].items()}
+        write_text(temporary / "about.json", json.dumps({"digests": digests, **total}))
+        temporary.rename(place)
+        sync(place.parent)
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _opened(place: Path, dtype: np.dtype[Any]) -> CachedTokens | None:
+    """What is there, or None if it is damaged."""
+    try:
+        about = json.loads((place / "about.json").read_text())
+        if any(_digest_of(place / name) != about["digests"][name] for name in _FILES):
+            return None
+        maps = [_map(place / name) for name in _FILES]
+        tokens, ends = (
+            torch.from_numpy(np.frombuffer(each, kind) if each else np.empty(0, kind))
+            for each, kind in zip(maps, (dtype, np.dtype(np.int64)), strict=True)
+        )
+        counts = {name: about[name] for name in _COUNTS}
+        digest = hashlib.sha256(json.dumps([about["digests"], counts]).encode()).hexdigest()
+        empty, broken = about["empty"], about["broken"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+    def drop() -> None:
+        for each in maps:
+            drop_pages(each)
+
+    return CachedTokens(tokens, ends, counts, empty, broken, digest, drop)
+
+
+def _map(path: Path) -> mmap.mmap | bytearray:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # Of this process alone, since torch warns about tensors over memory that is read only.
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
+
+
+def drop_pages(mapped: object) -> None:
+    """Let go of the memory of a map of a file; the system has the file."""
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_damaged(place: Path, parts: Path, dtype: np.dtype[Any]) -> None:
+    parts.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if not _locked(parts, stack):
+            time.sleep(0.05)
+        elif place.exists() and _opened(place, dtype) is None:
+            bad = place.with_name(f"{place.name}.{os.getpid()}.bad")
+            with suppress(OSError):
+                place.rename(bad)
+            shutil.rmtree(bad, ignore_errors=True)
