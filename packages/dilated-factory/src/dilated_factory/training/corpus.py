@@ -146,20 +146,32 @@ def load_corpus(
         split=split, tokenizer=tokenizer, cache=None if cache is None else Path(cache),
         on_progress=on_progress,
     )  # fmt: skip
-    corpus, before = _load(paths, validation, validation_fraction, how)
-    if digest in (None, corpus.digest):
-        return corpus
-    if before == digest:
-        return replace(corpus, digest=before)
-    if how == replace(_How(), cache=how.cache, on_progress=on_progress) and not validation:
-        for with_runs in (False, True):
-            earlier, before = _load(paths, (), validation_fraction, _EARLIER, with_runs=with_runs)
-            if before == digest:
-                return replace(earlier, digest=before)
-    return corpus
+    is_plain = how == replace(_How(), cache=how.cache, on_progress=on_progress)
+    if digest is None or validation or not is_plain:
+        return _load(paths, validation, validation_fraction, how)[0]
+    return _load_again(paths, validation_fraction, how, digest)
 
 
 _EARLIER = _How(raw=True)
+
+
+def _load_again(paths: Sequence[str | Path], fraction: float, how: _How, digest: str) -> Corpus:
+    """The corpus of a run, as it was read then, if it is still there."""
+    corpus: Corpus | CorpusError
+    try:
+        corpus, before = _load(paths, (), fraction, how)
+    except CorpusError as error:
+        corpus = error
+    else:
+        if digest in (corpus.digest, before):
+            return replace(corpus, digest=digest)
+    for with_runs in (False, True):
+        earlier, before = _load(paths, (), fraction, _EARLIER, with_runs=with_runs)
+        if before == digest:
+            return replace(earlier, digest=before)
+    if isinstance(corpus, CorpusError):
+        raise corpus
+    return corpus
 
 
 def corpus_of(
@@ -276,7 +288,8 @@ def _sources(
     if not sources:
         places = ", ".join(map(str, paths)) or "the standard library"
         why = "".join(f"; {each.files} skipped: {each.what}" for each in readings)
-        raise CorpusError(f"the corpus is empty: no file with content in {places}{why}.")
+        hint = " (--raw reads their bytes)" if "binary" in why else ""
+        raise CorpusError(f"the corpus is empty: no file with content in {places}{why}{hint}.")
     return sources, readings
 
 
