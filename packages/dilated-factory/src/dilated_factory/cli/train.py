@@ -251,6 +251,14 @@ def _corpus(
     )
     if any(not each.was_read or each.what != "text" for each in corpus.readings):
         console.print(_readings_table(corpus.readings))
+    lengths = corpus.ends.diff(prepend=corpus.ends.new_zeros(1))
+    longer = int((lengths > config.model.context).sum())
+    if longer and (config.text_field or config.documents == "separate"):
+        console.print(
+            f"{longer:,} of {len(lengths):,} documents are longer than the context: windows cut "
+            "them",
+            soft_wrap=True,
+        )
     return corpus
 
 
