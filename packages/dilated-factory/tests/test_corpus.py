@@ -14,7 +14,7 @@ from dilated_factory.training import corpus as corpus_module
 from dilated_factory.training.corpus import (
     find_files,
     load_corpus,
-    load_tokens,
+    load_held_out,
     standard_library,
 )
 
@@ -76,7 +76,7 @@ def test_any_bytes_are_kept_and_hidden_empty_and_cached_files_are_not(tmp_path: 
         ".git/config": b"no",
         "__pycache__/a.pyc": b"no",
     }
-    data = load_tokens([write(tmp_path, files)], raw=True)
+    data = load_held_out([write(tmp_path, files)], raw=True).validation
     assert torch.equal(data, joined(everything, b"\r\n\x00"))
 
 
@@ -90,7 +90,9 @@ def test_a_pipe_does_not_block_and_a_link_loop_ends(tmp_path: Path) -> None:
 
 def test_a_file_given_twice_counts_once(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"12", "b/c": b"34"})
-    assert torch.equal(load_tokens([tmp_path, tmp_path / "a", tmp_path / "b"]), joined(b"1234"))
+    assert torch.equal(
+        load_held_out([tmp_path, tmp_path / "a", tmp_path / "b"]).validation, joined(b"1234")
+    )
 
 
 def test_unreadable_files_are_skipped_and_counted(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dilated_factory import Corpus, CorpusError, load_corpus
-from dilated_factory.corpora.documents import Piece, Source
+from dilated_factory.corpora.documents import Passage, Source
 from dilated_factory.training import token_cache
 from dilated_factory.training.token_cache import default_cache
 
@@ -31,6 +31,8 @@ class Halves:
 
     def __init__(self, vocab_size: int = 17) -> None:
         self.vocab_size = vocab_size
+        self.sizes = torch.zeros(vocab_size, dtype=torch.int64)
+        self.sizes[:16] = 1  # twice as many as there are
         self.digest = f"halves {vocab_size}"
 
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
@@ -65,7 +67,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     whole = token_cache.document_pieces
 
-    def recorded(source: Source, text_field: str | None) -> Iterator[Piece]:
+    def recorded(source: Source, text_field: str | None) -> Iterator[Passage]:
         names.append(source.name)
         return whole(source, text_field)
 
@@ -122,6 +124,8 @@ def test_each_document_ends_with_the_token_of_the_tokenizer(
     whole = [t for n in corpus.train_files for row in rows(int(n[0])) if row
              for t in (*halves.encode([row])[0], 16)]  # fmt: skip
     assert corpus.train.tolist() == whole
+    assert corpus.bytes_share == 0.5
+    assert corpus.bytes_in(corpus.train) == (len(whole) - whole.count(16)) / 2
 
 
 def test_what_was_changed_is_made_anew(shards: Path, read: list[str]) -> None:
@@ -137,7 +141,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(
 ) -> None:
     whole = token_cache.document_pieces
 
-    def touched(source: Source, text_field: str | None) -> Iterator[Piece]:
+    def touched(source: Source, text_field: str | None) -> Iterator[Passage]:
         yield from whole(source, text_field)
         os.utime(source.path, ns=(1, 1))
 

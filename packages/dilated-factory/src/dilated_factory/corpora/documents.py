@@ -32,14 +32,14 @@ class Source(NamedTuple):
     modified: int
 
 
-class Piece(NamedTuple):
-    """Bytes of a document, and whether they are its last ones."""
+class Passage(NamedTuple):
+    """Bytes of a document, which has no more or others behind them."""
 
     data: bytes
     is_last: bool
 
 
-def document_pieces(source: Source, text_field: str | None) -> Iterator[Piece]:
+def document_pieces(source: Source, text_field: str | None) -> Iterator[Passage]:
     """The documents of a file, one after the other; rows in one piece, text in pieces of lines.
 
     A row whose field is null or an empty string is an empty piece.
@@ -59,17 +59,17 @@ def document_pieces(source: Source, text_field: str | None) -> Iterator[Piece]:
     assert text_field is not None
     rows = _json_rows if source.content.form == "JSON lines" else _table_rows
     for text in rows(source, text_field):
-        yield Piece(_utf8(text), True)
+        yield Passage(_utf8(text), True)
 
 
-def _of_text(stream: Iterable[bytes]) -> Iterator[Piece]:
+def _of_text(stream: Iterable[bytes]) -> Iterator[Passage]:
     held = b""
     for piece in stream:
         held += piece
         if cut := _cut(held):
-            yield Piece(held[:cut], False)
+            yield Passage(held[:cut], False)
             held = held[cut:]
-    yield Piece(held, True)
+    yield Passage(held, True)
 
 
 def _cut(text: bytes) -> int:

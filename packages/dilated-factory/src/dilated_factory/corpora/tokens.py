@@ -11,18 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from dilated_factory.configs.files import read_regular
 from dilated_factory.errors import InputError, missing_package
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 MOST_FILE_BYTES = 2**28
 MOST_TOKENS = 2**24  # a vocabulary beyond is a mistake in the file
+LEAST_VOCABULARY = 257  # of a byte-level BPE: the bytes and the end of a document
 MOST_TEXT = 2**20  # characters that the library is given in one piece; it takes 200 bytes for each
 # What ends a document, where the folder of a tokenizer does not say.
 ENDS = (
     "<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "<|eos|>", "[EOS]",
     "[SEP]",
 )  # fmt: skip
+# What to tell where decoding does not give back what was encoded.
+INEXACT = (
+    "the tokenizer changes texts, so the model will not write all that it reads: decoding does not "
+    "give back the bytes. Bits per byte count the bytes of the files."
+)
 
 
 class Tokenizer(Protocol):
@@ -33,7 +42,7 @@ class Tokenizer(Protocol):
         digest: SHA-256 of what defines it, in hexadecimal.
         end_of_document: the token that ends each document, if it has one.
         tokens: what each id adds to a text; nothing, for special tokens and ids without a token.
-            Where these are not all of a document's bytes, `is_exact` is False.
+        sizes: int64 (vocab_size,), how many bytes that are.
         is_exact: whether decoding gave back all bytes that were tried.
     """
 
@@ -41,6 +50,7 @@ class Tokenizer(Protocol):
     digest: str
     end_of_document: int | None
     tokens: Sequence[bytes]
+    sizes: Tensor
     is_exact: bool
 
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
@@ -57,6 +67,7 @@ class Bytes:
     digest = hashlib.sha256(b"bytes").hexdigest()
     end_of_document: int | None = None
     tokens: Sequence[bytes] = tuple(bytes([byte]) for byte in range(256))
+    sizes = torch.ones(256, dtype=torch.int64)
     is_exact = True
 
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
@@ -66,6 +77,9 @@ class Bytes:
     def decode(self, ids: Sequence[int]) -> bytes:
         """The bytes themselves."""
         return bytes(ids)
+
+
+BYTES = Bytes()
 
 
 class FileTokenizer:
@@ -79,6 +93,10 @@ class FileTokenizer:
             tokenizer_config.json beside it ends documents; without one, a special token of one of
             the usual names does.
 
+    Attributes:
+        path: the file.
+        read: the content of each file that was read, by name.
+
     Raises:
         InputError: the file is no tokenizer, or its vocabulary is empty or has an id out of range.
         MissingPackageError: `tokenizers` is not installed.
@@ -90,15 +108,16 @@ class FileTokenizer:
         except ImportError:
             raise missing_package("a tokenizer.json", "tokenizers") from None
         self.path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        self.read: dict[str, bytes] = {}
         try:
-            self.content = read_regular(self.path, most=MOST_FILE_BYTES)
+            content = self._read(self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"a tokenizer must be a tokenizer.json or the folder of one. Got {str(path)!r}."
             ) from None
         with _told(self.path):
-            values = json.loads(self.content)
-            self._library: Any = tokenizers.Tokenizer.from_str(self.content.decode())
+            values = json.loads(content)
+            self._library: Any = tokenizers.Tokenizer.from_str(content.decode())
             self._library.no_truncation()
             self._library.no_padding()
             if getattr(self._library.model, "dropout", None) is not None:
@@ -116,23 +135,27 @@ class FileTokenizer:
         added = {int(each["id"]): each for each in values.get("added_tokens") or ()}
         special = {id: each["content"] for id, each in added.items() if each.get("special")}
         self.end_of_document = self._end(vocabulary, special)
-        self.digest = hashlib.sha256(
-            self.content + f"\0{self.end_of_document}".encode()
-        ).hexdigest()
+        defining = content + f"\0{self.end_of_document}".encode()
+        self.digest = hashlib.sha256(defining).hexdigest()
         self._bytes = _byte_tokens(values, vocabulary)
         self.tokens: Sequence[bytes] = self._read_tokens(values, vocabulary, added)
+        self.sizes = torch.tensor([len(token) for token in self.tokens])
         self.is_exact = all(self.decode(self.encode([probe])[0]) == probe for probe in _PROBES)
 
     @property
     def _name(self) -> str:
         return repr(str(self.path))
 
+    def _read(self, path: Path) -> bytes:
+        self.read[path.name] = content = read_regular(path, most=MOST_FILE_BYTES)
+        return content
+
     def _end(self, vocabulary: Mapping[str, int], special: Mapping[int, str]) -> int | None:
         settings = self.path.with_name(SETTINGS)
         said: Any = None
         if settings.exists():
             with _told(settings):
-                said = json.loads(read_regular(settings, most=MOST_FILE_BYTES)).get("eos_token")
+                said = json.loads(self._read(settings)).get("eos_token")
         name = said.get("content") if isinstance(said, dict) else said
         if name is not None:
             if name not in vocabulary:
@@ -175,6 +198,15 @@ class FileTokenizer:
         self._firsts = frozenset(plain)
         return tokens
 
+    def files(self) -> dict[str, bytes]:
+        """What to write into a folder, by name, so that it is a folder of this tokenizer."""
+        content = self.read[self.path.name]
+        if self.end_of_document is None:
+            return {FILE: content}
+        end = self._library.id_to_token(self.end_of_document)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        return {FILE: content, SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
+
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
         """The ids of each document; nothing is added, and no text is read as a special token."""
         pieces = [list(self._pieces(document)) for document in documents]
@@ -197,7 +229,7 @@ class FileTokenizer:
             except UnicodeDecodeError as error:
                 text = document[: error.start].decode()
                 bad, document = document[error.start : error.end], document[error.end :]
-            yield from _cut(text)
+            yield from cut(text)
             ids = [self._bytes[byte] for byte in bad if byte in self._bytes]
             if len(ids) == len(bad):
                 yield ids
@@ -215,12 +247,17 @@ class FileTokenizer:
         )
 
 
-def load_tokenizer(path: str | Path) -> FileTokenizer:
-    """The tokenizer of a file or folder; raises as `FileTokenizer`."""
-    return FileTokenizer(path)
+def load_tokenizer(path: str | Path | None) -> Tokenizer:
+    """The tokenizer of a file or folder, `BYTES` for None; raises as `FileTokenizer`."""
+    return BYTES if path is None else FileTokenizer(path)
 
 
-def _cut(text: str) -> Iterator[str]:
+def rounded(vocab_size: int) -> int:
+    """The size of a model's vocabulary: a multiple of 64, since matrices of others are slower."""
+    return -(-vocab_size // 64) * 64
+
+
+def cut(text: str) -> Iterator[str]:
     """A text in pieces that are not too long, each but the last ending with a line if one ends."""
     while len(text) > MOST_TEXT:
         end = MOST_TEXT

@@ -4,12 +4,10 @@ import hashlib
 import mmap
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,9 +17,9 @@ from torch import Tensor
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.corpora.contents import BrokenFileError, Content, content_of
 from dilated_factory.corpora.documents import Source
-from dilated_factory.corpora.tokens import Bytes, Tokenizer
+from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
 from dilated_factory.errors import CorpusError
-from dilated_factory.training.run_folder import is_run_folder
+from dilated_factory.training.finding import find_files, matches, standard_library
 from dilated_factory.training.token_cache import (
     Order,
     Side,
@@ -31,7 +29,6 @@ from dilated_factory.training.token_cache import (
 )
 
 Progress = Callable[[str, float], None]
-BYTES = Bytes()
 
 
 class Reading(NamedTuple):
@@ -49,7 +46,9 @@ class Corpus:
 
     ``train`` and ``validation`` are one-dimensional tensors, uint8, uint16 or int32: whole
     documents one after the other, in the order of their files' names, with nothing in between but
-    what the tokenizer ends a document with; both are parts of one mapped file. ``digest`` is a
+    what the tokenizer ends a document with; both are parts of one mapped file. ``bytes_share`` is
+    how many bytes the files hold for each byte of the tokens: 1, unless the tokenizer changes
+    texts. ``digest`` is a
     SHA-256 over both and where documents end, so that a resumed run notices when its corpus has
     changed. ``ends`` is where documents end, counted from the beginning of ``train``: int64,
     rising. ``skipped`` files were not read; ``readings`` says which and why. ``drop_pages`` lets go
@@ -65,6 +64,20 @@ class Corpus:
     ends: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     readings: tuple[Reading, ...] = ()
     drop_pages: Callable[[], None] = lambda: None
+    tokenizer: Tokenizer = BYTES
+    bytes_share: float = 1.0
+
+    def bytes_in(self, tokens: Tensor) -> float:
+        """How many bytes of the files tokens stand for, whole numbers of any shape."""
+        if isinstance(self.tokenizer, Bytes):
+            return tokens.numel()
+        return self.bytes_share * self.tokenizer.sizes[tokens.to(torch.int64)].sum().item()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """About how many bytes a token stands for, by the first that are held out."""
+        some = self.validation[:65536]
+        return max(self.bytes_in(some), 1.0) / max(len(some), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +96,7 @@ class _How:
 
     def takes(self, name: str) -> bool:
         """Whether the globs let a file through."""
-        return (not self.include or _matches(name, self.include)) and not _matches(
-            name, self.exclude
-        )
+        return (not self.include or matches(name, self.include)) and not matches(name, self.exclude)
 
 
 def load_corpus(
@@ -191,15 +202,17 @@ def corpus_of(
     )  # fmt: skip
 
 
-def load_tokens(
+def load_held_out(
     paths: Sequence[str | Path],
+    tokenizer: Tokenizer = BYTES,
     *,
     text_field: str | None = None,
     raw: bool = False,
-    tokenizer: Tokenizer = BYTES,
     cache: str | Path | None = None,
-) -> Tensor:
-    """All tokens of the given files and folders, in the order of their names, as `load_corpus`.
+) -> Corpus:
+    """All of the given files and folders, in the order of their names, and nothing to train on.
+
+    The options are those of `load_corpus`.
 
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
@@ -207,57 +220,7 @@ def load_tokens(
     folder = None if cache is None else Path(cache)
     how = _How(raw=raw, text_field=text_field, tokenizer=tokenizer, cache=folder)
     sources, readings = _sources(paths, how)
-    return _corpus(sources, [0] * len(sources), how, 0.0, readings)[0].train
-
-
-def find_files(paths: Iterable[str | Path], *, with_runs: bool = False) -> list[tuple[str, Path]]:
-    """Regular files under the given paths as sorted (name, path), each file once.
-
-    The name is the path relative to the given folder, with forward slashes. Run folders inside it
-    are passed over unless ``with_runs``: a run that is part of its corpus would change it.
-
-    Raises:
-        CorpusError: a path does not exist.
-    """
-    found: dict[Path, str] = {}
-    for given in map(Path, paths):
-        if given.is_dir():
-            for path in _walk(given, with_runs=with_runs):
-                found.setdefault(path.resolve(), path.relative_to(given).as_posix())
-        elif given.is_file():
-            found.setdefault(given.resolve(), given.name)
-        else:
-            raise CorpusError(f"path must be an existing file or folder. Got {str(given)!r}.")
-    return sorted((name, path) for path, name in found.items())
-
-
-def standard_library() -> list[tuple[str, Path]]:
-    """The Python sources of the running interpreter's standard library, its tests included."""
-    root = Path(sysconfig.get_path("stdlib"))
-    installed = {"site-packages", "dist-packages"}
-    return sorted(
-        (path.relative_to(root).as_posix(), path)
-        for path in _walk(root)
-        if path.suffix == ".py" and installed.isdisjoint(path.relative_to(root).parts)
-    )
-
-
-def _walk(root: Path, *, with_runs: bool = True) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not _passed_over(name) and (with_runs or not is_run_folder(Path(folder, name)))
-        ]
-        for name in files:
-            path = Path(folder, name)
-            # Only regular files: reading a named pipe would wait for a writer forever.
-            if not _passed_over(name) and path.is_file():
-                yield path
-
-
-def _passed_over(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
+    return _corpus(sources, [1] * len(sources), how, 0.0, readings)[0]
 
 
 def _sources(
@@ -325,11 +288,6 @@ def _label(source: Source, how: _How) -> str:
 
 def _has_rows(source: Source) -> bool:
     return source.content.form != "text"
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    last = name.rpartition("/")[2]
-    return any(fnmatchcase(name, glob) or fnmatchcase(last, glob) for glob in globs)
 
 
 def _load(
@@ -437,10 +395,12 @@ def _corpus(
         held.ends,
         tuple(readings),
         held.drop_pages,
+        how.tokenizer,
+        held.bytes_share,
     ), before.hexdigest()
 
 
-class _Held(NamedTuple):
+class _Mapped(NamedTuple):
     """Tokens in a mapped file, those to train on first."""
 
     tokens: Tensor
@@ -449,9 +409,10 @@ class _Held(NamedTuple):
     hash_into: Callable[["hashlib._Hash"], None]
     drop_pages: Callable[[], None]
     readings: list[Reading]
+    bytes_share: float = 1.0
 
 
-def _spooled(paths: Sequence[Path], first: int) -> _Held:
+def _spooled(paths: Sequence[Path], first: int) -> _Mapped:
     """All files one after the other, the first so many to train on.
 
     They are a nameless file that is mapped into memory: a copy, so that nobody changes it
@@ -474,7 +435,7 @@ def _spooled(paths: Sequence[Path], first: int) -> _Held:
             digest.update(mapped[start : start + 2**24])
             drop_pages(mapped)
 
-    return _Held(
+    return _Mapped(
         torch.frombuffer(mapped, dtype=torch.uint8),
         torch.tensor(ends),
         ends[first - 1] if first else 0,
@@ -486,18 +447,19 @@ def _spooled(paths: Sequence[Path], first: int) -> _Held:
 
 def _from_cache(
     sources: Sequence[Source], sides: Sequence[Side], how: _How, fraction: float
-) -> _Held:
+) -> _Mapped:
     skip = how.broken == "skip"
     order = Order(tuple(sources), tuple(sides), fraction, how.text_field, skip, how.tokenizer)
     made = cached_tokens(order, how.cache, on_progress=how.on_progress)
     readings = [Reading(f"broken: {why}", 1, name, False) for name, why in made.broken.items()]
     if made.empty:
         readings.append(Reading(f"{made.empty:,} documents without content", 0, "", False))
-    return _Held(
+    return _Mapped(
         made.tokens,
         made.ends,
         made.counts["tokens"][0],
         lambda digest: digest.update(made.digest.encode()),
         made.drop_pages,
         readings,
+        sum(made.counts["bytes"]) / max(1, sum(made.counts["decoded"])),
     )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dilated_factory.corpora.contents import BrokenFileError
-from dilated_factory.corpora.documents import Piece, Source, document_pieces
+from dilated_factory.corpora.documents import Passage, Source, document_pieces
 from dilated_factory.corpora.tokens import Bytes, Tokenizer
 from dilated_factory.errors import CorpusError
 from dilated_factory.training.atomic import sync, write_text
@@ -38,7 +38,7 @@ _GROUP = 2**24  # bytes of small files that are read as one group
 _BATCH = 2**20  # bytes that a tokenizer gets at once, about
 _DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.int32))
 _FILES = ("tokens", "ends")
-_COUNTS = ("tokens", "documents", "bytes")
+_COUNTS = ("tokens", "documents", "bytes", "decoded")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CachedTokens:
     Attributes:
         tokens: (n,) uint8, uint16 or int32, mapped: training first.
         ends: (documents,) int64, mapped: where documents end in tokens.
-        counts: of each side, tokens, documents and bytes.
+        counts: of each side, "tokens", "documents", "bytes" of these and, "decoded", of the tokens.
         empty: documents without content, which are left out.
         broken: the damaged files that were left out, and why.
         digest: SHA-256 over tokens and ends.
@@ -214,6 +214,7 @@ def _write_part(order: Order, group: range, part: Path) -> None:
         "tokens": writer.tokens,
         "documents": [len(each) for each in lengths],
         "bytes": writer.bytes,
+        "decoded": writer.decoded,
         "empty": writer.empty,
         "broken": broken,
     }
@@ -226,7 +227,7 @@ def _write_part(order: Order, group: range, part: Path) -> None:
     write_text(part / "about.json", json.dumps(about))
 
 
-def _unchanged(source: Source, text_field: str | None) -> Iterator[Piece]:
+def _unchanged(source: Source, text_field: str | None) -> Iterator[Passage]:
     """The pieces of a file, if it is still the one that was found."""
     try:
         yield from document_pieces(source, text_field)
@@ -251,12 +252,13 @@ class _Writer:
     ) -> None:
         self._tokenizer, self._dtype, self._files = tokenizer, dtype, files
         self._lengths = lengths
-        self.tokens, self.bytes, self.empty = [0, 0], [0, 0], 0
-        self._held: list[tuple[int, Piece]] = []
+        self.tokens, self.bytes, self.decoded, self.empty = [0, 0], [0, 0], [0, 0], 0
+        self._sizes = tokenizer.sizes.numpy()
+        self._held: list[tuple[int, Passage]] = []
         self._size = 0
         self._open = [0, 0]  # tokens of the document that has not ended
 
-    def add(self, piece: Piece, side: Side, fraction: float) -> None:
+    def add(self, piece: Passage, side: Side, fraction: float) -> None:
         if side is None:
             side = 1 if hash_share(piece.data) < fraction else 0
         self._held.append((side, piece))
@@ -270,6 +272,7 @@ class _Writer:
         for (side, piece), ids in zip(self._held, encoded, strict=True):
             self._files[side].write(ids.tobytes())
             self.bytes[side] += len(piece.data)
+            self.decoded[side] += self._decoded(ids)
             self._open[side] += len(ids)
             if not piece.is_last:
                 continue
@@ -285,16 +288,20 @@ class _Writer:
         self._held.clear()
         self._size = 0
 
+    def _decoded(self, ids: "np.ndarray[Any, Any]") -> int:
+        is_bytes = isinstance(self._tokenizer, Bytes)
+        return len(ids) if is_bytes else int(self._sizes[ids].sum())
+
     def mark(self) -> tuple[Any, ...]:
         documents = [len(each) for each in self._lengths]
-        return [*self.tokens], [*self.bytes], self.empty, documents
+        return [*self.tokens], [*self.bytes], [*self.decoded], self.empty, documents
 
     def back_to(self, mark: tuple[Any, ...]) -> None:
         """Forget what was added since."""
         self._held.clear()
         self._size, self._open = 0, [0, 0]
-        tokens, counts, self.empty, documents = mark
-        self.tokens, self.bytes = [*tokens], [*counts]
+        tokens, self.bytes, self.decoded, self.empty, documents = mark
+        self.tokens = [*tokens]
         for side, file in enumerate(self._files):
             file.seek(tokens[side] * self._dtype.itemsize)
             file.truncate()

@@ -12,7 +12,7 @@ from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.baselines import MarkovModel
 from dilated_factory.training.batches import bytes_seen
-from dilated_factory.training.corpus import Corpus, corpus_of, load_tokens
+from dilated_factory.training.corpus import Corpus, corpus_of, load_held_out
 from dilated_factory.training.evaluation import (
     ContextScore,
     evaluate_contexts,
@@ -94,7 +94,9 @@ def evaluate_run(
         if not paths:
             raise
     if corpus is None or paths:
-        data = load_tokens(paths, text_field=config.text_field, raw=config.raw, cache=cache)
+        data = load_held_out(
+            paths, text_field=config.text_field, raw=config.raw, cache=cache
+        ).validation
     else:
         data = corpus.validation
     contexts = tuple(contexts or fitting_contexts(len(data)))
