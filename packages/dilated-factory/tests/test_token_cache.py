@@ -204,8 +204,25 @@ def test_after_a_kill_it_goes_on_where_it_was(
     assert len(documents(corpus) + documents(corpus, "validation")) == SHARDS * 40
 
 
+def test_a_part_that_a_power_cut_took_is_made_anew(
+    shards: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "_join_parts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load(shards)
+    (path,) = default_cache().glob("*.parts/00001/0.tokens")
+    path.write_bytes(bytes(path.stat().st_size))
+    corpus = load(shards)
+    assert len(read) == SHARDS + 1
+    assert len(documents(corpus) + documents(corpus, "validation")) == SHARDS * 40
+
+
 @pytest.mark.parametrize("name", ["tokens", "ends", "about.json"])
-@pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: x[:9] + b"?" + x[10:]])
+@pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: x.replace(x[-9:-4], b"1" * 5)])
 def test_a_damaged_cache_is_made_anew(shards: Path, name: str, damage: Any) -> None:
     before = load(shards)
     (path,) = default_cache().glob(f"*/{name}")

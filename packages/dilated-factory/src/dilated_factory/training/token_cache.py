@@ -14,9 +14,10 @@ import mmap
 import os
 import shutil
 import time
+import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -38,6 +39,7 @@ _GROUP = 2**24  # bytes of small files that are read as one group
 _BATCH = 2**20  # bytes that a tokenizer gets at once, about
 _DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.int32))
 _FILES = ("tokens", "ends")
+_PART_FILES = ("0.tokens", "0.lengths", "1.tokens", "1.lengths")
 _COUNTS = ("tokens", "documents", "bytes", "decoded")
 
 
@@ -147,8 +149,12 @@ def cached_tokens(
             if (found := _opened(place, order.dtype)) is not None:
                 return found
             _remove_damaged(place, parts, order.dtype)
-        _make_parts(order, place, parts, on_progress)
-        _join_parts(order, place, parts)
+        try:
+            _make_parts(order, place, parts, on_progress)
+            _join_parts(order, place, parts)
+        except FileNotFoundError:
+            if not place.exists():  # another has made it, and removed the parts
+                raise
 
 
 def _make_parts(
@@ -190,10 +196,8 @@ def _locked(folder: Path, stack: ExitStack) -> bool:
 
 
 def _write_part(order: Order, group: range, part: Path) -> None:
-    for stale in part.glob("*.tmp"):
-        stale.unlink()
     broken: dict[str, str] = {}
-    temporary = [part / f"{side}.{os.getpid()}.tmp" for side in range(2)]
+    temporary = [part / f"{side}.{uuid.uuid4().hex}.tmp" for side in range(2)]
     lengths = array("q"), array("q")
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in temporary]
@@ -221,10 +225,10 @@ def _write_part(order: Order, group: range, part: Path) -> None:
     for side, path in enumerate(temporary):
         path.replace(part / f"{side}.tokens")
         (part / f"{side}.lengths").write_bytes(lengths[side].tobytes())
-    for side in range(2):
-        sync(part / f"{side}.tokens")
-        sync(part / f"{side}.lengths")
-    write_text(part / "about.json", json.dumps(about))
+    # Not forced to the disk, which takes long: digests tell what a power cut took.
+    digests = {name: _digest_of(part / name) for name in _PART_FILES}
+    (part / "about.tmp").write_text(_sealed({"digests": digests, **about}))
+    (part / "about.tmp").replace(part / "about.json")
 
 
 def _unchanged(source: Source, text_field: str | None) -> Iterator[Passage]:
@@ -331,43 +335,71 @@ def _join_parts(order: Order, place: Path, parts: Path) -> None:
             shutil.rmtree(parts, ignore_errors=True)
             return
         folders = [parts / f"{number:05}" for number in range(len(order.groups()))]
-        abouts = [json.loads((folder / "about.json").read_text()) for folder in folders]
-        for stale in place.parent.glob(f"{place.name}.*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        temporary.mkdir(exist_ok=True)
-        digests = {}
-        with (temporary / "tokens").open("wb") as file:
-            for side in range(2):
-                for folder in folders:
-                    with (folder / f"{side}.tokens").open("rb") as part:
-                        shutil.copyfileobj(part, file, 2**20)
-        with (temporary / "ends").open("wb") as file:
-            last = 0
-            for side in range(2):
-                for folder in folders:
-                    ends = last + np.fromfile(folder / f"{side}.lengths", np.int64).cumsum()
-                    ends.tofile(file)
-                    last = int(ends[-1]) if len(ends) else last
-        for name in _FILES:
-            sync(temporary / name)
-            digests[name] = _digest_of(temporary / name)
-        total: dict[str, Any] = {
-            name: [sum(about[name][side] for about in abouts) for side in range(2)]
-            for name in _COUNTS
-        }
-        total["empty"] = sum(about["empty"] for about in abouts)
-        total["broken"] = {name: why for a in abouts for name, why in a["broken"].items()}
-        write_text(temporary / "about.json", json.dumps({"digests": digests, **total}))
+        abouts = [_about_part(folder) for folder in folders]
+        if None in abouts:
+            return
+        temporary = parts / uuid.uuid4().hex
+        temporary.mkdir()
+        _write_joined(temporary, folders, abouts)
         temporary.rename(place)
         sync(place.parent)
         shutil.rmtree(parts, ignore_errors=True)
 
 
+def _write_joined(folder: Path, parts: Sequence[Path], abouts: Sequence[Any]) -> None:
+    with (folder / "tokens").open("wb") as tokens, (folder / "ends").open("wb") as ends:
+        last = 0
+        for side in range(2):
+            for part in parts:
+                with (part / f"{side}.tokens").open("rb") as file:
+                    shutil.copyfileobj(file, tokens, 2**20)
+                here = last + np.fromfile(part / f"{side}.lengths", np.int64).cumsum()
+                ends.write(here.tobytes())
+                last = int(here[-1]) if len(here) else last
+    for name in _FILES:
+        sync(folder / name)
+    counts = {
+        name: [sum(about[name][side] for about in abouts) for side in range(2)] for name in _COUNTS
+    }
+    told = {
+        "digests": {name: _digest_of(folder / name) for name in _FILES},
+        **counts,
+        "empty": sum(about["empty"] for about in abouts),
+        "broken": {name: why for about in abouts for name, why in about["broken"].items()},
+    }
+    write_text(folder / "about.json", _sealed(told))
+
+
+def _about_part(folder: Path) -> Any:
+    """What is told of a part; of a damaged one nothing, and it is no longer done."""
+    try:
+        about = _unsealed(folder / "about.json")
+        if all(_digest_of(folder / name) == digest for name, digest in about["digests"].items()):
+            return about
+    except (OSError, ValueError, TypeError):
+        pass
+    (folder / "about.json").unlink(missing_ok=True)
+    return None
+
+
+def _sealed(values: dict[str, Any]) -> str:
+    text = json.dumps(values)
+    return json.dumps([values, hashlib.sha256(text.encode()).hexdigest()])
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """Values that `_sealed` wrote; raises ValueError where they are others."""
+    values: dict[str, Any]
+    values, seal = json.loads(path.read_text())
+    if seal != hashlib.sha256(json.dumps(values).encode()).hexdigest():
+        raise ValueError("damaged")
+    return values
+
+
 def _opened(place: Path, dtype: np.dtype[Any]) -> CachedTokens | None:
     """What is there, or None if it is damaged."""
     try:
-        about = json.loads((place / "about.json").read_text())
+        about = _unsealed(place / "about.json")
         if any(_digest_of(place / name) != about["digests"][name] for name in _FILES):
             return None
         maps = [_map(place / name) for name in _FILES]
@@ -378,7 +410,7 @@ def _opened(place: Path, dtype: np.dtype[Any]) -> CachedTokens | None:
         counts = {name: about[name] for name in _COUNTS}
         digest = hashlib.sha256(json.dumps([about["digests"], counts]).encode()).hexdigest()
         empty, broken = about["empty"], about["broken"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None
 
     def drop() -> None:
@@ -412,7 +444,4 @@ def _remove_damaged(place: Path, parts: Path, dtype: np.dtype[Any]) -> None:
         if not _locked(parts, stack):
             time.sleep(0.05)
         elif place.exists() and _opened(place, dtype) is None:
-            bad = place.with_name(f"{place.name}.{os.getpid()}.bad")
-            with suppress(OSError):
-                place.rename(bad)
-            shutil.rmtree(bad, ignore_errors=True)
+            place.rename(parts / uuid.uuid4().hex)  # removed with the parts
