@@ -93,6 +93,29 @@ def test_rows_are_documents_that_need_not_see_each_other(
     )
 
 
+def test_what_datasets_saves_is_its_tables_alone(capsys: Captured, tmp_path: Path) -> None:
+    """As `DatasetDict.save_to_disk` lays them out, and with a cache of `map` among them."""
+    arrow = pytest.importorskip("pyarrow", reason="the extra data has it")
+    saved = tmp_path / "saved"
+    for split, name in (
+        ("train", "data-0"),
+        ("train", "data-1"),
+        ("train", "cache-1a"),
+        ("test", "data-0"),
+    ):
+        (saved / split).mkdir(parents=True, exist_ok=True)
+        table = arrow.table({"text": [f"{split} {name} {row} " * 3 for row in range(30)]})
+        with arrow.ipc.new_stream(saved / split / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+        for record in ("state.json", "dataset_info.json"):
+            (saved / split / record).write_text(json.dumps({"features": {}}, indent=2))
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    code, said, _ = run(capsys, *TRAIN, tmp_path / "run", saved, "--text-field", "text")
+    assert code == 0
+    assert "3 Arrow test/data-0.arrow" in flat(said)
+    assert "6 skipped: what datasets keeps beside its tables" in flat(said)
+
+
 def test_globs_and_files_that_are_held_out(capsys: Captured, shards: Path, tmp_path: Path) -> None:
     (shards / "notes.md").write_bytes(TEXT)
     (shards / "sub").mkdir()

@@ -249,7 +249,7 @@ def _corpus(
         f"{file_size(corpus.validation.nbytes)} in {len(corpus.validation_files)} held out",
         soft_wrap=True,
     )
-    if any(not each.was_read or each.what != "text" for each in corpus.readings):
+    if any(each.what not in ("text", "empty") for each in corpus.readings):
         console.print(_readings_table(corpus.readings))
     lengths = corpus.ends.diff(prepend=corpus.ends.new_zeros(1))
     longer = int((lengths > config.model.context).sum())

@@ -228,15 +228,15 @@ def _sources(
 ) -> tuple[list[Source], list[Reading]]:
     """The files to read, and what became of all that were found."""
     found = find_files(paths, with_runs=with_runs) if paths else standard_library()
-    # What `datasets` writes beside its tables.
-    saved = {path.parent for name, path in found if how.text_field and name.endswith(".arrow")}
+    tables = [path for _, path in found if how.text_field and path.suffix == ".arrow"]
+    saved = {folder for path in tables for folder in (path.parent, path.parent.parent)}
     sources: list[Source] = []
     became: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for name, path in found:
         if not how.takes(name):
             source: Source | str = "left out by --include and --exclude"
-        elif path.name in _RECORDS and {path.parent, *path.parent.parents} & saved:
-            source = "records of datasets"
+        elif path.parent in saved and matches(name, _RECORDS):
+            source = "what datasets keeps beside its tables"
         else:
             source = _source(name, path, how, raw=how.raw or not paths)
         if isinstance(source, Source):
@@ -256,7 +256,7 @@ def _sources(
     return sources, readings
 
 
-_RECORDS = {"state.json", "dataset_info.json", "dataset_dict.json"}
+_RECORDS = ("state.json", "dataset_info.json", "dataset_dict.json", "cache-*.arrow")
 
 
 def _source(name: str, path: Path, how: _How, *, raw: bool) -> Source | str:
