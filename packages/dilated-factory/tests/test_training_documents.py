@@ -20,7 +20,9 @@ from .conftest import losses, start
 def short_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("short")
     for index in range(60):
-        (folder / f"{index:02}.txt").write_bytes(bytes(range(index, index + 1 + index * 7 % 37)))
+        (folder / f"{index:02}.txt").write_bytes(
+            bytes(range(60 + index, 61 + index + index * 7 % 37))
+        )
     return folder
 
 

@@ -67,7 +67,7 @@ def content_of(path: Path, name: str, *, by_field: bool) -> Content | str:
         head = file.read(HEAD)
     packing = _packing(head)
     if packing:
-        head = next(pieces(path, name, packing), b"")[:HEAD]
+        head = next(pieces(path, name, packing, HEAD), b"")[:HEAD]
         if not head:
             return "empty"
     elif table := _table(head, name):
@@ -77,8 +77,8 @@ def content_of(path: Path, name: str, *, by_field: bool) -> Content | str:
     return Content("JSON lines" if by_field and _has_rows(head, name) else "text", packing)
 
 
-def pieces(path: Path, name: str, packing: Packing) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, about a MiB at a time.
+def pieces(path: Path, name: str, packing: Packing, size: int = PIECE) -> Iterator[bytes]:
+    """The bytes of a file, decompressed, about so many at a time.
 
     Raises:
         BrokenFileError: they cannot be decompressed, or end too early.
@@ -87,12 +87,12 @@ def pieces(path: Path, name: str, packing: Packing) -> Iterator[bytes]:
     """
     with path.open("rb") as file:
         if not packing:
-            while piece := file.read(PIECE):
+            while piece := file.read(size):
                 yield piece
             return
         begin = _beginner(packing, name)
         try:
-            yield from _gathered(_unpacked(file, packing, begin))
+            yield from _gathered(_unpacked(file, packing, begin), size)
         except _decompression_errors() as error:
             reason = " ".join(str(error).split())
             size = path.stat().st_size
@@ -158,16 +158,16 @@ def _unpacked(
         raise EOFError("the file ends in the middle")
 
 
-def _gathered(parts: Iterator[bytes]) -> Iterator[bytes]:
+def _gathered(parts: Iterator[bytes], size: int) -> Iterator[bytes]:
     held: list[bytes] = []
-    size = 0
+    length = 0
     for part in parts:
         held.append(part)
-        size += len(part)
-        if size >= PIECE:
+        length += len(part)
+        if length >= size:
             yield b"".join(held)
-            held, size = [], 0
-    if size:
+            held, length = [], 0
+    if length:
         yield b"".join(held)
 
 
