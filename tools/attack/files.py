@@ -59,7 +59,9 @@ def place() -> Path:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     (root / "corpus").mkdir()
     for index in range(6):
-        (root / "corpus" / f"{index}.txt").write_bytes(bytes(random.Random(index).randbytes(60)))
+        (root / "corpus" / f"{index}.txt").write_bytes(
+            random.Random(index).randbytes(30).hex().encode()
+        )
     trainer(root / "whole").train()
     half = trainer(root / "half")
     half.train(should_stop=lambda: half.step == STEPS // 2)

@@ -9,7 +9,7 @@ import pytest
 
 try:
     from dilated_factory import LongNetConfig, TrainConfig
-    from dilated_factory.training.corpus import load_corpus
+    from dilated_factory.training.corpus import corpus_of
     from dilated_factory.training.loop import Trainer
     from dilated_factory.training.run_folder import RunFolder
 except ModuleNotFoundError as error:
@@ -62,14 +62,14 @@ def finished_run(tiny_train: TrainConfig, tmp_path_factory: pytest.TempPathFacto
 
 def start(config: TrainConfig, path: Path, **options: Any) -> Trainer:
     """A trainer at step 0 in a new run folder."""
-    corpus = load_corpus(config.paths, validation_fraction=config.validation_fraction)
+    corpus = corpus_of(config)
     return Trainer.start(path, config, corpus, **options)
 
 
 def resume(path: Path, **options: Any) -> Trainer:
     """A trainer at the newest checkpoint of a run folder."""
     run = RunFolder.open(path)
-    corpus = load_corpus(run.config.paths, validation_fraction=run.config.validation_fraction)
+    corpus = corpus_of(run.config, digest=run.corpus_digest())
     trainer = Trainer(run, corpus, **options)
     trainer.restore()
     return trainer

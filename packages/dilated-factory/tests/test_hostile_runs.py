@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dilated_factory import InputError, RunError, TrainConfig
 from dilated_factory.cli import main
 from dilated_factory.configs.files import MOST_BYTES, read_values
-from dilated_factory.training.corpus import _readable, _split, load_corpus
+from dilated_factory.training.corpus import _EARLIER, _load, load_corpus
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.run_folder import MOST_LINE_BYTES, RunFolder
 from dilated_factory.training.shards import read_shards
@@ -392,7 +392,7 @@ def test_a_run_inside_its_corpus_is_no_part_of_it(
     assert main(["train", ".", "--steps", "2", *TINY_OPTIONS, "--out", "runs/second"]) == 0
     assert RunFolder.open("runs/second").corpus_digest() == seen
     # A corpus that was read with the runs inside, as it once was, is read so again.
-    earlier = _split(*_readable(["."], with_runs=True), 0.05).digest
+    earlier = _load(["."], (), 0.05, _EARLIER, with_runs=True)[1]
     assert earlier != seen
     assert load_corpus(["."], digest=earlier).digest == earlier
     assert load_corpus(["."], digest="another").digest == seen

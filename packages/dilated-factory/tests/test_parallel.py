@@ -369,7 +369,9 @@ def test_separate_documents_are_those_of_one_process(
     folder = tmp_path / "corpus"
     folder.mkdir()
     for index in range(50):
-        (folder / f"{index:02}.txt").write_bytes(bytes(range(index, index + 1 + index * 7 % 37)))
+        (folder / f"{index:02}.txt").write_bytes(
+            bytes(range(60 + index, 61 + index + index * 7 % 37))
+        )
     fields = {
         "documents": "separate", "paths": (str(folder),), "steps": 4, "validate_every": 2,
         "validation_bytes": 192, "validation_fraction": 0.3,

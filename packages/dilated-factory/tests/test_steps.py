@@ -207,7 +207,7 @@ def test_too_little_to_validate_on_is_told_at_the_start(
     tiny_train: TrainConfig, tmp_path: Path
 ) -> None:
     file = tmp_path / "text"
-    file.write_bytes(bytes(range(256)) * 3)
+    file.write_bytes(bytes(range(32, 127)) * 8)
     config = tiny_train.model_copy(update={"paths": (str(file),), "validate_every": 1})
     with pytest.raises(CorpusError, match=r"at least context \+ 1 = 49 tokens to validate"):
         start(config, tmp_path / "run")

@@ -225,10 +225,10 @@ def test_a_clock_goes_on_where_it_stopped(tiny_train: TrainConfig, tmp_path: Pat
 
 def test_a_changed_corpus_is_told(tiny_model: LongNetConfig, tmp_path: Path) -> None:
     file = tmp_path / "text"
-    file.write_bytes(bytes(range(256)) * 2)
+    file.write_bytes(bytes(range(32, 127)) * 5)
     config = TrainConfig(model=tiny_model, paths=(str(file),), steps=2)
     start(config, tmp_path / "run").train()
-    file.write_bytes(bytes(range(255)) * 2)
+    file.write_bytes(bytes(range(32, 126)) * 5)
     with pytest.raises(RunError, match="the corpus has changed"):
         resume(tmp_path / "run")
 

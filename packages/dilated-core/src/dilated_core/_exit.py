@@ -4,13 +4,11 @@ import atexit
 import re
 import time
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 _SECONDS = 5.0
 
 
-@cache
 def let_gloo_rest_at_exit() -> None:
     """Before the interpreter ends, give gloo's threads the time to let go of the last tensors.
 
@@ -19,6 +17,7 @@ def let_gloo_rest_at_exit() -> None:
     compiler (torch 2.11 and 2.13). A thread that frees a tensor while the interpreter is finalized
     takes the process down by SIGABRT, after all the work was done.
     """
+    atexit.unregister(_let_gloo_rest)  # so that it is there once
     atexit.register(_let_gloo_rest)
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from dilated_factory.cli.display import progress_bar
-from dilated_factory.cli.options import Device, parse_lengths, sight_warning, unit
+from dilated_factory.cli.options import Cache, Device, parse_lengths, sight_warning, unit
 from dilated_factory.cli.output import plain_console
 from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.figures import save_context_curve
@@ -42,6 +42,7 @@ def evaluate(
     best: Annotated[
         bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
     ] = False,
+    cache: Cache = None,
     device: Device = "auto",
 ) -> int:
     """Score held-out bytes at several contexts, beside byte Markov models.
@@ -61,7 +62,11 @@ def evaluate(
     lengths = parse_lengths("--contexts", contexts)
     with progress_bar() as show:
         evaluation = evaluate_run(
-            trained, paths or (), contexts=lengths, max_bytes=max_bytes, on_progress=show
+            *(trained, paths or ()),
+            contexts=lengths,
+            max_bytes=max_bytes,
+            cache=cache,
+            on_progress=show,
         )
     trained_at = trained.run.config.model.context
     units = unit(trained.run.config)

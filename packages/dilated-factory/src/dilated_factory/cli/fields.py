@@ -44,10 +44,16 @@ def with_fields(*kinds: type[FrozenConfig], but: Collection[str]) -> Callable[[C
 def given_fields(kind: type[FrozenConfig], values: dict[str, Any]) -> dict[str, Any]:
     """Of the values of such options those that belong to a kind and were given, parsed."""
     return {
-        name: parse_lengths(_name(name), value) if _is_tuple(field) else value
+        name: _parsed(name, field, value)
         for name, field in kind.model_fields.items()
-        if (value := values.get(name)) is not None
+        if (value := values.get(name)) not in (None, [], ())
     }
+
+
+def _parsed(name: str, field: FieldInfo, value: Any) -> Any:
+    if field.annotation == tuple[str, ...]:
+        return tuple(value)
+    return parse_lengths(_name(name), value) if _is_tuple(field) else value
 
 
 def _name(field: str) -> str:
@@ -59,6 +65,8 @@ def _option(name: str, field: FieldInfo) -> Any:
     default = ""
     if name == "dtype":
         kind, default = Literal["auto", "float32", "bfloat16"], "; default: auto"
+    elif field.annotation == tuple[str, ...]:
+        kind, default = list[str], "; may be repeated"
     elif _is_tuple(field):
         kind = str
     elif field.default is not None:

@@ -1,5 +1,6 @@
 """Options that several commands share, and parsers of their values."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,14 @@ from dilated_factory.errors import InputError
 
 Device = Annotated[
     str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...", show_default=True)
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the tokens of a corpus, made once; default $XDG_CACHE_HOME/dilated or "
+        "~/.cache/dilated.",
+        show_default=False,
+    ),
 ]
 # Beyond these no machine goes, and products of them leave what tensors count in.
 MOST_POSITIONS, MOST_HEADS, MOST_WIDTH, MOST_SEQUENCES = 2**40, 2**16, 2**20, 2**32

@@ -1,24 +1,25 @@
 """`dilated train`: train a LongNet language model on the bytes of files."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from dilated_factory.cli.display import file_size, training_display
+from dilated_factory.cli.display import file_size, progress_bar, training_display
 from dilated_factory.cli.fields import given_fields, with_fields
-from dilated_factory.cli.options import Device, sight_warning, unit
+from dilated_factory.cli.options import Cache, Device, sight_warning, unit
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
 from dilated_factory.configs.models import LongNetConfig, TrainConfig, parse_config
 from dilated_factory.corpora.tokens import INEXACT, Tokenizer, load_tokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.training.compiling import Compile, decide_compile
-from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.corpus import Corpus, Reading, corpus_of
 from dilated_factory.training.figures import save_loss_curve
 from dilated_factory.training.flops import flops_per_token, peak_flops
 from dilated_factory.training.loop import ALONE, StepMetrics, Trainer, select_device
@@ -68,6 +69,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    cache: Cache = None,
     device: Device = "auto",
     compiling: Annotated[
         Compile, typer.Option("--compile", help="torch.compile for the blocks; auto: on CUDA.")
@@ -127,6 +129,8 @@ def train(
         given["paths"] = tuple(str(Path(path).resolve()) for path in paths)
     if given.get("tokenizer"):
         given["tokenizer"] = str(Path(given["tokenizer"]).resolve())
+    if "validation" in given:
+        given["validation"] = tuple(str(Path(path).resolve()) for path in given["validation"])
     shape = given_fields(LongNetConfig, fields)
     options: dict[str, Any] = {"parallel": parallel, "checkpoint_every": checkpoint_every}
     if resume or (was_restarted() and (out / "config.json").exists()):
@@ -136,13 +140,13 @@ def train(
         run.require_tokenizer(given.pop("tokenizer", None))
         run.require_same(shape | {k: v for k, v in given.items() if v != "auto"})
         options["compiled"] = decide_compile(compiling, parallel, console.print)
-        corpus = _corpus(run.config, run.tokenizer(), console, run.corpus_digest())
+        corpus = _corpus(run.config, run.tokenizer(), console, run.corpus_digest(), cache)
         trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
         settings = _settings(config, parent, given, shape, parallel)
         options["compiled"] = decide_compile(compiling, parallel, console.print)
-        trainer = start_run(out, settings, console, **options)
+        trainer = start_run(out, settings, console, cache=cache, **options)
     code = run_training(trainer, console, tensorboard=tensorboard, profile=profile)
     if code == 0:
         console.print(f"next: dilated evaluate {trainer.run.path}", soft_wrap=True)
@@ -169,14 +173,16 @@ def _settings(
     return parse_config(TrainConfig, values)
 
 
-def start_run(out: Path, config: TrainConfig, console: Console, **options: Any) -> Trainer:
+def start_run(
+    out: Path, config: TrainConfig, console: Console, *, cache: Path | None = None, **options: Any
+) -> Trainer:
     """Check everything, then make the run folder and a trainer at step 0.
 
     Options are those of `Trainer.start`.
     """
     RunFolder.require_new(out)
     options = {"parallel": ALONE, **options}
-    corpus = _corpus(config, load_tokenizer(config.tokenizer), console)
+    corpus = _corpus(config, load_tokenizer(config.tokenizer), console, cache=cache)
     return Trainer.start(out, config, corpus, **options)
 
 
@@ -246,14 +252,22 @@ def _tell(told: list[Callable[[StepMetrics], None]], metrics: StepMetrics) -> No
 
 
 def _corpus(
-    config: TrainConfig, tokenizer: Tokenizer, console: Console, digest: str | None = None
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    console: Console,
+    digest: str | None = None,
+    cache: Path | None = None,
 ) -> Corpus:
-    corpus = load_corpus(
-        config.paths, validation_fraction=config.validation_fraction, digest=digest,
-        tokenizer=tokenizer,
-    )  # fmt: skip
+    with progress_bar() as show:
+        corpus = corpus_of(
+            config,
+            digest=digest,
+            tokenizer=tokenizer,
+            cache=cache,
+            on_progress=(lambda what, share: None) if console.quiet else show,
+        )
     train, held_out = (
-        file_size(len(side)) if config.tokenizer is None else f"{len(side):,} tokens"
+        file_size(side.nbytes) if config.tokenizer is None else f"{len(side):,} tokens"
         for side in (corpus.train, corpus.validation)
     )
     console.print(
@@ -261,6 +275,8 @@ def _corpus(
         f"{held_out} in {len(corpus.validation_files)} held out",
         soft_wrap=True,
     )
+    if any(each.what not in ("text", "empty") for each in corpus.readings):
+        console.print(_readings_table(corpus.readings))
     if config.tokenizer is not None:
         console.print(
             f"tokenizer: {tokenizer.vocab_size:,} tokens, of {corpus.bytes_per_token:.2f} bytes "
@@ -268,6 +284,21 @@ def _corpus(
         )
     if not tokenizer.is_exact:
         console.print(f"warning: {INEXACT}", soft_wrap=True)
-    if corpus.skipped:
-        console.print(f"skipped {corpus.skipped} files that cannot be read")
+    lengths = corpus.ends.diff(prepend=corpus.ends.new_zeros(1))
+    longer = int((lengths > config.model.context).sum())
+    if longer and (config.text_field or config.documents == "separate"):
+        console.print(
+            f"{longer:,} of {len(lengths):,} documents are longer than the context: windows cut "
+            "them",
+            soft_wrap=True,
+        )
     return corpus
+
+
+def _readings_table(readings: Sequence[Reading]) -> Table:
+    table = Table("files", "what became of them", "such as")
+    table.columns[0].justify = "right"
+    for each in readings:
+        became = each.what if each.was_read else f"skipped: {each.what}"
+        table.add_row(f"{each.files:,}" if each.files else "", became, each.example)
+    return table

@@ -188,14 +188,34 @@ class TrainConfig(FrozenConfig):
     paths: tuple[str, ...] = Field(
         default=(), description="files and folders; none means the standard library of Python"
     )
+    include: tuple[str, ...] = Field(
+        default=(), description="glob of names of files to read; none means all"
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="glob of names that are not read")
+    text_field: str | None = Field(
+        default=None,
+        description="field of JSON lines, Parquet and Arrow that is a document; none means text",
+    )
+    raw: bool = Field(
+        default=False, description="bytes of every file as it is, compressed and binary ones too"
+    )
+    broken: Literal["error", "skip"] = Field(
+        default="error", description="what a damaged file is; an error keeps what is read"
+    )
+    validation: tuple[str, ...] = Field(
+        default=(), description="file or folder that is held out instead of a share"
+    )
     validation_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of the files that is held out"
+    )
+    split: Literal["file", "document"] = Field(
+        default="file", description="what is held out whole; a document is a row here"
     )
     tokenizer: str | None = Field(
         default=None, description="tokenizer.json, or the folder of one; none means bytes"
     )
     documents: Literal["joined", "separate"] = Field(
-        default="joined", description="whether files that share a window see each other"
+        default="joined", description="whether documents that share a window see each other"
     )
     steps: int | None = Field(default=None, ge=1, description="optimizer steps to take")
     minutes: float | None = Field(default=None, gt=0, description="train for this long instead")
@@ -237,6 +257,8 @@ class TrainConfig(FrozenConfig):
                 "exactly one of steps and minutes is required. "
                 f"Got steps={self.steps}, minutes={self.minutes}."
             )
+        if self.raw and self.text_field is not None:
+            raise ValueError(f"text_field must be none with raw. Got {self.text_field!r}.")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size must divide batch_size ({self.batch_size}). "

@@ -25,7 +25,7 @@ from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.atomic import write_text
 from dilated_factory.training.batches import step_seed
 from dilated_factory.training.corpus import Corpus
-from dilated_factory.training.loop import Trainer
+from dilated_factory.training.loop import Drawn, Trainer
 from dilated_factory.training.parallel import Share
 from dilated_factory.training.precision import autocast
 from dilated_factory.training.run_folder import RunFolder
@@ -193,13 +193,14 @@ class GenomeTrainer(Trainer):
             write_text(trainer.run.path / _FILE, corpus.config.model_dump_json(indent=2) + "\n")
         return trainer
 
-    def _draw(self, step: int) -> list[Share]:
+    def _draw(self, step: int) -> Drawn:
         config, windows = self.run.config, self.corpus.windows
         generator = torch.Generator().manual_seed(step_seed(config.seed, step, "batch"))
         drawn = torch.randint(len(windows), (config.batch_size,), generator=generator)
         parts = [windows.unpadded(index, step) for index in drawn.tolist()]
         tokens, targets = left_aligned(parts, config.model.context)
-        return self._shares_of(tokens, targets, config.micro_batch_size)
+        shares = self._shares_of(tokens, targets, config.micro_batch_size)
+        return Drawn(shares, bytes_read=targets.numel(), tokens_per_byte=1.0)
 
     def _shares_of(self, tokens: Tensor, targets: Tensor, rows: int | None) -> list[Share]:
         """This rank's part of tokens and targets (B, N); micro-batches weigh by their targets."""

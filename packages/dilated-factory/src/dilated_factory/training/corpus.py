@@ -1,43 +1,58 @@
-"""A corpus of bytes from files and folders, split by file into training and validation."""
+"""A corpus from files and folders: which are read, and what is trained on and held out of them."""
 
 import hashlib
 import mmap
 import os
 import shutil
-import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dilated_factory.configs.models import TrainConfig
+from dilated_factory.corpora.contents import BrokenFileError, Content, content_of
+from dilated_factory.corpora.documents import Source
 from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
 from dilated_factory.errors import CorpusError
-from dilated_factory.training.run_folder import is_run_folder
+from dilated_factory.training.finding import find_files, matches, standard_library
+from dilated_factory.training.token_cache import (
+    Order,
+    Side,
+    cached_tokens,
+    drop_pages,
+    hash_share,
+)
+
+Progress = Callable[[str, float], None]
+
+
+class Reading(NamedTuple):
+    """What became of some files, for a table: read as what, or why not."""
+
+    what: str
+    files: int
+    example: str
+    was_read: bool
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes held out, or tokens of them.
+    """Tokens to train on and tokens held out; bytes, unless a tokenizer was given.
 
-    ``train`` and ``validation`` are one-dimensional uint8 tensors: whole files one after the
-    other, in the order of their names, nothing in between; both are parts of one mapped file. With
-    another ``tokenizer`` they are int32, and each file ends with its token for that, if it has one;
-    ``bytes_share`` is 1, or how many bytes the files hold for each byte of the tokens, where the
-    tokenizer changes texts.
-    ``digest`` is a SHA-256 over both, so
-    that a resumed run notices when its corpus has changed. ``ends`` are where documents, which are
-    files, end, counted from the beginning of ``train``.
-
-    Examples:
-        >>> from pathlib import Path
-        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
-        >>> corpus = load_corpus(["text"])
-        >>> len(corpus.train), len(corpus.validation)
-        (1805, 95)
+    ``train`` and ``validation`` are one-dimensional tensors, uint8, uint16 or int32: whole
+    documents one after the other, in the order of their files' names, with nothing in between but
+    what the tokenizer ends a document with; both are parts of one mapped file. ``bytes_share`` is
+    how many bytes the files hold for each byte of the tokens: 1, unless the tokenizer changes
+    texts. ``digest`` is a
+    SHA-256 over both and where documents end, so that a resumed run notices when its corpus has
+    changed. ``ends`` is where documents end, counted from the beginning of ``train``: int64,
+    rising. ``skipped`` files were not read; ``readings`` says which and why. ``drop_pages`` lets go
+    of the memory of what was looked at: the system has the file.
     """
 
     train: Tensor
@@ -46,7 +61,9 @@ class Corpus:
     validation_files: tuple[str, ...]
     skipped: int
     digest: str
-    ends: tuple[int, ...] = ()
+    ends: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    readings: tuple[Reading, ...] = ()
+    drop_pages: Callable[[], None] = lambda: None
     tokenizer: Tokenizer = BYTES
     bytes_share: float = 1.0
 
@@ -63,216 +80,386 @@ class Corpus:
         return max(self.bytes_in(some), 1.0) / max(len(some), 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """The options of `load_corpus`."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    text_field: str | None = None
+    raw: bool = False
+    broken: Literal["error", "skip"] = "error"
+    split: Literal["file", "document"] = "file"
+    tokenizer: Tokenizer = BYTES
+    cache: Path | None = None
+    on_progress: Progress = lambda what, share: None
+
+    def takes(self, name: str) -> bool:
+        """Whether the globs let a file through."""
+        return (not self.include or matches(name, self.include)) and not matches(name, self.exclude)
+
+
 def load_corpus(
     paths: Sequence[str | Path] = (),
     *,
     validation_fraction: float = 0.05,
+    validation: Sequence[str | Path] = (),
     digest: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    text_field: str | None = None,
+    raw: bool = False,
+    broken: Literal["error", "skip"] = "error",
+    split: Literal["file", "document"] = "file",
     tokenizer: Tokenizer = BYTES,
+    cache: str | Path | None = None,
+    on_progress: Progress = lambda what, share: None,
 ) -> Corpus:
     """Read files and folders into a :class:`Corpus`; no paths means :func:`standard_library`.
 
     A file belongs to validation if the hash of its path, relative to the folder it was found
     under, falls in the lowest ``validation_fraction``; so a file keeps its side when others come
     or go. If that leaves one side empty, the file with the nearest hash changes sides; a corpus
-    of a single file is cut instead, and its end is held out. Files that cannot be read are
-    skipped and counted; hidden files, ``__pycache__``, empty files and run folders inside a given
-    folder are passed over. Run folders were not always: if the corpus has the ``digest`` of an
-    earlier reading only with them, they are read.
+    of a single file is cut instead, and its end is held out, unless it has rows: then it is split
+    by document.
+
+    Text in gzip, bzip2, xz and zstd is decompressed, whatever the file is called. Files that hold
+    no text, or cannot be read, are skipped and counted; hidden files, ``__pycache__``, empty files
+    and run folders inside a given folder are passed over. Bytes of plain text are copied into a
+    nameless file, all else into the cache, which is made once; both are mapped.
+
+    Args:
+        paths: files and folders.
+        validation_fraction: share that is held out.
+        validation: files and folders that are held out instead; then ``paths`` has no other.
+        digest: that of an earlier reading. Before, files were read as bytes whatever they held, run
+            folders too, and the digest said nothing of documents; if it is of such a reading, the
+            corpus is that.
+        include: globs of names of files to read, all without any. ``*`` spans folders too, and a
+            glob may also match the last part of a name.
+        exclude: globs of names that are not read.
+        text_field: documents are this field of the rows of JSON lines, Parquet and Arrow, which a
+            file is by its content, or JSON lines by its name. Other text is text.
+        raw: read every file as the bytes that it is.
+        broken: whether a damaged file is an error or skipped.
+        split: "document" holds out rows by a hash of each.
+        tokenizer: what makes tokens.
+        cache: the folder of the cache; by default that of the user (``$XDG_CACHE_HOME/dilated``).
+        on_progress: is told what is done, and which share of it, while a cache is made.
 
     Raises:
-        CorpusError: a path does not exist, or there is nothing to read.
-
-    Examples:
-        >>> from pathlib import Path
-        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
-        >>> load_corpus(["text"], validation_fraction=0.1).train_files
-        ('text',)
+        CorpusError: a path does not exist, there is nothing to read, a file is damaged, or a row
+            has no such field or no string in it.
+        MissingPackageError: a file needs a package that is not installed.
     """
-    corpus = _tokenized(_split(*_readable(paths), validation_fraction), tokenizer)
-    if digest not in (None, corpus.digest) and isinstance(tokenizer, Bytes):
-        earlier = _split(*_readable(paths, with_runs=True), validation_fraction)
-        if earlier.digest == digest:
-            return earlier
+    how = _How(
+        include=include, exclude=exclude, text_field=text_field, raw=raw, broken=broken,
+        split=split, tokenizer=tokenizer, cache=None if cache is None else Path(cache),
+        on_progress=on_progress,
+    )  # fmt: skip
+    is_plain = how == replace(_How(), cache=how.cache, on_progress=on_progress)
+    if digest is None or validation or not is_plain:
+        return _load(paths, validation, validation_fraction, how)[0]
+    return _load_again(paths, validation_fraction, how, digest)
+
+
+_EARLIER = _How(raw=True)
+
+
+def _load_again(paths: Sequence[str | Path], fraction: float, how: _How, digest: str) -> Corpus:
+    """The corpus of a run, as it was read then, if it is still there."""
+    corpus: Corpus | CorpusError
+    try:
+        corpus, before = _load(paths, (), fraction, how)
+    except CorpusError as error:
+        corpus = error
+    else:
+        if digest in (corpus.digest, before):
+            return replace(corpus, digest=digest)
+    for with_runs in (False, True):
+        earlier, before = _load(paths, (), fraction, _EARLIER, with_runs=with_runs)
+        if before == digest:
+            return replace(earlier, digest=before)
+    if isinstance(corpus, CorpusError):
+        raise corpus
     return corpus
 
 
-def _split(files: dict[str, list[Path]], skipped: int, validation_fraction: float) -> Corpus:
-    if len(files) == 1:
-        ((name, places),) = files.items()
-        content, _, ends = _spool([places])
-        cut = len(content) - max(1, round(len(content) * validation_fraction))
-        if cut < 1:
-            raise CorpusError(f"a corpus of one file needs at least 2 bytes. {name!r} has 1.")
-        return _corpus(content, cut, (name,), (name,), skipped, ends)
-    held_out = _held_out(files, validation_fraction)
-    train = tuple(name for name in files if name not in held_out)
-    validation = tuple(name for name in files if name in held_out)
-    content, groups, ends = _spool([files[name] for name in (*train, *validation)])
-    return _corpus(content, groups[len(train) - 1], train, validation, skipped, ends)
+def corpus_of(
+    config: TrainConfig,
+    *,
+    digest: str | None = None,
+    tokenizer: Tokenizer = BYTES,
+    cache: str | Path | None = None,
+    on_progress: Progress = lambda what, share: None,
+) -> Corpus:
+    """The corpus of a configuration; the rest is as in `load_corpus`."""
+    return load_corpus(
+        config.paths, validation_fraction=config.validation_fraction, validation=config.validation,
+        digest=digest, include=config.include, exclude=config.exclude,
+        text_field=config.text_field, raw=config.raw, broken=config.broken, split=config.split,
+        tokenizer=tokenizer, cache=cache, on_progress=on_progress,
+    )  # fmt: skip
 
 
-def load_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer = BYTES) -> Corpus:
-    """All bytes of the given files and folders, in the order of their names, none to train on.
+def load_held_out(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer = BYTES,
+    *,
+    text_field: str | None = None,
+    raw: bool = False,
+    cache: str | Path | None = None,
+) -> Corpus:
+    """All of the given files and folders, in the order of their names, and nothing to train on.
+
+    The options are those of `load_corpus`.
 
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
     """
-    files, skipped = _readable(paths)
-    content, _, ends = _spool(list(files.values()))
-    return _tokenized(_corpus(content, 0, (), tuple(files), skipped, ends), tokenizer)
+    folder = None if cache is None else Path(cache)
+    how = _How(raw=raw, text_field=text_field, tokenizer=tokenizer, cache=folder)
+    sources, readings = _sources(paths, how)
+    return _corpus(sources, [1] * len(sources), how, 0.0, readings)[0]
 
 
-def _tokenized(corpus: Corpus, tokenizer: Tokenizer) -> Corpus:
-    """A corpus of bytes as tokens."""
-    if isinstance(tokenizer, Bytes):
-        return corpus
-    cut, end, ends = len(corpus.train), tokenizer.end_of_document, []
-    sides: list[list[Tensor]] = [[], []]
-    length = counted = 0
-    for start, stop in pairwise(sorted({0, cut, *corpus.ends})):
-        side = (
-            corpus.train[start:stop] if stop <= cut else corpus.validation[start - cut : stop - cut]
-        )
-        (ids,) = tokenizer.encode([bytes(side.numpy())])
-        if stop in corpus.ends:
-            ids += [] if end is None else [end]
-            ends.append(length + len(ids))
-        length += len(ids)
-        sides[stop > cut].append(torch.tensor(ids, dtype=torch.int32))
-        counted += int(tokenizer.sizes[ids].sum())
-    train, validation = (
-        torch.cat(side) if side else torch.empty(0, dtype=torch.int32) for side in sides
-    )
-    digest = hashlib.sha256((corpus.digest + tokenizer.digest).encode()).hexdigest()
-    return replace(
-        corpus, train=train, validation=validation, ends=tuple(ends), digest=digest,
-        tokenizer=tokenizer, bytes_share=(cut + len(corpus.validation)) / max(counted, 1),
-    )  # fmt: skip
-
-
-def find_files(paths: Iterable[str | Path], *, with_runs: bool = False) -> list[tuple[str, Path]]:
-    """Regular files under the given paths as sorted (name, path), each file once.
-
-    The name is the path relative to the given folder, with forward slashes. Run folders inside it
-    are passed over unless ``with_runs``: a run that is part of its corpus would change it.
-
-    Raises:
-        CorpusError: a path does not exist.
-    """
-    found: dict[Path, str] = {}
-    for given in map(Path, paths):
-        if given.is_dir():
-            for path in _walk(given, with_runs=with_runs):
-                found.setdefault(path.resolve(), path.relative_to(given).as_posix())
-        elif given.is_file():
-            found.setdefault(given.resolve(), given.name)
+def _sources(
+    paths: Sequence[str | Path], how: _How, *, with_runs: bool = False
+) -> tuple[list[Source], list[Reading]]:
+    """The files to read, and what became of all that were found."""
+    found = find_files(paths, with_runs=with_runs) if paths else standard_library()
+    tables = [path for _, path in found if how.text_field and path.suffix == ".arrow"]
+    saved = {folder for path in tables for folder in (path.parent, path.parent.parent)}
+    sources: list[Source] = []
+    became: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for name, path in found:
+        if not how.takes(name):
+            source: Source | str = "left out by --include and --exclude"
+        elif path.parent in saved and matches(name, _RECORDS):
+            source = "what datasets keeps beside its tables"
         else:
-            raise CorpusError(f"path must be an existing file or folder. Got {str(given)!r}.")
-    return sorted((name, path) for path, name in found.items())
+            source = _source(name, path, how, raw=how.raw or not paths)
+        if isinstance(source, Source):
+            sources.append(source)
+            became[_label(source, how), True].append(name)
+        else:
+            became[source, False].append(name)
+    readings = [
+        Reading(what, len(names), names[0], was_read)
+        for (what, was_read), names in sorted(became.items(), key=lambda item: not item[0][1])
+    ]
+    if not sources:
+        places = ", ".join(map(str, paths)) or "the standard library"
+        why = "".join(f"; {each.files} skipped: {each.what}" for each in readings)
+        hint = " (--raw reads their bytes)" if "binary" in why else ""
+        raise CorpusError(f"the corpus is empty: no file with content in {places}{why}{hint}.")
+    return sources, readings
 
 
-def standard_library() -> list[tuple[str, Path]]:
-    """The Python sources of the running interpreter's standard library, its tests included."""
-    root = Path(sysconfig.get_path("stdlib"))
-    installed = {"site-packages", "dist-packages"}
-    return sorted(
-        (path.relative_to(root).as_posix(), path)
-        for path in _walk(root)
-        if path.suffix == ".py" and installed.isdisjoint(path.relative_to(root).parts)
-    )
+_RECORDS = ("state.json", "dataset_info.json", "dataset_dict.json", "cache-*.arrow")
 
 
-def _readable(
-    paths: Sequence[str | Path], *, with_runs: bool = False
-) -> tuple[dict[str, list[Path]], int]:
-    """The files of each name that have content, and how many files could not be read."""
-    found: dict[str, list[Path]] = {}
-    skipped = 0
-    for name, path in find_files(paths, with_runs=with_runs) if paths else standard_library():
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-        except OSError:
-            skipped += 1
-            continue
-        if size:
-            found.setdefault(name, []).append(path)
-    if not found:
-        places = ", ".join(str(path) for path in paths) or "the standard library"
-        unreadable = f"; {skipped} could not be read" if skipped else ""
-        raise CorpusError(f"the corpus is empty: no file with content in {places}{unreadable}.")
-    return found, skipped
+def _source(name: str, path: Path, how: _How, *, raw: bool) -> Source | str:
+    """A file, or why it is not read."""
+    try:
+        with path.open("rb") as file:
+            now = os.fstat(file.fileno())
+        if not now.st_size:
+            return "empty"
+        if raw:
+            content: Content | str = Content("text")
+        else:
+            content = content_of(path, name, by_field=how.text_field is not None)
+    except OSError:
+        return "cannot be read"
+    except BrokenFileError:
+        if how.broken == "error":
+            raise
+        return "broken"
+    if isinstance(content, str):
+        return content
+    return Source(name, path, content, now.st_size, now.st_mtime_ns)
 
 
-def _spool(groups: Sequence[Sequence[Path]]) -> tuple[mmap.mmap, list[int], list[int]]:
-    """All files one after the other, and where each group and each file ends.
-
-    They are a nameless file that is mapped into memory: a copy, so that nobody changes it
-    while a run reads it, which the system keeps in memory as far as there is room.
-    """
-    groups_end, ends = [], []
-    with tempfile.TemporaryFile() as spool:
-        for group in groups:
-            for path in group:
-                with path.open("rb") as file:
-                    shutil.copyfileobj(file, spool)
-                ends.append(spool.tell())
-            groups_end.append(ends[-1])
-        spool.flush()
-        if not ends[-1]:
-            raise CorpusError("the corpus is empty: its files were emptied while they were read.")
-        # Not read-only, because torch warns about tensors over memory that it must not write.
-        return mmap.mmap(spool.fileno(), ends[-1]), groups_end, ends
+def _label(source: Source, how: _How) -> str:
+    is_rows = how.text_field is None and source.name.endswith((".jsonl", ".ndjson"))
+    return f"{source.content}{' with its JSON; --text-field takes one field' * is_rows}"
 
 
-def _walk(root: Path, *, with_runs: bool = True) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not _passed_over(name) and (with_runs or not is_run_folder(Path(folder, name)))
+def _has_rows(source: Source) -> bool:
+    return source.content.form != "text"
+
+
+def _load(
+    paths: Sequence[str | Path],
+    validation: Sequence[str | Path],
+    fraction: float,
+    how: _How,
+    *,
+    with_runs: bool = False,
+) -> tuple[Corpus, str]:
+    """A corpus, and the digest that it had before digests said where documents end."""
+    sources, readings = _sources(paths, how, with_runs=with_runs)
+    if how.text_field is not None and not any(map(_has_rows, sources)):
+        raise CorpusError(
+            f"--text-field needs a file of JSON lines, Parquet or Arrow. Got {how.text_field!r} "
+            f"and {len(sources)} of text."
+        )
+    names = dict.fromkeys(source.name for source in sources)
+    sides: list[Side]
+    if validation:
+        held, more = _sources(validation, replace(how, include=(), exclude=()))
+        given = {source.path.resolve() for source in held}
+        sources = [source for source in sources if source.path.resolve() not in given]
+        if not sources:
+            raise CorpusError("nothing is left to train on: all files are held out.")
+        sides = [_drawn(False)] * len(sources) + [_drawn(True)] * len(held)
+        return _corpus(sources + held, sides, how, 0.0, readings + more)
+    if how.split == "document" or (len(names) == 1 and _has_rows(sources[0])):
+        sides = [
+            None if _has_rows(each) else _drawn(_name_share(each.name) < fraction)
+            for each in sources
         ]
-        for name in files:
-            path = Path(folder, name)
-            # Only regular files: reading a named pipe would wait for a writer forever.
-            if not _passed_over(name) and path.is_file():
-                yield path
+    elif len(names) == 1:
+        sides = [_drawn(False)] * len(sources)
+    else:
+        held_out = _held_out(names, fraction)
+        sides = [_drawn(source.name in held_out) for source in sources]
+    order = sorted(range(len(sources)), key=lambda index: sides[index] == 1)
+    return _corpus([sources[i] for i in order], [sides[i] for i in order], how, fraction, readings)
 
 
-def _passed_over(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
+def _drawn(is_held_out: bool) -> Side:
+    return 1 if is_held_out else 0
 
 
-def _hash_share(name: str) -> float:
+def _name_share(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return hash_share(name.encode("utf-8", "surrogateescape"))
 
 
 def _held_out(names: Iterable[str], fraction: float) -> set[str]:
-    by_hash = sorted(names, key=lambda name: (_hash_share(name), name))
-    count = sum(_hash_share(name) < fraction for name in by_hash)
+    by_hash = sorted(names, key=lambda name: (_name_share(name), name))
+    count = sum(_name_share(name) < fraction for name in by_hash)
     return set(by_hash[: min(max(count, 1), len(by_hash) - 1)])
 
 
 def _corpus(
-    content: mmap.mmap,
-    cut: int,
-    train_files: tuple[str, ...],
-    validation_files: tuple[str, ...],
-    skipped: int,
-    ends: Sequence[int],
-) -> Corpus:
-    digest = hashlib.sha256(cut.to_bytes(8, "big"))
-    digest.update(content)
-    data = torch.frombuffer(content, dtype=torch.uint8)
+    sources: Sequence[Source],
+    sides: Sequence[Side],
+    how: _How,
+    fraction: float,
+    readings: list[Reading],
+) -> tuple[Corpus, str]:
+    """The corpus of files on their sides, training first, and its digest as it once was.
+
+    Of files that are all on the first side, the end is held out if a fraction is to be.
+    """
+    plain = isinstance(how.tokenizer, Bytes) and None not in sides
+    if plain and all(source.content == ("text", "") for source in sources):
+        held = _spooled([source.path for source in sources], sides.count(0))
+    else:
+        held = _from_cache(sources, sides, how, fraction)
+    names = [
+        tuple(
+            dict.fromkeys(s.name for s, x in zip(sources, sides, strict=True) if x in (side, None))
+        )
+        for side in (0, 1)
+    ]
+    cut, total = held.cut, len(held.tokens)
+    if not total:
+        raise CorpusError("the corpus is empty: no document of its files has content.")
+    if fraction:
+        if set(sides) == {0}:
+            cut, names[1] = total - max(1, round(total * fraction)), names[0]
+            if cut < 1:
+                raise CorpusError(
+                    f"a corpus of one file needs at least 2 bytes. {names[0][0]!r} has {total}."
+                )
+        elif not 0 < cut < total:
+            raise CorpusError(
+                "validation_fraction must leave documents on both sides. Got "
+                f"{fraction} of {len(held.ends)}."
+            )
+    before = hashlib.sha256(cut.to_bytes(8, "big"))
+    held.hash_into(before)
+    digest = hashlib.sha256(before.digest() + held.ends.numpy().tobytes())
+    readings = readings + held.readings
     return Corpus(
-        data[:cut],
-        data[cut:],
-        train_files,
-        validation_files,
-        skipped,
+        held.tokens[:cut],
+        held.tokens[cut:],
+        names[0],
+        names[1],
+        sum(each.files for each in readings if not each.was_read and each.files),
         digest.hexdigest(),
-        tuple(ends),
+        held.ends,
+        tuple(readings),
+        held.drop_pages,
+        how.tokenizer,
+        held.bytes_share,
+    ), before.hexdigest()
+
+
+class _Mapped(NamedTuple):
+    """Tokens in a mapped file, those to train on first."""
+
+    tokens: Tensor
+    ends: Tensor
+    cut: int  # where the first side ends
+    hash_into: Callable[["hashlib._Hash"], None]
+    drop_pages: Callable[[], None]
+    readings: list[Reading]
+    bytes_share: float = 1.0
+
+
+def _spooled(paths: Sequence[Path], first: int) -> _Mapped:
+    """All files one after the other, the first so many to train on.
+
+    They are a nameless file that is mapped into memory: a copy, so that nobody changes it
+    while a run reads it, which the system keeps in memory as far as there is room.
+    """
+    ends = []
+    with tempfile.TemporaryFile() as spool:
+        for path in paths:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, spool, 2**20)
+            ends.append(spool.tell())
+        spool.flush()
+        if not ends[-1]:
+            raise CorpusError("the corpus is empty: its files were emptied while they were read.")
+        # Not read-only, because torch warns about tensors over memory that it must not write.
+        mapped = mmap.mmap(spool.fileno(), ends[-1])
+
+    def hash_into(digest: "hashlib._Hash") -> None:
+        for start in range(0, len(mapped), 2**24):
+            digest.update(mapped[start : start + 2**24])
+            drop_pages(mapped)
+
+    return _Mapped(
+        torch.frombuffer(mapped, dtype=torch.uint8),
+        torch.tensor(ends),
+        ends[first - 1] if first else 0,
+        hash_into,
+        lambda: drop_pages(mapped),
+        [],
+    )
+
+
+def _from_cache(
+    sources: Sequence[Source], sides: Sequence[Side], how: _How, fraction: float
+) -> _Mapped:
+    skip = how.broken == "skip"
+    order = Order(tuple(sources), tuple(sides), fraction, how.text_field, skip, how.tokenizer)
+    made = cached_tokens(order, how.cache, on_progress=how.on_progress)
+    readings = [Reading(f"broken: {why}", 1, name, False) for name, why in made.broken.items()]
+    if made.empty:
+        readings.append(Reading(f"{made.empty:,} documents without content", 0, "", False))
+    return _Mapped(
+        made.tokens,
+        made.ends,
+        made.counts["tokens"][0],
+        lambda digest: digest.update(made.digest.encode()),
+        made.drop_pages,
+        readings,
+        sum(made.counts["bytes"]) / max(1, sum(made.counts["decoded"])),
     )

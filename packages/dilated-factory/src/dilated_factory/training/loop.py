@@ -77,6 +77,8 @@ class StepMetrics:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+_AROUND = 2**17  # bytes that the system maps around what is read
+_MOST_TOUCHED = 2**28
 # What `recompute` of a configuration is to the model.
 RECOMPUTED: dict[str, Checkpointing] = {
     "none": False,
@@ -103,7 +105,7 @@ class _Launched(NamedTuple):
     tokens_per_byte: float  # of what is predicted
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """This rank's part of a batch, and what is true of the whole batch."""
 
     shares: list[Share]
@@ -193,7 +195,8 @@ class Trainer:
         self._stopping = False
         # A device that works beside the host has its next step while the last one's loss arrives.
         self._lag = 1 if parallel.device.type == "cuda" else 0
-        self._shares = Ahead[_Drawn]()
+        self._shares = Ahead[Drawn]()
+        self._touched = 0  # bytes of the corpus, about, since it let go of them
         self._seconds = 0.0  # of this process; elapsed_seconds is what all have agreed on
 
     def _begin_anew(self) -> None:
@@ -560,7 +563,7 @@ class Trainer:
         counted = self.corpus.bytes_in(targets) - self.corpus.bytes_in(missing)
         return targets.numel() - missing.numel(), counted
 
-    def _draw(self, step: int) -> _Drawn:
+    def _draw(self, step: int) -> Drawn:
         """This rank's part of the batch of a step."""
         config = self.run.config
         data, context = self.corpus.train, config.model.context
@@ -570,7 +573,12 @@ class Trainer:
         windows = gather_windows(data, offsets, context + 1)
         begins = self._document_starts(offsets)
         tokens, scored_bytes = self._scored(windows, begins)
-        return _Drawn(
+        # The pages of the map that were read count as memory of this process until it lets go.
+        self._touched += len(offsets) * ((context + 1) * data.element_size() + _AROUND)
+        if self._touched > _MOST_TOUCHED:
+            self.corpus.drop_pages()
+            self._touched = 0
+        return Drawn(
             self.parallel.shares(windows, config.micro_batch_size, begins),
             self.corpus.bytes_in(windows[:, 1:]),
             tokens / max(1.0, scored_bytes),
@@ -582,9 +590,8 @@ class Trainer:
         """Where separate documents begin in windows; None where they are joined."""
         if self.run.config.documents == "joined":
             return None
-        ends = torch.tensor(self.corpus.ends, dtype=torch.int64)
-        ends -= len(self.corpus.train) if held_out else 0
-        return document_starts(ends, offsets, self.run.config.model.context + 1)
+        offsets = offsets + len(self.corpus.train) if held_out else offsets
+        return document_starts(self.corpus.ends, offsets, self.run.config.model.context + 1)
 
     def _take_step(self) -> _Launched:
         """Have the device take a step, and do not wait for it."""

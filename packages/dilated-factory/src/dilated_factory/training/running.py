@@ -8,7 +8,7 @@ from typing import Any
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.corpora.tokens import INEXACT, load_tokenizer
 from dilated_factory.training.compiling import Compile, decide_compile
-from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.corpus import Corpus, corpus_of
 from dilated_factory.training.loop import StepMetrics, Trainer, select_device
 from dilated_factory.training.parallel import Parallel
 from dilated_factory.training.run_folder import RunFolder
@@ -60,9 +60,9 @@ def train(
         run = RunFolder.open(out)
         run.require_same(dict(config.model) | dict(config))
     if corpus is None:
-        corpus = load_corpus(
-            config.paths,
-            validation_fraction=config.validation_fraction,
+        corpus = corpus_of(
+            config,
+            digest=run.corpus_digest() if run else None,
             tokenizer=run.tokenizer() if run else load_tokenizer(config.tokenizer),
         )
     if not corpus.tokenizer.is_exact:
@@ -76,6 +76,6 @@ def train(
         trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
-        trainer = Trainer.start(out, config, corpus, **options)
+        trainer = Trainer.start(out, config, corpus or corpus_of(config), **options)
     trainer.train(on_step=on_step, should_stop=should_stop)
     return load_trained(out, device=parallel.device)

@@ -26,11 +26,12 @@ def values_in(file: Path) -> dict[str, Any]:
     kind = values.setdefault("kind", "train")
     if kind != "train":
         raise InputError(f"{str(file)!r} must be of kind 'train'. Got {kind!r}.")
-    paths = values.get("paths", ())
-    if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
-        raise InputError(f"paths must be a list of strings. Got {paths!r}.")
-    # Absolute, so that a run can be resumed and evaluated from another folder.
-    values |= {"paths": tuple(str((file.parent / path).resolve()) for path in paths)}
+    for name in ("paths", "validation"):
+        paths = values.get(name, ())
+        if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
+            raise InputError(f"{name} must be a list of strings. Got {paths!r}.")
+        # Absolute, so that a run can be resumed and evaluated from another folder.
+        values[name] = tuple(str((file.parent / path).resolve()) for path in paths)
     if isinstance(values.get("tokenizer"), str):
         values["tokenizer"] = str((file.parent / values["tokenizer"]).resolve())
     return values

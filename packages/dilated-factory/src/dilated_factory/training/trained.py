@@ -13,7 +13,7 @@ from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.baselines import MarkovModel
 from dilated_factory.training.batches import windows_seen
-from dilated_factory.training.corpus import Corpus, load_corpus, load_held_out
+from dilated_factory.training.corpus import Corpus, corpus_of, load_held_out
 from dilated_factory.training.evaluation import (
     ContextScore,
     evaluate_contexts,
@@ -101,6 +101,7 @@ def evaluate_run(
     *,
     contexts: Sequence[int] | None = None,
     max_bytes: int = 131072,
+    cache: str | Path | None = None,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Evaluation:
     """Score a trained model on held-out bytes, beside Markov models of order 1 and 2.
@@ -112,6 +113,7 @@ def evaluate_run(
         paths: files and folders to score instead of the held-out files of the run's corpus.
         contexts: in tokens; default 512 to 16384, doubling, as far as the data goes.
         max_bytes: about how many bytes are scored at each context.
+        cache: folder of the cache of tokens, as in `load_corpus`.
         on_progress: is told what is done and which share of the model's part is done, from 0 to 1.
 
     Raises:
@@ -136,11 +138,15 @@ def evaluate_run(
         )
     corpus: Corpus | None = None
     try:
-        corpus = _same_corpus(trained)
+        corpus = _same_corpus(trained, cache)
     except InputError:
         if not paths:
             raise
-    held_out = load_held_out(paths, trained.tokenizer) if corpus is None or paths else corpus
+    held_out = corpus
+    if held_out is None or paths:
+        held_out = load_held_out(
+            paths, trained.tokenizer, text_field=config.text_field, raw=config.raw, cache=cache
+        )
     data = held_out.validation
     max_tokens = max(1, round(max_bytes / held_out.bytes_per_token))
     contexts = tuple(contexts or fitting_contexts(len(data)))
@@ -161,13 +167,12 @@ def evaluate_run(
     return Evaluation(scores, baselines)
 
 
-def _same_corpus(trained: TrainedModel) -> Corpus:
-    config = trained.run.config
-    corpus = load_corpus(
-        config.paths,
-        validation_fraction=config.validation_fraction,
+def _same_corpus(trained: TrainedModel, cache: str | Path | None) -> Corpus:
+    corpus = corpus_of(
+        trained.run.config,
         digest=trained.state.corpus_digest,
         tokenizer=trained.tokenizer,
+        cache=cache,
     )
     if corpus.digest != trained.state.corpus_digest:
         raise RunError("the corpus has changed since this run was trained.")
