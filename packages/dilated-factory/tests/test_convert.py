@@ -68,6 +68,13 @@ def test_a_checkpoint_becomes_a_run_that_computes_what_it_computed_and_is_traine
         error = (trained.model(tokens) - logits).norm() / logits.norm()
     assert error < 1e-5
     (tmp_path / "words.txt").write_text("w1 w2 w3 w4\n" * 200)
+    assert trained.tokenizer.encode([b"w1 w2 x\n"]) == [[5, 6, 3, 2]]
+    score = ["evaluate", str(tmp_path / "run"), str(tmp_path / "words.txt"), "--contexts", "32"]
+    assert main([*score, "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"]["32"] > 2
+    write = ["generate", str(tmp_path / "run"), "--prompt", "w1 w2", "--max-bytes", "40"]
+    assert main([*write, "--device", "cpu", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("w1 w2")
     assert main(
         ["train", str(tmp_path / "words.txt"), "--from", str(tmp_path / "run"), "--steps", "3",
          "--out", str(tmp_path / "on"), "--device", "cpu", "--learning-rate", "1e-4"]

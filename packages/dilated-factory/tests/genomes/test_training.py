@@ -84,7 +84,7 @@ def test_a_step_is_the_mean_over_all_real_targets_whatever_the_micro_batch(
             tmp_path / f"run{size}", config(micro_batch_size=size), corpus
         )
         if size == 4:
-            (share,) = trainer._draw(0)
+            (share,) = trainer._draw(0).shares
             assert (share.targets == IGNORED).any()  # windows over N and over an end are drawn
             logits = trainer.model(share.tokens)
             expected = F.cross_entropy(
@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(
 def test_another_seed_draws_other_windows(fasta: Path, tmp_path: Path) -> None:
     corpus = load_genome(GenomeConfig(fasta=str(fasta)), 32)
     drawn = [
-        GenomeTrainer.start(tmp_path / f"run{seed}", config(seed=seed), corpus)._draw(0)[0].tokens
+        GenomeTrainer.start(tmp_path / f"run{seed}", config(seed=seed), corpus)._draw(0).shares[0].tokens
         for seed in (0, 1)
     ]
     assert not torch.equal(*drawn)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -10,11 +11,11 @@ from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.train import DEFAULT_MINUTES
 from dilated_factory.configs.kinds import read_config
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
+from dilated_factory.corpora.tokens import FILE, FileTokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.interop.fairseq import dictionary_tokenizer, load_fairseq, read_dictionary
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.slides.models import loaded
-from dilated_factory.training.atomic import write_text
 from dilated_factory.training.loop import model_tensors
 from dilated_factory.training.run_folder import RunFolder, RunState
 
@@ -42,6 +43,7 @@ def convert(
 
     Examples:
         dilated convert checkpoint_best.pt --dictionary data-bin/dict.txt --to runs/theirs
+        dilated evaluate runs/theirs words.txt
         dilated train words.txt --from runs/theirs --out runs/ours --steps 1000
     """
     RunFolder.require_new(to)
@@ -68,7 +70,12 @@ def convert(
 
 def write_run(to: Path, model: LongNetLM, words: list[str]) -> None:
     """A run folder at step 0 that has learned nothing of its own yet."""
-    run = RunFolder.create(to, TrainConfig(model=model.config, minutes=DEFAULT_MINUTES))
-    write_text(to / "tokenizer.json", json.dumps(dictionary_tokenizer(words), ensure_ascii=False))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / FILE
+        file.write_text(json.dumps(dictionary_tokenizer(words), ensure_ascii=False), "utf-8")
+        tokenizer = FileTokenizer(file)
+    own = str(to.resolve())
+    config = TrainConfig(model=model.config, minutes=DEFAULT_MINUTES, tokenizer=own)
+    run = RunFolder.create(to, config, tokenizer)
     state = RunState(step=0, elapsed_seconds=0.0, corpus_digest="0" * 64)
     run.save(model_tensors(model), {}, state)

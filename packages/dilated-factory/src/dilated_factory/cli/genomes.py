@@ -66,7 +66,10 @@ Fasta = Annotated[Path, typer.Argument(help="A FASTA file.", show_default=False)
     GenomeConfig,
     TrainConfig,
     LongNetConfig,
-    but=("kind", "model", "paths", "parent", "fasta", "documents", "vocab_size"),
+    but=(
+        *("kind", "model", "paths", "parent", "fasta", "documents", "vocab_size", "tokenizer"),
+        *("include", "exclude", "text_field", "raw", "broken", "split", "validation"),
+    ),
 )
 def train(
     fasta: Annotated[

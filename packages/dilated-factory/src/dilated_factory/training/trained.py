@@ -131,7 +131,7 @@ def evaluate_run(
         64
     """
     config = trained.run.config
-    if config.model.vocab_size < 256:
+    if config.tokenizer is None and config.model.vocab_size < 256:
         raise InputError(
             "model must have a vocabulary of 256 bytes to score bytes. "
             f"Got {config.model.vocab_size}."
