@@ -105,8 +105,8 @@ def test_each_file_ends_with_the_token_for_that(tiny_train: TrainConfig, tmp_pat
     corpus, plain = corpus_of(with_tokenizer(tiny_train, folder)), load_corpus(tiny_train.paths)
     tokens = torch.cat([corpus.train, corpus.validation])
     end = corpus.tokenizer.end_of_document
-    assert tokens.dtype == torch.int32
-    assert ((tokens == end).nonzero().flatten() + 1).tolist() == list(corpus.ends)
+    assert tokens.dtype == torch.uint16
+    assert ((tokens == end).nonzero().flatten() + 1).tolist() == corpus.ends.tolist()
     assert corpus.bytes_in(tokens) == len(plain.train) + len(plain.validation)
     text = b"".join(corpus.tokenizer.tokens[id] for id in corpus.train.tolist())
     kept = load_corpus(tiny_train.paths, validation_fraction=0.2)
@@ -164,7 +164,7 @@ def test_bytes_are_those_of_the_files_where_a_tokenizer_changes_them(
     corpus, plain = corpus_of(config), load_corpus(config.paths, validation_fraction=0.2)
     tokens = torch.cat([corpus.train, corpus.validation])
     assert corpus.bytes_in(tokens) == pytest.approx(len(plain.train) + len(plain.validation))
-    assert int(corpus.tokenizer.sizes[tokens].sum()) < 0.98 * corpus.bytes_in(tokens)
+    assert int(corpus.tokenizer.sizes[tokens.long()].sum()) < 0.98 * corpus.bytes_in(tokens)
 
 
 def test_a_tokenizer_that_changes_texts_is_warned_of(

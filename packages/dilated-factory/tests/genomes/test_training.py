@@ -127,6 +127,11 @@ def test_bits_per_base_are_those_of_bases_alone(fasta: Path) -> None:
     # 225 held-out bases of chr1, 100 of them N, and 100 of chr2; the first of a window is given.
     assert count == score.scored_bases == 125 + 100 - 4 - 4
     assert score.bits_per_base == pytest.approx(nats / count / math.log(2), rel=1e-6)
+    # N is not scored where it is a base to the model, either.
+    kept = load_genome(
+        genome.model_copy(update={"unknown_bases": "keep"}), 32, validation_fraction=0.25
+    )
+    assert evaluate_genome(model, kept.held_out).scored_bases == count
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(
@@ -154,7 +159,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(
 def test_another_seed_draws_other_windows(fasta: Path, tmp_path: Path) -> None:
     corpus = load_genome(GenomeConfig(fasta=str(fasta)), 32)
     drawn = [
-        GenomeTrainer.start(tmp_path / f"run{seed}", config(seed=seed), corpus)._draw(0).shares[0].tokens
+        GenomeTrainer.start(tmp_path / f"run{seed}", config(seed=seed), corpus)
+        ._draw(0)
+        .shares[0]
+        .tokens
         for seed in (0, 1)
     ]
     assert not torch.equal(*drawn)

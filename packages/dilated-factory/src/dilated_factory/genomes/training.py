@@ -19,7 +19,7 @@ from dilated_factory.errors import CorpusError, InputError, RunError
 from dilated_factory.genomes.dataset import GenomeDataset, left_aligned
 from dilated_factory.genomes.fasta import Genome
 from dilated_factory.genomes.intervals import GenomeWindows, Interval, read_bed
-from dilated_factory.genomes.tokens import SEP, vocab_size
+from dilated_factory.genomes.tokens import SEP, UNKNOWN_BASES, vocab_size
 from dilated_factory.models.head_loss import IGNORED
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.atomic import write_text
@@ -243,10 +243,11 @@ def _spread(data: GenomeDataset, max_bases: int, multiple: int) -> Tensor:
 
 
 def _scored(data: GenomeDataset, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and targets of windows; only bases are targets."""
+    """Tokens and targets of windows; only bases that are known are targets."""
     parts = [data.unpadded(index, 0) for index in indices.tolist()]
     tokens, targets = left_aligned(parts, data.max_length)
-    return tokens, targets.masked_fill(targets == SEP, IGNORED)
+    no_base = torch.isin(targets, torch.tensor([SEP, *UNKNOWN_BASES]))
+    return tokens, targets.masked_fill(no_base, IGNORED)
 
 
 @dataclass(frozen=True)
