@@ -69,7 +69,8 @@ def shard_for_transformers(
         found["attention_mask"] = (~padding).long()
     if labels is not None:
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        mine = shard_sequence(shifted, fill=IGNORED, **cut).rows
+        # Their loss takes views.
+        mine = shard_sequence(shifted, fill=IGNORED, **cut).rows.contiguous()
         count = (shifted != IGNORED).sum().clamp(min=1)
         found |= {"labels": mine, "shift_labels": mine}
         found["num_items_in_batch"] = count.double() / rank_in(group)[1]
