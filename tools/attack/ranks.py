@@ -25,6 +25,7 @@ from tools.attack.numeric import TOLERANCE, draw_pattern, pattern_of, same, tens
 
 Case = dict[str, Any]
 STRATEGIES = ("auto", "auto", "gather", "heads", "lend", "ring")
+WRONG = ("shape", "causal", "dtype", "scale", "pattern")
 ANSWER_WITHIN = 300  # a busy machine takes long to start processes
 
 
@@ -37,7 +38,7 @@ class Ring:
             "ranks": rng.randint(2, 4), "shard": rng.randint(1, 12),
             "strategy": rng.choice(STRATEGIES),
             "zeros": False, "hidden": rng.choice((0.0, 0.0, 0.3)),
-            "wrong": rng.choice((None,) * 5 + ("shape", "causal", "dtype")),
+            "wrong": rng.choice((None,) * 6 + WRONG),
         }  # fmt: skip
 
     def check(self, case: Case) -> None:
@@ -97,6 +98,10 @@ def _attend(case: Case, rank: int) -> list[torch.Tensor]:
         qkv = [torch.cat((x, x[..., :1]), -1) for x in qkv]
     elif wrong == "dtype":
         qkv = [x.to(torch.float32 if x.dtype != torch.float32 else torch.float64) for x in qkv]
+    elif wrong == "scale":
+        case = case | {"scale": 2.5}
+    elif wrong == "pattern":
+        case = case | {"branches": [*case["branches"][:-1], (41, 3)]}
     q, k, v = ours = [x.requires_grad_() for x in qkv]
     out, lse = ring_attention(
         q, k, v, pattern_of(case), is_causal=case["causal"] != (wrong == "causal"),
