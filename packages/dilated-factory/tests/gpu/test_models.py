@@ -13,6 +13,7 @@ from dilated_factory import (
     SlideEncoderConfig,
     generate_tokens,
     register_with_transformers,
+    replace_attention,
 )
 from dilated_factory.models import generation
 from dilated_factory.models.stack import Checkpointing
@@ -200,3 +201,27 @@ def test_a_model_of_transformers_is_that_of_the_cpu() -> None:
     assert relative_error(found[mask.bool()], expected[mask.bool()]) < 5e-3
     longer = llama.generate(tokens.cuda(), attention_mask=mask.cuda(), max_new_tokens=5)
     assert longer.shape == (2, 306)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-3), (torch.bfloat16, 5e-2)])
+def test_a_replaced_encoder_is_that_of_the_cpu_in_both_modes(
+    norm_first: bool, dtype: torch.dtype, bound: float
+) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(
+        64, 4, 96, 0.0, batch_first=True, norm_first=norm_first
+    )
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    replace_attention(model, DilatedPattern([16, 100], [1, 3]))
+    moved, x = copy.deepcopy(model).to("cuda", dtype), torch.randn(3, 77, 64)
+    padding = torch.arange(77) >= torch.tensor([[77], [50], [61]])
+    causal = torch.ones(77, 77).triu(1).bool()
+    for training in (True, False):
+        for mask in (None, causal):
+            with torch.no_grad():
+                expected = model.double().train(training)(x.double(), mask, padding)
+                cuda_mask = None if mask is None else mask.cuda()
+                found = moved.train(training)(x.to("cuda", dtype), cuda_mask, padding.cuda())
+            assert found.isfinite().all()
+            assert relative_error(found.cpu().double()[~padding], expected[~padding]) < bound

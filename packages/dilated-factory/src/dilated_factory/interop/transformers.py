@@ -89,6 +89,10 @@ def register(
         attention = RingAttentionFunction(pattern, group)
         # Ranks have a mask or none of them has, whether or not it hides a token of theirs.
         mask = partial(padding_mask, keep=True)
+    _register(name, attention, mask)
+
+
+def _register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
     known = AttentionInterface()
     if name in known.valid_keys() and known[name] != attention:
         raise ValueError(
@@ -101,8 +105,7 @@ def register(
 
 def register_modules() -> str:
     """Make what `replace_attention` gave to each module available; return the name of it."""
-    AttentionInterface.register("dilated_modules", _as_its_module_says)
-    AttentionMaskInterface.register("dilated_modules", padding_mask)
+    _register("dilated_modules", _as_its_module_says, padding_mask)
     return "dilated_modules"
 
 
