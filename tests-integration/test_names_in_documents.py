@@ -111,6 +111,8 @@ def problems_of_dilated(line: str, known: dict[str, Any]) -> list[str]:
     while arguments and f"{name} {arguments[0]}".strip() in known:
         name = f"{name} {arguments.pop(0)}".strip()
     first = arguments[0] if arguments else "-"
+    if name == "plan" and first.isdigit():  # the positions of an attention
+        name = "plan attention"
     if name == "" and first.isupper():  # `dilated COMMAND`
         return []
     if hasattr(known[name], "commands") and not first.startswith("-"):

@@ -47,7 +47,7 @@ class Setup(NamedTuple):
 ON_CUDA = Setup()
 
 
-class Weights(NamedTuple):
+class WeightCounts(NamedTuple):
     """The weights of a model, without making it.
 
     Attributes:
@@ -78,7 +78,7 @@ class Facts(NamedTuple):
         messages: the most of such bytes that are on their way, for each sequence.
     """
 
-    weights: Weights
+    weights: WeightCounts
     attention: float
     held: int
     messages: int
@@ -150,7 +150,7 @@ class TrainingNeeds:
         )
 
 
-def count_weights(shape: LongNetConfig) -> Weights:
+def count_weights(shape: LongNetConfig) -> WeightCounts:
     """Count the weights of a model: one layer is made, on no device, and the others are like it."""
     one = LongNetLM(shape.model_copy(update={"num_layers": 1}), device="meta")
     layer = list(one.blocks.parameters())
@@ -160,7 +160,7 @@ def count_weights(shape: LongNetConfig) -> Weights:
         is_block = id(parameter) in inside
         kind = matrices if is_block and parameter.ndim == 2 else others
         kind[parameter.shape] += shape.num_layers if is_block else 1
-    return Weights(matrices, others, sum(p.numel() for p in layer), one.head.weight.numel())
+    return WeightCounts(matrices, others, sum(p.numel() for p in layer), one.head.weight.numel())
 
 
 def count_facts(config: TrainConfig, setup: Setup) -> Facts:
@@ -195,7 +195,7 @@ def plan_training(
     rows = config.micro_batch_size or share
     n = shape.context // setup.sequence_parallel
     tokens = rows * n
-    kept = _Kept(config, setup, tokens)
+    kept = _SavedBytes(config, setup, tokens)
     parts = setup.ranks if setup.data_parallel == "fsdp" else 1
     own_matrices, own_others = (
         _numbers(kind, parts) for kind in (weights.matrices, weights.others)
@@ -273,7 +273,7 @@ def ways_to_fit(config: TrainConfig, setup: Setup, limit: int) -> Iterator[Way]:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _SavedBytes:
     """What one forward keeps for its backward, in bytes."""
 
     config: TrainConfig
@@ -375,7 +375,7 @@ def _numbers(shapes: Counter[torch.Size], parts: int = 1) -> int:
     )
 
 
-def _update(config: TrainConfig, weights: Weights, parts: int, device: str) -> int:
+def _update(config: TrainConfig, weights: WeightCounts, parts: int, device: str) -> int:
     """What the optimizers hold while they step, beside their state."""
     if config.optimizer == "adamw":
         return 0 if device == "cuda" else 3 * _FLOAT * max(map(math.prod, weights.matrices))
