@@ -24,7 +24,7 @@ plan = typer.Typer(
     help="""Say what a model's training takes, or one attention: memory, operations, time.
 
     Examples:
-        dilated plan model --num-layers 12 --embed-dim 768 --num-heads 12 --context 65536
+        dilated plan model --embed-dim 512 --num-heads 8 --num-layers 8
         dilated plan model run.toml --tflops 400
         dilated plan 1000000 --training
     """,

@@ -98,7 +98,7 @@ def model(
     Nothing is allocated.
 
     Examples:
-        dilated plan model --num-layers 12 --embed-dim 768 --num-heads 12 --context 65536
+        dilated plan model --embed-dim 512 --num-heads 8 --num-layers 8
         dilated plan model run.toml --recompute feed_forward --tflops 989 --mfu 0.35
         dilated plan model runs/mine --batch-size 64 --ranks 8 --data-parallel fsdp
     """

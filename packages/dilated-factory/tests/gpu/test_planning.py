@@ -1,0 +1,49 @@
+"""What is planned for a training step is what the GPU's allocator says."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_factory import LongNetConfig, TrainConfig
+from dilated_factory.training.loop import RECOMPUTED, initial_model
+from dilated_factory.training.optimizer import build_optimizers
+from dilated_factory.training.parallel import Parallel
+from dilated_factory.training.planning import Setup, plan_training
+from dilated_factory.training.precision import autocast
+
+SHAPE: dict[str, Any] = {"embed_dim": 512, "num_heads": 8, "num_layers": 6, "context": 16384}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+def test_the_peak_of_a_step_is_within_a_tenth(recompute: Any, compiled: bool) -> None:
+    config = TrainConfig(
+        model=LongNetConfig(**SHAPE), batch_size=2, steps=1, dtype="bfloat16", recompute=recompute
+    )
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    device = torch.device("cuda")
+    parallel = Parallel(device)
+    model = initial_model(config).to(device)
+    model.activation_checkpointing = RECOMPUTED[recompute]
+    if compiled:
+        model.compile_blocks()
+    optimizers = build_optimizers(model, config)
+    windows = torch.randint(256, (2, SHAPE["context"] + 1))
+    for _ in range(2):  # the second has all state, and compiles nothing
+        torch.cuda.reset_peak_memory_stats()
+        (share,) = parallel.shares(windows)
+        tokens, targets, positions, _ = share.to(device)
+        with autocast(device, config.dtype):
+            loss = model.loss(tokens, targets, positions=positions)
+        loss.backward()
+        parallel.clip_gradients(model, config.gradient_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    measured = torch.cuda.max_memory_allocated() - before
+    assert plan_training(config, Setup("cuda", compiled)).peak == pytest.approx(measured, rel=0.1)
