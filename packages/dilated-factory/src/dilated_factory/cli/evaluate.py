@@ -10,6 +10,7 @@ from rich.table import Table
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.options import Cache, Device, parse_lengths, sight_warning, unit
 from dilated_factory.cli.output import plain_console
+from dilated_factory.interop.harness import evaluate_tasks
 from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.figures import save_context_curve
 from dilated_factory.training.loop import select_device
@@ -43,6 +44,16 @@ def evaluate(
         bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
     ] = False,
     cache: Cache = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Task of lm-evaluation-harness, a YAML file, to score instead; again for more.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: examples of each at most.")
+    ] = None,
     device: Device = "auto",
 ) -> int:
     """Score held-out bytes at several contexts, beside byte Markov models.
@@ -54,7 +65,10 @@ def evaluate(
     Examples:
         dilated evaluate runs/longnet
         dilated evaluate runs/longnet README.md docs --contexts 256,4096 --json
+        dilated evaluate runs/longnet --tasks task.yaml --limit 100
     """
+    if tasks:
+        return score_tasks(run, tasks, limit, as_json=as_json, best=best, device=device)
     picture = out or run / "contexts.png"
     if out is not None:
         require_file_name(out)
@@ -81,6 +95,26 @@ def evaluate(
     if not evaluation.baselines:
         console.print("no Markov models: the corpus of the run is gone or has changed")
     console.print(f"bits per byte against context: {picture}", soft_wrap=True)
+    return 0
+
+
+def score_tasks(
+    run: Path, tasks: list[Path], limit: int | None, *, as_json: bool, best: bool, device: str
+) -> int:
+    """Score a run on tasks of lm-evaluation-harness."""
+    trained = load_trained(run, device=select_device(device), best=best)
+    tokenizer = trained.run.path / "tokenizer.json"
+    scores = evaluate_tasks(
+        trained.model, tasks, tokenizer=tokenizer if tokenizer.exists() else None, limit=limit
+    )
+    if as_json:
+        print(json.dumps({"run": str(run), "step": trained.state.step, "tasks": scores}))
+        return 0
+    table = Table("task", "metric", "value")
+    for task, metrics in scores.items():
+        for name, value in metrics.items():
+            table.add_row(task, name, f"{value:.4f}")
+    plain_console().print(table)
     return 0
 
 
