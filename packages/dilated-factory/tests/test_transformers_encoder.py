@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dilated_factory import LongNetEncoder, LongNetEncoderConfig
@@ -92,6 +93,25 @@ def test_weights_are_drawn_as_ours() -> None:
     assert model.head.weight is model.stack.embedding.weight
     untied = build("ForMaskedLM", tie_word_embeddings=False)
     assert untied.head.weight is not untied.stack.embedding.weight
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM"])
+def test_what_a_file_leaves_out_is_drawn_as_ours_and_nothing_else(
+    kind: str, tmp_path: Path
+) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    missing = [name for name in tensors if name.endswith(("fc1.weight", "q_proj.weight"))]
+    for name in missing:
+        del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    for name, expected in model.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert torch.equal(found, expected) == (name not in missing), name
+        assert found.std().item() == pytest.approx(expected.std().item(), rel=0.2), name
 
 
 def test_losses_are_torchs_and_those_of_parts_add_up() -> None:

@@ -62,10 +62,12 @@ class LongNetPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         stack = self.stack
-        if module is stack:
-            stack.reset_parameters()
-        elif not any(module is part for part in stack.modules()):
+        if not any(module is part for part in stack.modules()):
             super()._init_weights(module)  # type: ignore[no-untyped-call] # it has no types
+        elif not stack._is_hf_initialized:
+            # Once for all parts; transformers spares the tensors that were loaded.
+            stack.reset_parameters()
+            stack._is_hf_initialized = True  # type: ignore[assignment] # as above
 
     @property
     def gradient_checkpointing(self) -> bool:
