@@ -53,6 +53,7 @@ def test_a_fresh_process_loads_it_and_writes_what_dilated_generate_writes(
     folder, out = tmp_path / "exported", tmp_path / "out.pt"
     options = ["--remote-code"] if call == "remote" else []
     assert main(["export", str(finished_run), "--to", str(folder), *options]) == 0
+    assert capsysbinary.readouterr().err == b""
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert names <= {path.name for path in folder.iterdir()}
     assert os.listdir(tmp_path) == ["exported"]
@@ -67,7 +68,6 @@ def test_a_fresh_process_loads_it_and_writes_what_dilated_generate_writes(
     expected = load_trained(finished_run).model(prompt)
     assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
 
-    capsysbinary.readouterr()
     generate = ["--prompt", "def \u0120", "--max-bytes", "60", "--temperature", "0"]
     assert main(["generate", str(finished_run), *generate]) == 0
     said = bytes(added[0].tolist())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dilated_factory import LongNetConfig
+from dilated_factory import LongNetConfig, LongNetLM
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -57,6 +57,13 @@ def test_a_vocabulary_of_another_size_is_that_in_all_places(
     model(batch, labels=batch).loss.backward()
     assert model.generate(batch, max_new_tokens=3, do_sample=False).shape == (2, 20)
     assert model.resize_token_embeddings() is embedding  # asks, and changes nothing
+
+
+def test_a_model_that_is_made_has_the_weights_of_ours() -> None:
+    model = build()
+    torch.manual_seed(0)
+    plain = LongNetLM(model.longnet.config).state_dict()
+    assert all(torch.equal(model.longnet.state_dict()[name], plain[name]) for name in plain)
 
 
 def test_embeddings_and_head_can_be_replaced() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from dilated_core import DilatedAttention
 from dilated_factory.errors import InputError
@@ -84,7 +85,13 @@ def write(
     exported.longnet.load_state_dict(model.state_dict())
     exported.to(next(model.parameters()).dtype)
     exported.generation_config = GenerationConfig(do_sample=False, eos_token_id=end)
-    exported.save_pretrained(folder)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        exported.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 
