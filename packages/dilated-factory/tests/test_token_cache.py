@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from dilated_factory import Corpus, CorpusError, load_corpus
+from dilated_factory import Corpus, CorpusError, TrainConfig, load_corpus
+from dilated_factory.corpora.contents import Content
 from dilated_factory.corpora.documents import Passage, Source
-from dilated_factory.training import token_cache
+from dilated_factory.training import loop, token_cache
+from dilated_factory.training.corpus import corpus_of
+from dilated_factory.training.loop import Trainer
 from dilated_factory.training.token_cache import default_cache
 
 SHARDS = 5
@@ -318,8 +322,6 @@ def test_memory_does_not_grow_with_the_corpus(packed: bool, tmp_path: Path) -> N
 
 
 def test_groups_hold_all_files_once() -> None:
-    from dilated_factory.corpora.contents import Content
-
     kinds = [Content("text"), Content("text", "gzip"), Content("JSON lines")]
     generator = np.random.default_rng(3)
     sources = tuple(
@@ -336,3 +338,17 @@ def test_groups_hold_all_files_once() -> None:
             assert {sources[index].content for index in group} == {Content("text")}
             assert sum(sources[index].size for index in group) <= 2**24
     assert len(groups) < 90
+
+
+def test_training_lets_go_of_what_it_has_read(
+    tiny_train: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[int] = []
+    corpus = replace(corpus_of(tiny_train), drop_pages=lambda: dropped.append(1))
+    config = tiny_train.model_copy(update={"steps": 4})
+    Trainer.start(tmp_path / "few", config, corpus).train()
+    assert not dropped  # there is no need yet
+    # A window is 49 bytes, and the system maps 128 KiB around it: three windows a step.
+    monkeypatch.setattr(loop, "_MOST_TOUCHED", 2 * 3 * 2**17)
+    Trainer.start(tmp_path / "more", config, corpus).train()
+    assert len(dropped) == 2
