@@ -41,18 +41,17 @@ def make(folder: Path, megabytes: float, shards: int) -> None:
         "".join(generator.choices("etaoinshrdlu", k=generator.randint(1, 9))) for _ in range(4096)
     ]
     lines = [" ".join(generator.choices(words, k=12)) + "\n" for _ in range(8192)]
+    texts = ["".join(generator.choices(lines, k=generator.randint(1, 30))) for _ in range(8192)]
+    rows = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    many = int(megabytes * 1e6 / shards / (sum(map(len, texts)) / len(texts))) + 1
     (folder / "shards").mkdir()
     compress = zstandard.ZstdCompressor().compress
     with (folder / "text").open("wb") as text:
         for shard in range(shards):
-            rows, size = [], 0
-            while size < megabytes * 1e6 / shards:
-                document = "".join(generator.choices(lines, k=generator.randint(1, 30)))
-                size += text.write(document.encode())
-                rows.append(json.dumps({"id": len(rows), "text": document}))
-            (folder / "shards" / f"{shard:04}.jsonl.zst").write_bytes(
-                compress("\n".join(rows).encode())
-            )
+            drawn = generator.choices(range(len(texts)), k=many)
+            text.writelines(texts[index].encode() for index in drawn)
+            packed = compress(b"".join(rows[index] for index in drawn))
+            (folder / "shards" / f"{shard:04}.jsonl.zst").write_bytes(packed)
 
 
 def work(folder: Path, kinds: list[str], steps: int) -> dict[str, float]:
