@@ -51,7 +51,7 @@ def evaluate_tasks(
     for file in files:
         if not Path(file).is_file():
             raise InputError(f"a task must be a file. Got {str(file)!r}.")
-    codec = Bytes() if tokenizer is None else Words(tokenizer)
+    codec = ByteTokenizer() if tokenizer is None else Words(tokenizer)
     if codec.size > model.config.vocab_size:
         raise InputError(
             f"tokenizer must have ids below the model's vocab_size={model.config.vocab_size}. "
@@ -79,8 +79,8 @@ def evaluate_tasks(
     }
 
 
-class Bytes:
-    """Bytes as tokens."""
+class ByteTokenizer:
+    """ByteTokenizer as tokens."""
 
     size, end = 256, 10
 
@@ -118,7 +118,7 @@ class Words:
         return str(self.library.decode(tokens))
 
 
-def harness_model(model: LongNetLM, codec: Bytes | Words) -> Any:
+def harness_model(model: LongNetLM, codec: ByteTokenizer | Words) -> Any:
     """A model as the harness calls it."""
     utils: Any = import_module("lm_eval.utils")
     base: Any = import_module("lm_eval.api.model").TemplateLM
