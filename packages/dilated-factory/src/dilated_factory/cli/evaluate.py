@@ -103,10 +103,7 @@ def score_tasks(
 ) -> int:
     """Score a run on tasks of lm-evaluation-harness."""
     trained = load_trained(run, device=select_device(device), best=best)
-    tokenizer = trained.run.path / "tokenizer.json"
-    scores = evaluate_tasks(
-        trained.model, tasks, tokenizer=tokenizer if tokenizer.exists() else None, limit=limit
-    )
+    scores = evaluate_tasks(trained.model, tasks, tokenizer=trained.tokenizer, limit=limit)
     if as_json:
         print(json.dumps({"run": str(run), "step": trained.state.step, "tasks": scores}))
         return 0

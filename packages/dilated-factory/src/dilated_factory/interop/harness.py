@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
 from dilated_factory.errors import InputError, missing_package
 from dilated_factory.models.generation import generate_tokens
 from dilated_factory.models.longnet import LongNetLM
@@ -22,7 +23,7 @@ def evaluate_tasks(
     model: LongNetLM,
     files: Sequence[str | Path],
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: Tokenizer = BYTES,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a model on tasks of lm-evaluation-harness (extra ``evaluation``).
@@ -34,7 +35,7 @@ def evaluate_tasks(
         model: in eval mode, where it is to compute.
         files: of tasks, in YAML. Code that they name ("!function", "!include") is run by the
             harness: take them from where you take programs. Nothing is fetched from the net.
-        tokenizer: the model's tokenizer.json; None means bytes.
+        tokenizer: the model's; see `load_tokenizer`.
         limit: examples of each task at most.
 
     Returns:
@@ -51,11 +52,10 @@ def evaluate_tasks(
     for file in files:
         if not Path(file).is_file():
             raise InputError(f"a task must be a file. Got {str(file)!r}.")
-    codec = ByteTokenizer() if tokenizer is None else Words(tokenizer)
-    if codec.size > model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"tokenizer must have ids below the model's vocab_size={model.config.vocab_size}. "
-            f"Got {codec.size - 1}."
+            f"Got {tokenizer.vocab_size - 1}."
         )
     # Read when the harness is imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,7 +66,7 @@ def evaluate_tasks(
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"--tasks must be tasks of lm-evaluation-harness: {reason}") from error
     found = evaluator.simple_evaluate(
-        harness_model(model, codec), tasks=list(given["tasks"].values()), limit=limit,
+        harness_model(model, tokenizer), tasks=list(given["tasks"].values()), limit=limit,
         bootstrap_iters=0, log_samples=False,
     )  # fmt: skip
     return {
@@ -79,56 +79,21 @@ def evaluate_tasks(
     }
 
 
-class ByteTokenizer:
-    """ByteTokenizer as tokens."""
-
-    size, end = 256, 10
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
-        return list(text.encode("utf-8", "surrogateescape"))
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text of tokens."""
-        return bytes(tokens).decode("utf-8", "replace")
-
-
-class Words:
-    """The tokens of a tokenizer.json."""
-
-    def __init__(self, path: str | Path) -> None:
-        if find_spec("tokenizers") is None:
-            raise missing_package("a tokenizer.json", "tokenizers")
-        tokenizers: Any = import_module("tokenizers")
-        try:
-            self.library = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"tokenizer must be a tokenizer.json. Got {path}: {error}.") from None
-        self.size = max(self.library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        added = self.library.get_added_tokens_decoder().items()
-        self.end = next((token for token, entry in added if entry.special), 0)
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
-        ids: list[int] = self.library.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text of tokens."""
-        return str(self.library.decode(tokens))
-
-
-def harness_model(model: LongNetLM, codec: ByteTokenizer | Words) -> Any:
+def harness_model(model: LongNetLM, tokenizer: Tokenizer) -> Any:
     """A model as the harness calls it."""
     utils: Any = import_module("lm_eval.utils")
     base: Any = import_module("lm_eval.api.model").TemplateLM
     device, most = next(model.parameters()).device, model.config.context
+    end = ord("\n") if isinstance(tokenizer, Bytes) else tokenizer.end_of_document or 0
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode([text.encode("utf-8", "surrogateescape")])[0]
 
     class HarnessModel(base):  # type: ignore[misc] # it need not be installed
-        eot_token_id = codec.end
+        eot_token_id = end
 
         def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-            return codec.encode(string)
+            return encode(string)
 
         @torch.no_grad()
         def _loglikelihood_tokens(
@@ -155,7 +120,7 @@ def harness_model(model: LongNetLM, codec: ByteTokenizer | Words) -> Any:
             totals = []
             for request in requests:
                 windows = utils.get_rolling_token_windows(
-                    codec.encode(request.args[0]), codec.end, most, 1
+                    encode(request.args[0]), end, most, 1
                 )
                 pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
                 totals.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
@@ -166,13 +131,13 @@ def harness_model(model: LongNetLM, codec: ByteTokenizer | Words) -> Any:
 
         def _write(self, context: str, options: dict[str, Any]) -> str:
             added = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
-            ids = codec.encode(context)[-max(1, most - added) :] or [codec.end]
+            ids = encode(context)[-max(1, most - added) :] or [end]
             until = options.get("until") or []
             drawn = generate_tokens(
                 model, torch.tensor([ids]), max_new_tokens=added,
                 temperature=options.get("temperature", 1.0) if options.get("do_sample") else 0,
             )  # fmt: skip
-            text = codec.decode(drawn[0].tolist())
+            text = tokenizer.decode(drawn[0].tolist()).decode("utf-8", "replace")
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0] if stop else text
             return text
