@@ -227,10 +227,11 @@ def newest(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def frameworks(session: nox.Session) -> None:
-    """Run all examples, with Lightning, accelerate and peft installed."""
+    """Run all examples and lm-evaluation-harness, with Lightning, accelerate and peft installed."""
     group = group_of("dilated-factory", "frameworks")
     install(session, *TEST_TOOLS, group, *editable("dilated-factory", "dilated-core"))
-    run_pytest(session, "tests-integration/test_examples.py")
+    harness = "packages/dilated-factory/tests/test_harness.py"
+    run_pytest(session, "tests-integration/test_examples.py", harness)
 
 
 @nox.session(default=False)

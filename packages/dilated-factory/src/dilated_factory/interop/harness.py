@@ -119,9 +119,7 @@ def harness_model(model: LongNetLM, tokenizer: Tokenizer) -> Any:
         def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
             totals = []
             for request in requests:
-                windows = utils.get_rolling_token_windows(
-                    encode(request.args[0]), end, most, 1
-                )
+                windows = utils.get_rolling_token_windows(encode(request.args[0]), end, most, 1)
                 pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
                 totals.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
             return totals

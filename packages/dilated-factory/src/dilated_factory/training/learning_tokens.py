@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dilated_factory.corpora.tokens import ENDS, LEAST_VOCABULARY, MOST_TOKENS, cut
 from dilated_factory.errors import InputError, missing_package
@@ -22,6 +22,7 @@ def learn_tokenizer(
     vocab_size: int,
     *,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
+    **options: Any,
 ) -> Learned:
     """Learn a tokenizer of so many tokens: 256 bytes, the end of a document, and merges.
 
@@ -29,6 +30,7 @@ def learn_tokenizer(
         paths: files and folders; those that `load_corpus` holds out are not learned from.
         vocab_size: 257 or more.
         on_progress: is told what is done, and which share of the reading is.
+        options: of `load_corpus`, such as ``text_field``.
 
     Raises:
         InputError: no tokenizer of this size can be learned from these files.
@@ -43,7 +45,7 @@ def learn_tokenizer(
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise missing_package("`dilated tokenize`", "tokenizers") from None
-    corpus = load_corpus(paths)
+    corpus = load_corpus(paths, **options)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,7 +66,8 @@ def learn_tokenizer(
 def _texts(corpus: Corpus, on_progress: Callable[[str, float], None]) -> Iterator[str]:
     """The documents to train on; what is not UTF-8 in them teaches nothing."""
     length = len(corpus.train)
-    for start, stop in pairwise(sorted({0, length, *(e for e in corpus.ends if e < length)})):
+    ends = corpus.ends[corpus.ends < length].tolist()
+    for start, stop in pairwise(sorted({0, length, *ends})):
         on_progress("reading", start / length)
         yield from cut(corpus.train[start:stop].numpy().tobytes().decode("utf-8", "ignore"))
     on_progress("learning what to merge", 1.0)
