@@ -106,7 +106,7 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="tokenizer must be given with a vocabulary of 257"):
         export_to_transformers(model, tmp_path / "out")
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer must be a tokenizer\.json.*broken\.json"):
+    with pytest.raises(InputError, match=r"broken\.json. is no tokenizer"):
         export_to_transformers(model, tmp_path / "out", tokenizer=tmp_path / "broken.json")
     (tmp_path / "broken.json").unlink()
     (tmp_path / "full").mkdir()

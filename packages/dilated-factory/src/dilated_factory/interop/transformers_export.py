@@ -1,6 +1,5 @@
 """A `LongNetLM` as a folder that transformers loads: weights, configurations, tokenizer."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,13 +12,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from dilated_core import DilatedAttention
+from dilated_factory.corpora.tokens import FileTokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.interop.transformers import LongNetForCausalLM, LongNetPreTrainedConfig
 from dilated_factory.models.longnet import LongNetLM
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-# What ends a document, where the settings of a tokenizer do not say.
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|eos|>", "[EOS]", "[SEP]")
+TOKENIZER = "tokenizer.json"
 # Code for trust_remote_code: what is imported is this package, which has to be installed.
 REMOTE_FILE = "modeling_dilated_longnet.py"
 REMOTE_CODE = f'''"""LongNet of dilated-factory, which has to be installed."""
@@ -106,35 +104,14 @@ def load_tokenizer(model: LongNetLM, path: Path | None) -> PreTrainedTokenizerFa
         if size != 256:
             raise InputError(f"tokenizer must be given with a vocabulary of {size}. Got none.")
         return fast(byte_tokenizer(), None)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"tokenizer must be a {TOKENIZER}. Got {str(path)!r}: {error}.") from None
-    known = tokenizer.get_vocab(with_added_tokens=True)
-    largest = max(known.values(), default=-1)
-    if largest >= size:
+    found = FileTokenizer(path)
+    if found.vocab_size > size:
         raise InputError(
             f"tokenizer must have ids below the model's vocab_size={size}. "
-            f"Got {largest} in {str(path)!r}."
+            f"Got {found.vocab_size - 1} in {str(path)!r}."
         )
-    return fast(tokenizer, end_token(tokenizer, path.with_name(SETTINGS)))
-
-
-def end_token(tokenizer: Tokenizer, settings: Path) -> str | None:
-    """What ends a document: as settings beside a tokenizer say, or by a usual name."""
-    if settings.exists():
-        try:
-            said: Any = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{str(settings)!r} must be settings in JSON: {error}.") from None
-        name = said.get("content") if isinstance(said, dict) else said
-        if name is not None:
-            if tokenizer.token_to_id(str(name)) is None:
-                raise InputError(f"eos_token must be a token. Got {name!r} in {str(settings)!r}.")
-            return str(name)
-    added = tokenizer.get_added_tokens_decoder().values()
-    special = {token.content for token in added if token.special}
-    return next((name for name in ENDS if name in special), None)
+    tokenizer, end = Tokenizer.from_file(str(found.path)), found.end_of_document
+    return fast(tokenizer, None if end is None else tokenizer.id_to_token(end))
 
 
 def fast(tokenizer: Tokenizer, end: str | None) -> PreTrainedTokenizerFast:
