@@ -159,4 +159,6 @@ assert "torch._dynamo" not in sys.modules
 
 
 def test_no_call_imports_the_compiler_nor_does_its_backward():
-    subprocess.run([sys.executable, "-W", "error", "-c", NO_COMPILER], check=True, timeout=60)
+    numpy = "ignore:Failed to initialize NumPy:UserWarning"  # which torch does not require
+    command = [sys.executable, "-Werror", "-W", numpy, "-c", NO_COMPILER]
+    subprocess.run(command, check=True, timeout=60)
