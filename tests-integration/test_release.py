@@ -1,15 +1,8 @@
 """What a release checks and writes, without one."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tools import release  # noqa: E402  # found by the line above
-from tools.packages import PACKAGES  # noqa: E402
+from tools import release
+from tools.packages import PACKAGES
 
 TAGS = ["dilated-core-v0.1.0", "dilated-core-v0.10.0", "dilated-core-v0.9.1", "dilated-ring-v7.0.0"]
 

@@ -26,7 +26,7 @@ from dilated_factory.tools.planning import Workload
 from dilated_factory.training import figures
 
 Captured = pytest.CaptureFixture[str]
-GROUPS = ("config", "plan", "slides")
+GROUPS = ("config", "genomes", "plan", "slides")
 PATTERN = ("--segment-lengths", "4,12", "--dilation-rates", "1,3")
 PNG = b"\x89PNG"
 

@@ -34,7 +34,7 @@ def convert(
         ),
     ] = None,
 ) -> int:
-    """Make a run folder of a language model of torchscale's LongNet recipe for fairseq.
+    """Make a run folder of a checkpoint of torchscale's LongNet recipe for fairseq.
 
     Its shape is told by the tensors and by the settings beside them, of which no code is run. The
     dictionary becomes the folder's tokenizer: words between white space, and </s> at the end of a
@@ -42,7 +42,7 @@ def convert(
     not taken over, and dropout is none until it is given.
 
     Examples:
-        dilated convert checkpoint_best.pt --dictionary data-bin/dict.txt --to runs/theirs
+        dilated convert best.pt --dictionary dict.txt --to runs/theirs
         dilated evaluate runs/theirs words.txt
         dilated train words.txt --from runs/theirs --out runs/ours --steps 1000
     """

@@ -49,9 +49,9 @@ genomes = typer.Typer(
     gzip or bgzip.
 
     Examples:
-        dilated genomes train hg38.fa --bed splits.bed --context 32768 --out runs/hg38
+        dilated genomes train hg38.fa --bed splits.bed --out runs/hg38
         dilated genomes evaluate runs/hg38 --split test
-        dilated genomes embed hg38.fa --bed regions.bed --checkpoint runs/hg38 --out regions.h5
+        dilated genomes embed hg38.fa --bed a.bed --checkpoint runs/hg38 --out e.h5
     """,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
