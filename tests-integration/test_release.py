@@ -63,7 +63,7 @@ def test_a_changelog_has_one_open_section(text: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_package_can_be_bumped_and_dated(package: str) -> None:
     assert '\n__version__ = "9.8.7"\n' in release.bumped(release.about(package), "9.8.7")
-    changelog = ROOT / "packages" / package / "CHANGELOG.md"
+    changelog = Path(__file__).parents[1] / "packages" / package / "CHANGELOG.md"
     assert "\n## 9.8.7 - " in release.dated(changelog.read_text("utf-8"), "9.8.7", "2026-11-29")
     with pytest.raises(ValueError, match="one line of __version__"):
         release.bumped("", "9.8.7")

@@ -172,3 +172,14 @@ def test_the_command_line_replays_and_draws(log, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dilated_pool", "plot", str(path), str(picture)])
     runpy.run_module("dilated_pool", run_name="__main__")
     assert picture.exists()
+
+
+@pytest.mark.parametrize("missing", ["matplotlib.figure", "rich.table"])
+def test_what_the_extra_brings_is_named_where_it_is_missing(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    name = missing.partition(".")[0]
+    with pytest.raises(ImportError, match=rf'needs {name}: pip install "{name}>='):
+        if name == "rich":
+            stats_table(UnifiedMemoryPool().stats())
+        else:
+            plot_timeline([], tmp_path / "timeline.png")

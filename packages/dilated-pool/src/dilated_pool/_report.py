@@ -32,7 +32,10 @@ def stats_table(stats: PoolStats, *, title: str = "Memory pool") -> "Table":
         >>> stats_table(UnifiedMemoryPool().stats()).row_count > 5
         True
     """
-    from rich.table import Table
+    try:
+        from rich.table import Table
+    except ImportError as error:
+        raise ImportError('stats_table needs rich: pip install "rich>=13"') from error
 
     table = Table(title=title)
     table.add_column("counter")
@@ -55,7 +58,12 @@ def plot_timeline(events: Iterable[Event], path: str | Path) -> None:
         ...     pool.lease((16,)).release()
         >>> plot_timeline(log, "timeline.png")
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'plot_timeline needs matplotlib: pip install "matplotlib>=3.9"'
+        ) from error
 
     steps = list(events)
     if not steps:
