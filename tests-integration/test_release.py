@@ -1,5 +1,7 @@
 """What a release checks and writes, without one."""
 
+from pathlib import Path
+
 import pytest
 from tools import release
 from tools.packages import PACKAGES

@@ -178,8 +178,9 @@ def test_the_command_line_replays_and_draws(log, tmp_path, monkeypatch, capsys):
 def test_what_the_extra_brings_is_named_where_it_is_missing(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     name = missing.partition(".")[0]
+    calls = {
+        "rich": lambda: stats_table(UnifiedMemoryPool().stats()),
+        "matplotlib": lambda: plot_timeline([], tmp_path / "timeline.png"),
+    }
     with pytest.raises(ImportError, match=rf'needs {name}: pip install "{name}>='):
-        if name == "rich":
-            stats_table(UnifiedMemoryPool().stats())
-        else:
-            plot_timeline([], tmp_path / "timeline.png")
+        calls[name]()
