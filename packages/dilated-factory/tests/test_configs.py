@@ -4,12 +4,12 @@ import inspect
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dilated_factory import InputError
 from dilated_factory.configs.attention import (
@@ -246,3 +246,25 @@ def test_schemas_describe_fields_and_leave_examples_of_python_out() -> None:
         text = json.dumps(kind.model_json_schema())
         assert ">>>" not in text
         assert "Examples:" not in text
+
+
+def every_type() -> list[type[BaseModel]]:
+    """All kinds, and what is nested in their fields."""
+    found: list[type[BaseModel]] = []
+    left: list[Any] = list(ALL_TYPES)
+    while left:
+        each = left.pop()
+        left += get_args(each)
+        if inspect.isclass(each) and issubclass(each, BaseModel) and each not in found:
+            found.append(each)
+            left += [field.annotation for field in each.model_fields.values()]
+    return found
+
+
+@pytest.mark.parametrize("kind", every_type())
+def test_every_field_of_a_configuration_says_what_it_is(kind: type[BaseModel]) -> None:
+    fields = kind.model_fields
+    assert fields
+    assert not [name for name, field in fields.items() if not (field.description or "").strip()]
+    described = kind.model_json_schema()["properties"]
+    assert all("description" in described[name] for name in fields)

@@ -15,12 +15,25 @@ from pydantic import (
 )
 
 from dilated_core import DilatedPattern
-from dilated_factory.configs.base import FrozenConfig
+from dilated_factory.configs.base import KIND, FrozenConfig
 from dilated_factory.configs.layouts import LayoutConfig
 
 Size = Annotated[int, Field(ge=1)]
-HeadOffsets = Literal["interleaved", "blocked"]
-HeadGroups = Literal["shared", "split"]
+HeadOffsets = Annotated[
+    Literal["interleaved", "blocked"],
+    Field(description="which rows a head keeps: the paper's (h mod r) or torchscale's in blocks"),
+]
+HeadGroups = Annotated[
+    Literal["shared", "split"],
+    Field(description="whether each head uses every branch, or groups of heads one branch each"),
+]
+CountPadding = Annotated[
+    bool,
+    Field(description="torchscale's zero keys in short segments count in the softmax, not causal"),
+]
+Dropout = Annotated[
+    float, Field(ge=0, lt=1, description="chance that a weight of attention is left out, training")
+]
 DilatedBackend = Literal["reference", "torch", "triton"]
 SparseBackend = Literal["reference", "torch", "flex", "triton"]
 Strategy = Literal["auto", "gather", "heads", "lend", "ring"]
@@ -37,23 +50,25 @@ class AttentionConfig(FrozenConfig):
     Examples:
         >>> from typing import Literal
         >>> class WindowConfig(AttentionConfig):
-        ...     kind: Literal["window"] = "window"
+        ...     kind: Annotated[Literal["window"], KIND] = "window"
         ...     size: int
         >>> WindowConfig(size=64).kind
         'window'
     """
 
-    kind: str
+    kind: Annotated[str, KIND]
 
 
 class PatternFields(FrozenConfig):
     """The fields of a `dilated_core.DilatedPattern`."""
 
-    segment_lengths: tuple[Size, ...]
-    dilation_rates: tuple[Size, ...]
+    segment_lengths: tuple[Size, ...] = Field(description="of each branch, in positions")
+    dilation_rates: tuple[Size, ...] = Field(
+        description="of each branch: of how many positions one is kept"
+    )
     head_offsets: HeadOffsets = "interleaved"
     head_groups: HeadGroups = "shared"
-    count_padding: bool = False
+    count_padding: CountPadding = False
 
     @model_validator(mode="after")
     def _is_a_pattern(self) -> Self:
@@ -76,30 +91,40 @@ class _Scores(FrozenConfig):
     """What all attention between heads has."""
 
     scale: float | None = Field(default=None, description="of scores; None means 1 / sqrt(D)")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Dropout = 0.0
 
 
 class _LayoutField(FrozenConfig):
-    layout: LayoutConfig
+    layout: LayoutConfig = Field(description="which keys each query sees, in blocks")
 
 
 class _Ring(FrozenConfig):
     """How ranks exchange; the group itself is given when the module is created."""
 
-    strategy: Strategy = "auto"
-    validate_ranks: Validate = Field(default="first", description="ring's argument `validate`")
+    strategy: Strategy = Field(
+        default="auto", description="how rows travel between ranks; auto counts bytes and work"
+    )
+    validate_ranks: Validate = Field(
+        default="first", description="which calls compare arguments across ranks"
+    )
 
 
 class _Multihead(FrozenConfig):
     """The projections around attention between heads."""
 
-    embed_dim: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
+    embed_dim: int = Field(gt=0, description="width of inputs and outputs")
+    num_heads: int = Field(gt=0, description="heads of the queries")
     num_kv_heads: int | None = Field(default=None, gt=0, description="None means num_heads")
-    bias: bool = True
-    layer_norm: bool = True
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
-    gamma_init: float = Field(default=1.0, gt=0)
+    bias: bool = Field(default=True, description="biases in the projections")
+    layer_norm: bool = Field(
+        default=True, description="a norm over all heads before the output projection"
+    )
+    layer_norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of that norm")
+    gamma_init: float = Field(
+        default=1.0,
+        gt=0,
+        description="gain of the first weights of the value and output projection",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -121,8 +146,10 @@ class DilatedConfig(AttentionConfig, PatternFields, _Scores):
         DilatedPattern([64, 256], [1, 4])
     """
 
-    kind: Literal["dilated"] = "dilated"
-    backend: DilatedBackend | None = None
+    kind: Annotated[Literal["dilated"], KIND] = "dilated"
+    backend: DilatedBackend | None = Field(
+        default=None, description="None: the fastest that serves"
+    )
 
 
 class RingConfig(AttentionConfig, PatternFields, _Scores, _Ring):
@@ -134,7 +161,7 @@ class RingConfig(AttentionConfig, PatternFields, _Scores, _Ring):
         'RingDilatedAttention'
     """
 
-    kind: Literal["ring"] = "ring"
+    kind: Annotated[Literal["ring"], KIND] = "ring"
 
 
 class BlockSparseConfig(AttentionConfig, _LayoutField, _Scores):
@@ -146,8 +173,8 @@ class BlockSparseConfig(AttentionConfig, _LayoutField, _Scores):
         'LayoutAttention'
     """
 
-    kind: Literal["block_sparse"] = "block_sparse"
-    backend: SparseBackend | None = None
+    kind: Annotated[Literal["block_sparse"], KIND] = "block_sparse"
+    backend: SparseBackend | None = Field(default=None, description="None: the fastest that serves")
 
 
 class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _LayoutField, _Scores):
@@ -162,8 +189,10 @@ class BlockSparseDilatedConfig(AttentionConfig, PatternFields, _LayoutField, _Sc
         'LayoutAttention'
     """
 
-    kind: Literal["block_sparse_dilated"] = "block_sparse_dilated"
-    backend: DilatedBackend | None = None  # flex gives no lse, which the union needs
+    kind: Annotated[Literal["block_sparse_dilated"], KIND] = "block_sparse_dilated"
+    backend: DilatedBackend | None = Field(  # flex gives no lse, which the union needs
+        default=None, description="None: the fastest that serves"
+    )
 
 
 class BlockSparseRingConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
@@ -175,7 +204,7 @@ class BlockSparseRingConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
         'block_sparse_ring'
     """
 
-    kind: Literal["block_sparse_ring"] = "block_sparse_ring"
+    kind: Annotated[Literal["block_sparse_ring"], KIND] = "block_sparse_ring"
 
 
 class BlockSparseRingDistributedConfig(AttentionConfig, _LayoutField, _Scores, _Ring):
@@ -187,7 +216,9 @@ class BlockSparseRingDistributedConfig(AttentionConfig, _LayoutField, _Scores, _
         'block_sparse_ring_distributed'
     """
 
-    kind: Literal["block_sparse_ring_distributed"] = "block_sparse_ring_distributed"
+    kind: Annotated[Literal["block_sparse_ring_distributed"], KIND] = (
+        "block_sparse_ring_distributed"
+    )
 
 
 class AutoConfig(AttentionConfig, _Scores):
@@ -207,20 +238,24 @@ class AutoConfig(AttentionConfig, _Scores):
         'DilatedAttention'
     """
 
-    kind: Literal["auto"] = "auto"
-    length: Size
-    heads: Size
+    kind: Annotated[Literal["auto"], KIND] = "auto"
+    length: Size = Field(description="of the sequences, in positions")
+    heads: Size = Field(description="heads of the queries")
     kv_heads: Size | None = Field(default=None, description="None means heads")
-    head_dim: Size
-    is_causal: bool = False
-    segment_lengths: tuple[Size, ...] | None = None
-    dilation_rates: tuple[Size, ...] | None = None
+    head_dim: Size = Field(description="width of a head")
+    is_causal: bool = Field(default=False, description="whether queries see no later keys")
+    segment_lengths: tuple[Size, ...] | None = Field(
+        default=None, description="of each branch, in positions; None means no pattern"
+    )
+    dilation_rates: tuple[Size, ...] | None = Field(
+        default=None, description="of each branch; given with segment_lengths"
+    )
     head_offsets: HeadOffsets = "interleaved"
     head_groups: HeadGroups = "shared"
-    count_padding: bool = False
-    layout: LayoutConfig | None = None
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: DtypeName = "float32"
+    count_padding: CountPadding = False
+    layout: LayoutConfig | None = Field(default=None, description="None means no layout")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where it will be called")
+    dtype: DtypeName = Field(default="float32", description="of queries, keys and values")
     world: Size = Field(default=1, description="ranks that a sequence is spread over")
     nodes: Size = Field(default=1, description="machines that these ranks are on")
     backend: DilatedBackend | None = Field(default=None, description="None lets the cost decide")
@@ -309,8 +344,8 @@ class MultiheadConfig(AttentionConfig, _Multihead):
         torch.Size([1, 100, 32])
     """
 
-    kind: Literal["dilated_multihead"] = "dilated_multihead"
-    attention: HeadAttentionConfig
+    kind: Annotated[Literal["dilated_multihead"], KIND] = "dilated_multihead"
+    attention: HeadAttentionConfig = Field(description="what runs between the projections")
 
 
 class RingMultiheadConfig(AttentionConfig, PatternFields, _Multihead, _Ring):
@@ -324,5 +359,5 @@ class RingMultiheadConfig(AttentionConfig, PatternFields, _Multihead, _Ring):
         'RingMultiheadDilatedAttention'
     """
 
-    kind: Literal["ring_multihead"] = "ring_multihead"
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    kind: Annotated[Literal["ring_multihead"], KIND] = "ring_multihead"
+    dropout: Dropout = 0.0

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     GetJsonSchemaHandler,
     ValidationError,
     model_validator,
@@ -17,6 +18,7 @@ from pydantic_core import CoreSchema, ErrorDetails
 from dilated_factory.errors import InputError
 
 Config = TypeVar("Config", bound="FrozenConfig")
+KIND = Field(description="the kind of configuration, and no other")
 
 
 class FrozenConfig(BaseModel):

@@ -1,10 +1,10 @@
 """Configuration of what a genome is to a model: which file, which parts, which tokens."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dilated_factory.configs.base import FrozenConfig
+from dilated_factory.configs.base import KIND, FrozenConfig
 
 Placement = Literal["hyenadna", "caduceus", "tiled"]
 
@@ -22,7 +22,7 @@ class GenomeConfig(FrozenConfig):
         'upper'
     """
 
-    kind: Literal["genome"] = "genome"
+    kind: Annotated[Literal["genome"], KIND] = "genome"
     fasta: str = Field(description="the FASTA file: plain, by gzip or by bgzip")
     bed: str | None = Field(
         default=None, description="intervals: record, start, end, split, between tabs"

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from dilated_core.extending import remembered
-from dilated_factory.configs.base import FrozenConfig
+from dilated_factory.configs.base import KIND, FrozenConfig
 
 if TYPE_CHECKING:
     from dilated_sparse import BlockLayout
 
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, description="of the random blocks")]
+Drawn = Annotated[int, Field(ge=1, description="heads, each of which draws for itself")]
 
 
 class _Layout(FrozenConfig):
     """What all layouts have: tokens on a side of a block. Definitions: `dilated_sparse.layouts`."""
 
-    block_size: Size = 128
+    block_size: Size = Field(default=128, description="tokens on a side of a block")
 
     def arguments(self, length: int) -> dict[str, Any]:
         """The arguments of the function of `dilated_sparse.layouts` that has the layout's name."""
@@ -29,74 +31,74 @@ class _Layout(FrozenConfig):
 class SlidingWindowConfig(_Layout):
     """Keys at a distance of at most `window`."""
 
-    kind: Literal["sliding_window"] = "sliding_window"
-    window: Count
+    kind: Annotated[Literal["sliding_window"], KIND] = "sliding_window"
+    window: Count = Field(description="largest distance of a key, in tokens")
 
 
 class DilatedWindowConfig(_Layout):
     """Every `dilation`-th key, up to `window` of them on either side."""
 
-    kind: Literal["dilated_window"] = "dilated_window"
-    window: Count
-    dilation: Size
+    kind: Annotated[Literal["dilated_window"], KIND] = "dilated_window"
+    window: Count = Field(description="keys on either side")
+    dilation: Size = Field(description="tokens from a key to the next")
 
 
 class StridedConfig(_Layout):
     """Sparse Transformer's strided pattern."""
 
-    kind: Literal["strided"] = "strided"
-    stride: Size
+    kind: Annotated[Literal["strided"], KIND] = "strided"
+    stride: Size = Field(description="near tokens, and tokens from a far key to the next")
 
 
 class FixedConfig(_Layout):
     """Sparse Transformer's fixed pattern."""
 
-    kind: Literal["fixed"] = "fixed"
-    stride: Size
-    summary: Size
+    kind: Annotated[Literal["fixed"], KIND] = "fixed"
+    stride: Size = Field(description="tokens of a segment")
+    summary: Size = Field(description="last tokens of a segment, which all later queries see")
 
 
 class GlobalTokensConfig(_Layout):
     """The first `count` tokens see and are seen by all."""
 
-    kind: Literal["global_tokens"] = "global_tokens"
-    count: Count
+    kind: Annotated[Literal["global_tokens"], KIND] = "global_tokens"
+    count: Count = Field(description="tokens at the start")
 
 
 class RandomBlocksConfig(_Layout):
     """`count` random blocks of keys for each block of queries."""
 
-    kind: Literal["random_blocks"] = "random_blocks"
-    count: Count
-    seed: Count = 0
-    heads: Size = 1
+    kind: Annotated[Literal["random_blocks"], KIND] = "random_blocks"
+    count: Count = Field(description="blocks of keys for a block of queries")
+    seed: Seed = 0
+    heads: Drawn = 1
 
 
 class BigBirdConfig(_Layout):
     """BigBird: window, global and random blocks."""
 
-    kind: Literal["bigbird"] = "bigbird"
-    window_blocks: Size = 3
-    global_blocks: Count = 2
-    random_blocks: Count = 3
-    seed: Count = 0
-    heads: Size = 1
-    block_size: Size = 64
+    kind: Annotated[Literal["bigbird"], KIND] = "bigbird"
+    window_blocks: Size = Field(default=3, description="blocks in the window, the own one included")
+    global_blocks: Count = Field(default=2, description="blocks at the start that see all")
+    random_blocks: Count = Field(default=3, description="blocks of keys for a block of queries")
+    seed: Seed = 0
+    heads: Drawn = 1
+    block_size: Size = Field(default=64, description="tokens on a side of a block")
 
 
 class LongformerConfig(_Layout):
     """Longformer: a window, and global tokens at the start."""
 
-    kind: Literal["longformer"] = "longformer"
-    window: Count
-    global_count: Count
+    kind: Annotated[Literal["longformer"], KIND] = "longformer"
+    window: Count = Field(description="largest distance of a key, in tokens")
+    global_count: Count = Field(description="tokens at the start that see all")
 
 
 class DocumentConfig(_Layout):
     """Documents of these lengths, one after the other, that do not see each other."""
 
-    kind: Literal["document"] = "document"
-    lengths: tuple[Count, ...]
+    kind: Annotated[Literal["document"], KIND] = "document"
+    lengths: tuple[Count, ...] = Field(description="of the documents, in tokens")
 
     def arguments(self, length: int) -> dict[str, Any]:
         """As in the base class; the lengths must add up to `length`.
@@ -112,17 +114,17 @@ class DocumentConfig(_Layout):
 class PrefixConfig(_Layout):
     """The first `count` tokens are seen by all, the others causally."""
 
-    kind: Literal["prefix"] = "prefix"
-    count: Count
+    kind: Annotated[Literal["prefix"], KIND] = "prefix"
+    count: Count = Field(description="tokens of the prefix")
 
 
 class HierarchicalConfig(_Layout):
     """Windows at several scales, coarser further away."""
 
-    kind: Literal["hierarchical"] = "hierarchical"
-    window: Count
-    levels: Size
-    growth: Annotated[int, Field(ge=2)] = 2
+    kind: Annotated[Literal["hierarchical"], KIND] = "hierarchical"
+    window: Count = Field(description="cells of each level on either side")
+    levels: Size = Field(description="how many scales; a cell of the first is a token")
+    growth: int = Field(default=2, ge=2, description="factor of a cell's side from level to level")
 
 
 LayoutConfig = Annotated[

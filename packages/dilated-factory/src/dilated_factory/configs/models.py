@@ -1,12 +1,12 @@
 """Validated configuration of models and training: frozen data that round-trips through JSON."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dilated_core import DilatedPattern
 from dilated_factory.configs.attention import HeadOffsets
-from dilated_factory.configs.base import FrozenConfig, describe_invalid, parse_config
+from dilated_factory.configs.base import KIND, FrozenConfig, describe_invalid, parse_config
 from dilated_factory.configs.pattern import default_pattern
 
 __all__ = [
@@ -125,7 +125,7 @@ class LongNetConfig(StackConfig):
         ((64, 129, 1024, 4096), (1, 1, 4, 16))
     """
 
-    kind: Literal["longnet"] = "longnet"
+    kind: Annotated[Literal["longnet"], KIND] = "longnet"
     vocab_size: int = Field(
         default=256,
         ge=1,
@@ -148,8 +148,10 @@ class LongNetEncoderConfig(StackConfig):
         'longnet_encoder'
     """
 
-    kind: Literal["longnet_encoder"] = "longnet_encoder"
-    vocab_size: int | None = Field(default=None, ge=1)
+    kind: Annotated[Literal["longnet_encoder"], KIND] = "longnet_encoder"
+    vocab_size: int | None = Field(
+        default=None, ge=1, description="different tokens; none means embeddings are given"
+    )
     scale_embedding: bool = Field(default=True, description="times sqrt(embed_dim)")
     head: bool = Field(default=False, description="logits over the vocabulary, not states")
     final_norm: bool = Field(default=True, description="a norm after the last layer")
@@ -183,7 +185,7 @@ class TrainConfig(FrozenConfig):
         'muon'
     """
 
-    kind: Literal["train"] = "train"
+    kind: Annotated[Literal["train"], KIND] = "train"
     model: LongNetConfig = Field(default=LongNetConfig(), description="shape of the model")
     paths: tuple[str, ...] = Field(
         default=(), description="files and folders; none means the standard library of Python"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from dilated_factory.configs.base import FrozenConfig
+from dilated_factory.configs.base import KIND, FrozenConfig
 from dilated_factory.errors import missing_package
 
 if TYPE_CHECKING:
@@ -21,12 +21,18 @@ class PoolConfig(FrozenConfig):
         1048576
     """
 
-    kind: Literal["pool"] = "pool"
-    limit_bytes: int | None = Field(default=None, ge=0)
+    kind: Annotated[Literal["pool"], KIND] = "pool"
+    limit_bytes: int | None = Field(
+        default=None, ge=0, description="of blocks, lent and idle; None means no limit"
+    )
     # None, as the pool has it, is kept under a word: TOML has no null.
-    overhead: Annotated[float, Field(ge=1)] | Literal["unlimited"] = 1.25
-    fill: Literal["poison"] | None = None
-    stacks: bool = False
+    overhead: Annotated[float, Field(ge=1)] | Literal["unlimited"] = Field(
+        default=1.25, description="reserved bytes over the peak of live ones, at most"
+    )
+    fill: Literal["poison"] | None = Field(
+        default=None, description="poison overwrites idle blocks and checks them when lent again"
+    )
+    stacks: bool = Field(default=False, description="keep where each lease was made; slow")
 
     @field_validator("overhead", mode="before")
     @classmethod
