@@ -13,12 +13,15 @@ ELSEWHERE = {"relative_places"}
 # What an example needs beside dilated-factory, and a line that it ends with.
 NEEDS: dict[str, tuple[str, ...]] = {
     "accelerate_longnet": ("accelerate",),
+    "block_layouts": ("dilated_sparse",),
+    "genomes": ("pyfaidx",),
     "hf_llama_and_bert": ("transformers",),
     "lightning_longnet": ("lightning",),
     "own_model": (),
     "peft_lora": ("peft", "transformers"),
     "recipe": (),
     "torch_encoder": (),
+    "two_ranks": ("dilated_ring",),
     "vision_transformer": (),
 }
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -38,7 +41,7 @@ def test_all_examples_are_known() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys() | ELSEWHERE
 
 
-@pytest.mark.parametrize("name", NEEDS.keys() - {"accelerate_longnet"})
+@pytest.mark.parametrize("name", NEEDS.keys() - {"accelerate_longnet", "two_ranks"})
 def test_an_example_runs_and_prints(name: str) -> None:
     assert len(run(name).splitlines()) > 1
 
@@ -48,3 +51,10 @@ def test_two_processes_under_accelerate_have_the_losses_of_one() -> None:
     alone, two = run("accelerate_longnet"), run("accelerate_longnet", *TWO)
     assert len(alone.splitlines()) == 2
     assert two == alone
+
+
+@pytest.mark.distributed
+def test_two_ranks_are_started_by_the_example_as_by_torchrun() -> None:
+    alone = run("two_ranks").splitlines()
+    assert alone[:2] == ["rank 0: 768 rows, from 0 on", "rank 1: 768 rows, from 768 on"]
+    assert run("two_ranks", *TWO).splitlines()[:2] == alone[:2]
