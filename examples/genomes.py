@@ -61,9 +61,8 @@ with tempfile.TemporaryDirectory() as name:
     before = evaluate_genome(trainer.model, corpus.held_out)
     trainer.train()
     after = evaluate_genome(trainer.model, corpus.held_out)
-    print(
-        f"bits per held-out base: {before.bits_per_base:.2f}, after training {after.bits_per_base:.2f}"
-    )
+    bits = [score.bits_per_base for score in (before, after)]
+    print(f"bits per held-out base: {bits[0]:.2f}, after training {bits[1]:.2f}")
 
     rows = read_bed(str(folder / "regions.bed"))
     embeddings = embed_intervals(trainer.model, Genome(str(folder / "genome.fa")), rows)

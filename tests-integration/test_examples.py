@@ -13,6 +13,7 @@ ELSEWHERE = {"relative_places"}
 # What an example needs beside dilated-factory, and a line that it ends with.
 NEEDS: dict[str, tuple[str, ...]] = {
     "accelerate_longnet": ("accelerate",),
+    "audio_frames": (),
     "block_layouts": ("dilated_sparse",),
     "genomes": ("pyfaidx",),
     "hf_llama_and_bert": ("transformers",),
@@ -24,14 +25,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "two_ranks": ("dilated_ring",),
     "vision_transformer": (),
 }
+OWN_TEST = {"accelerate_longnet", "audio_frames", "two_ranks"}
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run(name: str, *before: str) -> str:
+def run(name: str, *before: str, after: tuple[str, ...] = ()) -> str:
     for package in ("dilated_factory", *NEEDS[name]):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    command = [sys.executable, *before, str(EXAMPLES / f"{name}.py")]
+    command = [sys.executable, *before, str(EXAMPLES / f"{name}.py"), *after]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -41,9 +43,16 @@ def test_all_examples_are_known() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys() | ELSEWHERE
 
 
-@pytest.mark.parametrize("name", NEEDS.keys() - {"accelerate_longnet", "two_ranks"})
+@pytest.mark.parametrize("name", NEEDS.keys() - OWN_TEST)
 def test_an_example_runs_and_prints(name: str) -> None:
     assert len(run(name).splitlines()) > 1
+
+
+def test_a_class_of_audio_is_found_by_far_frames_alone() -> None:
+    told = run("audio_frames", after=("--frames", "20000")).splitlines()
+    far, near = (int(line.partition("% of 8")[0].rpartition(" ")[2]) for line in told)
+    assert far > 70
+    assert near < far
 
 
 @pytest.mark.distributed
