@@ -1,4 +1,4 @@
-"""Every public name has an example in its docstring, and every example says what happens."""
+"""Docstrings of public names have examples, which say what happens, and explain their letters."""
 
 import doctest
 import importlib
@@ -13,6 +13,11 @@ import pytest
 import torch
 
 PACKAGES = ["dilated_core", "dilated_ring", "dilated_sparse", "dilated_pool", "dilated_factory"]
+# What stands in the brackets of a shape, (B, N + 1, ...), and the letters there.
+PART = r"(?:\.\.\.|\w+(?: [+/*-] \w+)*)"
+SHAPE = re.compile(rf"(?<![\w.])\(({PART}(?:, {PART})*,?)\)")
+LETTER = re.compile(r"\b(?:[A-Z](?:_\w+)?|n)\b")
+EXAMPLE = re.compile(r"^ *(?:>>>|\.\.\. ).*", re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL | doctest.NORMALIZE_WHITESPACE
 
 
@@ -59,3 +64,33 @@ def test_a_public_name_has_an_example_that_is_right(
     if missing := re.search(r"(?:MissingPackage|Import)Error: (.* needs .*pip install.*)", text):
         pytest.skip(missing[1])
     assert not told, text
+
+
+def shapes_of(thing: Any) -> set[str]:
+    """Letters of the shapes in the docstrings of a class or function, and of a class's methods."""
+    inner = [x for name, x in vars(thing).items() if not name.startswith("_")]
+    inner = [x.fget if isinstance(x, property) else getattr(x, "__func__", x) for x in inner]
+    ours = [x for x in inner if inspect.isfunction(x)] if inspect.isclass(thing) else []
+    texts = [EXAMPLE.sub("", inspect.getdoc(each) or "") for each in (thing, *ours)]
+    shapes = [shape for text in texts for shape in SHAPE.findall(text) if "," in shape]
+    return {letter for shape in shapes for letter in LETTER.findall(shape)}
+
+
+@pytest.mark.parametrize(("package", "name"), names())
+def test_the_letters_of_shapes_are_explained_in_the_docstring(package: str, name: str) -> None:
+    thing: Any = importlib.import_module(package)
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    text = inspect.getdoc(thing) or ""
+    told = re.search(r"^Shapes: (.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert shapes_of(thing) <= set(LETTER.findall(told[1] if told else ""))
+
+
+def test_letters_of_shapes_are_found() -> None:
+    def example() -> None:
+        """Of (B, N, H_kv, D) and (S + 1,), not of sqrt(D, E), (F) or (a, 2).
+
+        >>> (X, Y)
+        """
+
+    assert shapes_of(example) == {"B", "N", "H_kv", "D", "S"}

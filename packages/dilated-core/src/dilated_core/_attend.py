@@ -31,6 +31,9 @@ _ATTEND: dict[str, Callable[[DilatedCall, Tensor, Tensor, Tensor], Partial]] = {
 def select_backend(query: Tensor, key: Tensor, backend: Backend | None = None) -> BackendChoice:
     """Pick the backend of a call by device, dtype and sizes of its tensors; values do not matter.
 
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
+
     Args:
         query: (B, N, H, D).
         key: (B, M, H_kv, D).

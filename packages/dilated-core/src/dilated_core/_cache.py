@@ -28,6 +28,8 @@ class DilatedKVCache:
     where each batch row is from the device, and counts there. From the capture on, `length` waits
     for the device; `truncate`, `reset`, and `reorder` to as many rows leave the graph valid.
 
+    Shapes: batch B, rows of a call L, heads H, key and value heads H_kv, width of a head D.
+
     Args:
         pattern: which keys a query sees.
 

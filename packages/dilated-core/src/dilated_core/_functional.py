@@ -25,6 +25,9 @@ def dilated_attention(
     Per head, one softmax over the multiset union of the keys that all branches of the pattern show
     a query; a key shown by c branches counts c times.
 
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
+
     Args:
         query: (B, N, H, D), float16, bfloat16, float32 or float64.
         key: (B, M, H_kv, D). When causal, the queries are the last N of the M positions;
@@ -82,6 +85,8 @@ def dilated_attention_varlen(
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`dilated_attention` of packed sequences of different lengths; segments start anew in each.
+
+    Shapes: heads H, key and value heads H_kv, width of a head D, packed sequences S.
 
     Args:
         query: (total, H, D): the sequences one after the other.

@@ -21,6 +21,9 @@ _MAX_WEIGHTS = 1 << 26
 class DilatedAttention(HeadAttention):
     """`dilated_attention` as a module: (B, N, H, D) heads in, (B, N, H, D) out.
 
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D, packed sequences S.
+
     Args:
         pattern: which keys a query sees.
         scale: factor on the scores; 1 / sqrt(D) when None.
@@ -149,6 +152,8 @@ class MultiheadDilatedAttention(nn.Module):
 
     Projections as in torch.nn.MultiheadAttention; `layer_norm` is MAGNETO's sub-layer norm on the
     concatenated heads (arXiv 2210.06423), which LongNet uses.
+
+    Shapes: batch B, query positions N, key positions M, heads H, packed sequences S.
 
     Args:
         embed_dim: width of input and output, a multiple of num_heads.

@@ -15,6 +15,8 @@ from torch import Tensor
 class Partial(NamedTuple):
     """Attention over a part of the keys.
 
+    Shapes: batch B, positions N, heads H, width of a head D.
+
     Attributes:
         out: (B, N, H, D), softmax-weighted values over the part; 0 where no key is visible.
         lse: (B, H, N), natural log of the sum of exp(score); -inf where no key is visible.

@@ -19,6 +19,8 @@ class DilatedPattern(Branches):
     `dilation_rates[k]`. A kept query sees the kept keys of its own segment, and a head's output is
     one softmax over the multiset union of the keys that all branches show it.
 
+    Shapes: query positions N, key positions M, heads H.
+
     Args:
         segment_lengths: segment length w of each branch, in positions.
         dilation_rates: dilation rate r of each branch.

@@ -71,6 +71,9 @@ def ring_attention(
     would compute for the whole sequence. Only rows that a pattern sees across ranks travel. Every
     rank must make the call, and every rank must run its backward.
 
+    Shapes: batch B, rows of this rank n, heads H, key and value heads H_kv, width of a head D,
+    packed sequences S.
+
     Args:
         query: (B, n, H, D), this rank's rows, as many on each; any dtype of `dilated_attention`.
         key: (B, n, H_kv, D).

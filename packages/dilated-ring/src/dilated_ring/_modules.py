@@ -22,6 +22,8 @@ from dilated_ring._topology import ring_group
 class RingDilatedAttention(HeadAttention):
     """`ring_attention` as a module: this rank's heads in, (B, n, H, D), and its heads out.
 
+    Shapes: batch B, rows of this rank n, heads H, key and value heads H_kv, width of a head D.
+
     Args:
         pattern: which keys a query sees.
         group: the ranks that share a sequence, as in `ring_attention`.
@@ -152,6 +154,8 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
 
     Queries, keys and values are this rank's rows, (B, n, embed_dim). Position embeddings get the
     positions in the whole sequence.
+
+    Shapes: batch B, rows of this rank n.
 
     Args:
         embed_dim: width of input and output, a multiple of num_heads.

@@ -23,6 +23,8 @@ from dilated_ring._uncompiled import uncompiled
 class Shard(NamedTuple):
     """This rank's rows of a sequence.
 
+    Shapes: batch B, rows of this rank n.
+
     Attributes:
         rows: n of them along the sharded dimension; the last ranks may have rows of padding.
         key_padding_mask: (B, n) bool, True = padding, or None on all ranks if there is none.
@@ -52,6 +54,8 @@ def shard_sequence(
 
     All ranks of the group call it together, each with the same sequence, bit for bit: a sampler or
     loader that gives each rank a batch of its own is for groups of ranks, not for ranks of one.
+
+    Shapes: batch B, positions N, width of a row E.
 
     Args:
         x: the whole sequence, batch first, e.g. token numbers (B, N) or embeddings (B, N, E).
@@ -150,6 +154,8 @@ def local_positions(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The positions in the whole sequence of this rank's `length` rows, (n,) int64.
+
+    Shapes: rows of this rank n.
 
     Args:
         length: rows of this rank, as many on each.

@@ -28,6 +28,8 @@ class BlockSparseKVCache:
     which most rows are held. Decoding token by token, in chunks, or a prompt at once all equal the
     full causal forward by `layout.at(length)`. No gradients: use it under torch.no_grad().
 
+    Shapes: batch B.
+
     Args:
         layout: which keys a query sees.
         length: positions there may be at most; the layout's when None.

@@ -23,6 +23,9 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over the token pairs of a layout, with exact gradients and O(N) memory.
 
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
+
     Args:
         query: (B, N, H, D), float16, bfloat16, float32 or float64.
         key: (B, M, H_kv, D). When causal, the queries are the last N of the M positions.
@@ -75,6 +78,9 @@ def select_backend(
     needs_gradients: bool = False,
 ) -> BackendChoice:
     """Pick the backend of a call by its request and the device, dtype and sizes of its tensors.
+
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
 
     Args:
         query: (B, N, H, D); values do not matter.

@@ -35,6 +35,8 @@ class BlockLayout(Layout):
     of equal token pairs, sizes and heads are equal, on whatever device. Make one with
     `dilated_sparse.layouts`, a `from_...` method, `|` or `&`, not by this constructor.
 
+    Shapes: query positions N, key positions M, heads H, rows of blocks R.
+
     Attributes:
         length: number of queries N.
         key_length: number of keys M.

@@ -22,6 +22,9 @@ class BlockSparseAttention(HeadAttention):
 
     Goes into `dilated_core.MultiheadDilatedAttention(attention=...)`.
 
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
+
     Args:
         layout: which keys a query sees; of other lengths than its own, `layout.at` says.
         scale: factor on the scores; 1 / sqrt(D) when None.

@@ -34,6 +34,8 @@ _CHUNK_SCORES = 1 << 22
 class BlockSelection(NamedTuple):
     """What `threshold_blocks` chose.
 
+    Shapes: batch B, positions N, heads H.
+
     Attributes:
         layout: the chosen blocks, with H heads.
         dropped_mass: (H, N), or (B, H, N) of a batch of more than one: upper bounds on the share of
@@ -64,6 +66,9 @@ def top_k_blocks(
 
     The score of a block is the mean of its keys times the mean of the queries (the first query if
     causal), as in the block selection of MoBA (arXiv 2502.13189, section 2.2).
+
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
 
     Args:
         query: (B, N, H, D).
@@ -124,6 +129,9 @@ def threshold_blocks(
     The bound on the dropped mass holds for every query q, whatever the estimate: a key k of a
     hidden block with mean m and radius r = max |k − m| scores at most q·m + |q| r, and the keys of
     a kept block weigh, by Jensen's inequality, at least as much as if all were m.
+
+    Shapes: batch B, query positions N, key positions M, heads H, key and value heads H_kv, width of
+    a head D.
 
     Args:
         query: (B, N, H, D).

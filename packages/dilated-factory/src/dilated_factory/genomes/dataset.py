@@ -32,6 +32,8 @@ class GenomeDataset(Dataset[tuple[Tensor, Tensor]]):
     [SEP] it is one less. Shorter windows are padded on the left by [PAD], which is no target (-100,
     what losses of torch and of `LongNetLM` leave out). It can be pickled and read by workers.
 
+    Shapes: tokens of a window n.
+
     Args:
         genome: where the bases are.
         intervals: such as `GenomeWindows`.

@@ -31,6 +31,8 @@ def embed_intervals(
     N is none of them. An interval gives what it gives alone, up to rounding, whatever is computed
     with it. A row is not a number where an interval is nothing but N.
 
+    Shapes: width of the model E, intervals S.
+
     Args:
         model: of the tokens of a genome, such as a trained one.
         genome: where the bases are.

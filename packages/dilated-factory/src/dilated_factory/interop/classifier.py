@@ -30,6 +30,8 @@ class SlideClassifier(nn.Module):
 
     It has the layout of GigaPath's ClassificationHead.
 
+    Shapes: batch B, slides S.
+
     Args:
         encoder: the slide encoder.
         num_classes: logits of a slide.

@@ -88,6 +88,8 @@ class SlideEncoder(nn.Module):
     Assigning to the attribute ``tile_size``, as pipelines around GigaPath's class do, sets the size
     of calls that do not say one.
 
+    Shapes: batch B, tiles N, heads H, width of the model E, slides S, tiles of slide i N_i.
+
     Args:
         config: shape of the model.
         activation_checkpointing: as in `LongNetEncoder`.

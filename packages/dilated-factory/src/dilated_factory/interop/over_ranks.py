@@ -30,6 +30,8 @@ def shard_for_transformers(
     labels, the mean of the models' losses over the ranks is that of the whole, and so is the mean
     of their gradients, which DistributedDataParallel and FSDP take.
 
+    Shapes: batch B, positions N, positions of this rank n.
+
     Args:
         input_ids: (B, N) int64, whole sequences.
         labels: (B, N) int64, as ``input_ids``, not shifted; -100 leaves a token out.

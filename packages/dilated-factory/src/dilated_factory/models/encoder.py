@@ -12,6 +12,8 @@ from dilated_factory.models.stack import LongNetStack
 class LongNetEncoder(LongNetStack[LongNetEncoderConfig]):
     """Encoder of LongNet (Ding et al., arXiv 2307.02486) with MAGNETO's norms and initialisation.
 
+    Shapes: batch B, positions N, width of the model E, vocabulary V.
+
     Args:
         config: shape of the model.
         attention: makes the attention of each layer, in place of dilated attention by the config's

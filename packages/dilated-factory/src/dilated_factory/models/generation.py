@@ -141,6 +141,8 @@ def generate_tokens(
     On a GPU a CUDA graph of a step, model and draw, is made and replayed, where the kernels of
     decoding serve the model's dtype and head_dim.
 
+    Shapes: batch B, positions N.
+
     Args:
         model: predicts tokens.
         tokens: the prompts, (B, N) int64 with N >= 1.

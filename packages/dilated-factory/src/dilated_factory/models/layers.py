@@ -282,6 +282,8 @@ class TransformerEncoderLayer(TransformerLayer):
 
     With MAGNETO's sub-layer norms (Wang et al., arXiv 2210.06423).
 
+    Shapes: batch B, positions N, width of the model E.
+
     Args:
         embed_dim: width E of input and output, a multiple of num_heads.
         num_heads: query heads.
@@ -327,6 +329,9 @@ class TransformerEncoderLayer(TransformerLayer):
 
 class TransformerDecoderLayer(TransformerLayer):
     """Causal pre-norm layer; cross attention to a memory stands between its parts if one is given.
+
+    Shapes: batch B, positions N, positions of the memory M, width of the model E, packed
+    sequences S.
 
     Args:
         embed_dim: width E of input, memory and output, a multiple of num_heads.

@@ -56,6 +56,8 @@ class LongNetLM(LongNetStack[LongNetConfig]):
     Token embedding scaled by sqrt(E), pre-norm blocks of causal attention and GELU feed-forward
     with sub-layer norms, a last norm, and a head that shares the embedding's weight by default.
 
+    Shapes: batch B, positions N, width of the model E, vocabulary V, packed sequences S.
+
     Args:
         config: shape of the model.
         attention: makes the attention of each layer, in place of dilated attention by the config's

@@ -32,6 +32,8 @@ _HISTORIC_TILE = 224
 class SlideFeatures:
     """Features of a slide's tiles, as a file holds them.
 
+    Shapes: tiles N, width of a feature D.
+
     Attributes:
         features: (N, D), in the file's dtype.
         coords: (N, 2), the tiles' upper left corners, in the unit of ``tile_size``; None where the
