@@ -175,6 +175,34 @@ def test_bad_input_is_one_line(capsys: Captured, shards: Path, tmp_path: Path) -
     code, said, _ = run(capsys, *train, *broken, "--broken", "skip")
     assert code == 0
     assert "1 skipped: broken" in flat(said)
+    # The run's own option is that of other files to score, too.
+    code, _, err = run(capsys, "evaluate", tmp_path / "run", shards, "--contexts", "16")
+    assert code == 0, err
+
+
+def test_a_run_from_another_reads_other_paths_as_its_options_say(
+    capsys: Captured, shards: Path, tmp_path: Path
+) -> None:
+    rows = ("--text-field", "text", "--exclude", "0*", "--validation", shards / "3.jsonl.gz")
+    assert run(capsys, *TRAIN, tmp_path / "old", shards, *rows)[0] == 0
+    text = tmp_path / "text"
+    text.write_bytes(TEXT)
+    more = ("train", "--from", tmp_path / "old", "--steps", 1, "--out")
+    assert run(capsys, *more, tmp_path / "new", text)[0] == 0
+    now = RunFolder.open(tmp_path / "new").config
+    assert (now.text_field, now.exclude, now.validation) == (None, (), ())
+    assert run(capsys, *more, tmp_path / "same")[0] == 0
+    now = RunFolder.open(tmp_path / "same").config
+    assert (now.text_field, now.exclude) == ("text", ("0*",))
+
+
+def test_bytes_need_a_vocabulary_of_256(capsys: Captured, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(TEXT)
+    small = (text, "--vocab-size", 100)
+    says = "vocab_size must be at least 256 for bytes. Got 100."
+    assert says in complaint(capsys, *TRAIN, tmp_path / "run", *small)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_old_run_on_binary_files_goes_on(capsys: Captured, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """`dilated tokenize`: a tokenizer from a corpus."""
 
+import gzip
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from dilated_factory import InputError, load_corpus
 from dilated_factory.cli import main
+from dilated_factory.cli.app import load_command
+from dilated_factory.configs.models import READING
 from dilated_factory.corpora.tokens import FileTokenizer
 from dilated_factory.training.learning_tokens import learn_tokenizer
 
@@ -51,6 +55,31 @@ def test_the_same_files_give_the_same_tokenizer_and_held_out_ones_teach_nothing(
     for name in corpus.validation_files:
         (tmp_path / name).write_bytes(b"qqqqqq zzzzzz " * 99)
     assert learn_tokenizer([tmp_path], 290).text == again.text
+
+
+def test_a_tokenizer_is_learned_from_what_a_run_of_the_same_options_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = load_command("tokenize").params
+    assert set(READING) <= {option.name for option in options}
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for shard in range(3):
+        rows = [json.dumps({"text": f"row {row} of {shard} " * 5}) for row in range(40)]
+        (folder / f"{shard}.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    whole = (folder / "1.jsonl.gz").read_bytes()
+    (folder / "1.jsonl.gz").write_bytes(whole[:-20])
+    line = ["tokenize", str(folder), "--vocab-size", "270", "--out", str(tmp_path / "mine.json")]
+    line += ["--text-field", "text", "--cache", str(tmp_path / "cache")]
+    assert main(line) == 2
+    assert "'1.jsonl.gz' is broken at byte" in capsys.readouterr().err
+    assert main([*line, "--raw"]) == 2
+    assert "text_field must be none with raw" in capsys.readouterr().err
+    assert main([*line, "--broken", "skip", "--validation", str(folder / "2.jsonl.gz")]) == 0
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "1 skipped: broken" in said
+    size = sum(len(f"row {row} of 0 " * 5) for row in range(40))
+    assert f"270 tokens from {size / 1000:.1f} kB" in said
 
 
 def test_sizes_that_cannot_be_are_refused(

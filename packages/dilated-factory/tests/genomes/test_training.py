@@ -245,9 +245,25 @@ def test_from_a_fasta_file_to_embeddings_by_three_commands(
         assert names == [f"{name}:{start}-{end}" for name, start, end in places]
         assert embeddings.shape == (100, 16)
         assert embeddings.dtype == np.float32
-    # The commands for bytes say that its tokens are none.
-    assert main(["evaluate", run, str(regions)]) == 2
-    assert "vocabulary of 256 bytes to score bytes. Got 16" in capsys.readouterr().err
+    # The commands for texts say that its tokens are none, before anything else.
+    new, text = str(tmp_path / "new"), ["--steps", "1", *OPTIONS]
+    capsys.readouterr()
+    for command in (
+        ["evaluate", run, str(regions)],
+        ["evaluate", run, "--tasks", "absent.yaml"],
+        ["generate", run],
+        ["export", run, "--to", new],
+        ["train", "--resume", "--out", run],
+        ["train", "--from", run, "--out", new, *text],
+        ["train", str(regions), "--from", run, "--out", new, *text],
+    ):
+        if "--tasks" not in command or find_spec("lm_eval"):
+            assert main(command) == 2, command
+            said = capsys.readouterr().err
+            assert re.search("is on a genome, whose tokens are bases and not text", said), command
+            assert not Path(new).exists()
+    assert main(["compare", run]) == 0
+    assert "bits/base" in capsys.readouterr().out
     trained = load_trained(run)
     assert trained.run.config.paths == (str(fasta),)
     alone = embed_intervals(trained.model, Genome(fasta), [Interval(*places[40])])
@@ -301,6 +317,13 @@ def test_a_run_on_text_is_no_run_on_a_genome(
     with pytest.raises(RunError, match=r"is not of a genome: it has no genome.json"):
         genome_of(run)
     assert main(["genomes", "evaluate", str(tmp_path / "absent")]) == 2
+    genome, text = str(tmp_path / "genome"), str(tmp_path / "text")
+    assert main(["genomes", "train", str(fasta), "--out", genome, "--steps", "1", *OPTIONS]) == 0
+    shape = [*OPTIONS, "--vocab-size", "256"]
+    assert main(["train", str(fasta), "--out", text, "--steps", "1", *shape]) == 0
+    assert main(["genomes", "train", str(fasta), "--from", text, "--out", "new"]) == 2
+    assert main(["compare", genome, text]) == 2
+    assert "must be all on texts or all on genomes" in capsys.readouterr().err
     held_out = load_genome(GenomeConfig(fasta=str(fasta)), 32).held_out
     held_out.intervals = [Interval("chr1", 810, 840)]
     with pytest.raises(CorpusError, match="nothing but N"):

@@ -11,11 +11,14 @@ from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import Json
 from dilated_factory.errors import RunError
 from dilated_factory.training.figures import running_mean, save_comparison
-from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.run_folder import GENOME, RunFolder
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of `dilated train`.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders of `dilated train`, or all of `dilated genomes train`."),
+    ],
     png: Annotated[Path | None, typer.Option(help="Draw the curves into this file.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -28,14 +31,20 @@ def compare(
         dilated compare runs/* --png compare.png --json
     """
     found = {str(path): _metrics(path) for path in runs}
-    records = [_record(name, metrics) for name, metrics in found.items()]
+    units = {name: "base" if (Path(name) / GENOME).exists() else "byte" for name in found}
+    if len(set(units.values())) > 1:
+        raise RunError(
+            f"runs must be all on texts or all on genomes, whose bits are per base. Got {units}."
+        )
+    (unit,) = set(units.values())
+    records = [{**_record(name, metrics), "unit": unit} for name, metrics in found.items()]
     if png is not None:
-        save_comparison(png, found)
+        save_comparison(png, found, unit)
     if as_json:
         print(json.dumps(records))
         return 0
     console = plain_console()
-    console.print(comparison_table(records))
+    console.print(comparison_table(records, unit))
     if png is not None:
         console.print(f"written: {png}", soft_wrap=True)
     return 0
@@ -66,11 +75,12 @@ def _record(name: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def comparison_table(records: list[dict[str, Any]]) -> Table:
+def comparison_table(records: list[dict[str, Any]], unit: str) -> Table:
     """A row for each run."""
     table = Table()
     table.add_column("run", overflow="fold")
-    for column in ("steps", "done", "MB read", "bits/byte", "held out, least", "tokens/s"):
+    read = "MB read" if unit == "byte" else "Mb read"
+    for column in ("steps", "done", read, f"bits/{unit}", "held out, least", "tokens/s"):
         table.add_column(column, justify="right")
     for record in records:
         best = record["best_validation_bits_per_byte"]

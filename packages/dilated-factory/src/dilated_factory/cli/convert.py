@@ -37,7 +37,7 @@ def convert(
     """Make a run folder of a checkpoint of torchscale's LongNet recipe for fairseq.
 
     Its shape is told by the tensors and by the settings beside them, of which no code is run. The
-    dictionary becomes the folder's tokenizer: words between white space, and </s> at the end of a
+    dictionary becomes the folder's tokenizer: words between white space, and `</s>` at the end of a
     line, so texts have to be of words as the corpus of the training was. State of the optimizer is
     not taken over, and dropout is none until it is given.
 

@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
+from dilated_factory.training.corpus import Reading
 from dilated_factory.training.loop import StepMetrics
 
 # Plain lines go to logs; one each ten seconds is enough there.
@@ -204,6 +206,18 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
             shown = what
 
         yield show
+
+
+def show_readings(console: Console, readings: Sequence[Reading]) -> None:
+    """Print what became of files, where there is more to tell than text."""
+    if all(each.what in ("text", "empty") for each in readings):
+        return
+    table = Table("files", "what became of them", "such as")
+    table.columns[0].justify = "right"
+    for each in readings:
+        became = each.what if each.was_read else f"skipped: {each.what}"
+        table.add_row(f"{each.files:,}" if each.files else "", became, each.example)
+    console.print(table)
 
 
 def file_size(count: int) -> str:

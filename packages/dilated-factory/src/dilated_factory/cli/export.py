@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dilated_factory.corpora.tokens import FILE, Bytes
 from dilated_factory.interop import export_to_transformers
 from dilated_factory.training.trained import load_trained
 
@@ -35,10 +36,8 @@ def export(
         dilated export runs/longnet --to exported --best --remote-code
     """
     trained = load_trained(run, best=best)
-    tokenizer = trained.run.path / "tokenizer.json"
-    export_to_transformers(
-        trained.model, to, tokenizer=tokenizer if tokenizer.exists() else None,
-        remote_code=remote_code,
-    )  # fmt: skip
+    is_of_bytes = isinstance(trained.tokenizer, Bytes)
+    tokenizer = None if is_of_bytes else trained.run.path / FILE
+    export_to_transformers(trained.model, to, tokenizer=tokenizer, remote_code=remote_code)
     print(f"step {trained.state.step} of {run} as {to}")
     return 0

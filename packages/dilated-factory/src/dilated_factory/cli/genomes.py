@@ -14,7 +14,7 @@ from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.train import DEFAULT_MINUTES, run_training
 from dilated_factory.configs.base import parse_config
 from dilated_factory.configs.genomes import GenomeConfig
-from dilated_factory.configs.models import LongNetConfig, TrainConfig
+from dilated_factory.configs.models import READING, LongNetConfig, TrainConfig
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.genomes.embedding import embed_intervals
 from dilated_factory.genomes.fasta import Genome
@@ -68,7 +68,7 @@ Fasta = Annotated[Path, typer.Argument(help="A FASTA file.", show_default=False)
     LongNetConfig,
     but=(
         *("kind", "model", "paths", "parent", "fasta", "documents", "vocab_size", "tokenizer"),
-        *("include", "exclude", "text_field", "raw", "broken", "split", "validation"),
+        *(set(READING) - {"validation_fraction"}),
     ),
 )
 def train(

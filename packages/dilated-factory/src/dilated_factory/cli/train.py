@@ -1,16 +1,20 @@
 """`dilated train`: train a LongNet language model on the bytes of files."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from dilated_factory.cli.display import file_size, progress_bar, training_display
+from dilated_factory.cli.display import (
+    file_size,
+    progress_bar,
+    show_readings,
+    training_display,
+)
 from dilated_factory.cli.fields import given_fields, with_fields
 from dilated_factory.cli.options import Cache, Device, sight_warning, unit
 from dilated_factory.cli.output import plain_console, silent_console
@@ -19,7 +23,7 @@ from dilated_factory.configs.models import LongNetConfig, TrainConfig, parse_con
 from dilated_factory.corpora.tokens import INEXACT, Tokenizer, load_tokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.training.compiling import Compile, decide_compile
-from dilated_factory.training.corpus import Corpus, Reading, corpus_of
+from dilated_factory.training.corpus import Corpus, corpus_of
 from dilated_factory.training.figures import save_loss_curve
 from dilated_factory.training.flops import flops_per_token, peak_flops
 from dilated_factory.training.loop import ALONE, StepMetrics, Trainer, select_device
@@ -65,7 +69,7 @@ def train(
         typer.Option(
             "--from",
             help="Begin a new run with the weights and the settings of another, of which options "
-            "change some.",
+            "change some; other paths are read as options say.",
             show_default=False,
         ),
     ] = None,
@@ -164,6 +168,8 @@ def _settings(
     """What a new run is to do: what a file or another run says, changed by what was given."""
     if file and parent:
         raise InputError("--config and --from must not be given together.")
+    if parent:
+        RunFolder.open(parent).tokenizer()  # of text
     values = values_in(file) if file else child_of(parent) if parent else {}
     values = changed(values, given, shape)
     if values.get("dtype", "auto") == "auto":
@@ -233,10 +239,10 @@ def run_training(
         )
         metrics = run.read_metrics() if parallel.is_main else []
         if metrics:
-            save_loss_curve(run.curves_path, metrics)
+            save_loss_curve(run.curves_path, metrics, bits_per)
     if trainer.best is not None:
         best = f"{trainer.best.bits_per_byte:.3f} bits/{bits_per} after step {trainer.best.step}"
-        console.print(f"least on held-out bytes: {best}, kept")
+        console.print(f"least on held-out {bits_per}s: {best}, kept")
     if done:
         console.print(f"done: {trainer.step} steps. Loss curve: {run.curves_path}", soft_wrap=True)
         return 0
@@ -275,8 +281,7 @@ def _corpus(
         f"{held_out} in {len(corpus.validation_files)} held out",
         soft_wrap=True,
     )
-    if any(each.what not in ("text", "empty") for each in corpus.readings):
-        console.print(_readings_table(corpus.readings))
+    show_readings(console, corpus.readings)
     if config.tokenizer is not None:
         console.print(
             f"tokenizer: {tokenizer.vocab_size:,} tokens, of {corpus.bytes_per_token:.2f} bytes "
@@ -293,12 +298,3 @@ def _corpus(
             soft_wrap=True,
         )
     return corpus
-
-
-def _readings_table(readings: Sequence[Reading]) -> Table:
-    table = Table("files", "what became of them", "such as")
-    table.columns[0].justify = "right"
-    for each in readings:
-        became = each.what if each.was_read else f"skipped: {each.what}"
-        table.add_row(f"{each.files:,}" if each.files else "", became, each.example)
-    return table

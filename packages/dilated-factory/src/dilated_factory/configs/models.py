@@ -170,6 +170,13 @@ class Parent(FrozenConfig):
     step: int = Field(ge=0, description="of the checkpoint")
 
 
+# Fields of a TrainConfig by which files are read; they belong to its paths.
+READING = (
+    *("include", "exclude", "text_field", "raw", "broken"),
+    *("validation", "validation_fraction", "split"),
+)
+
+
 class TrainConfig(FrozenConfig):
     """Everything that decides a loss curve: model, corpus, batches, optimizer, duration, seed.
 

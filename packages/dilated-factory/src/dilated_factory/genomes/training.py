@@ -25,12 +25,10 @@ from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.atomic import write_text
 from dilated_factory.training.batches import step_seed
 from dilated_factory.training.corpus import Corpus
-from dilated_factory.training.loop import Drawn, Trainer
+from dilated_factory.training.loop import Drawn, Trainer, require_heir
 from dilated_factory.training.parallel import Share
 from dilated_factory.training.precision import autocast
-from dilated_factory.training.run_folder import RunFolder
-
-_FILE = "genome.json"
+from dilated_factory.training.run_folder import GENOME, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,16 +180,23 @@ class GenomeTrainer(Trainer):
             InputError: the vocabulary is too small, or as of `Trainer.start`.
         """
         assert isinstance(corpus, GenomeCorpus)
+        config = config.model_copy(update={"paths": (corpus.config.fasta,)})
+        trainer = super().start(path, config, corpus, **options)
+        if trainer.parallel.is_main:
+            write_text(trainer.run.path / GENOME, corpus.config.model_dump_json(indent=2) + "\n")
+        return trainer
+
+    @staticmethod
+    def _require_tokens(config: TrainConfig, corpus: Corpus) -> None:
+        assert isinstance(corpus, GenomeCorpus)
         needed = vocab_size(corpus.config.case)
         if config.model.vocab_size < needed:
             raise InputError(
                 f"vocab_size must be at least {needed}. Got {config.model.vocab_size}."
             )
-        config = config.model_copy(update={"paths": (corpus.config.fasta,)})
-        trainer = super().start(path, config, corpus, **options)
-        if trainer.parallel.is_main:
-            write_text(trainer.run.path / _FILE, corpus.config.model_dump_json(indent=2) + "\n")
-        return trainer
+        if config.parent is not None:
+            genome_of(RunFolder.open(config.parent.run))
+            require_heir(config, config.parent)
 
     def _draw(self, step: int) -> Drawn:
         config, windows = self.run.config, self.corpus.windows
@@ -315,9 +320,9 @@ def genome_of(run: RunFolder) -> GenomeConfig:
     Raises:
         RunError: the run is not of a genome, or the file that says so is damaged.
     """
-    file = run.path / _FILE
+    file = run.path / GENOME
     if not file.exists():
-        raise RunError(f"run {str(run.path)!r} is not of a genome: it has no {_FILE}.")
+        raise RunError(f"run {str(run.path)!r} is not of a genome: it has no {GENOME}.")
     try:
         return parse_config(GenomeConfig, read_values(file))
     except InputError as error:

@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dilated_factory.configs.models import TrainConfig
+from dilated_factory.configs.models import READING, TrainConfig
 from dilated_factory.corpora.contents import BrokenFileError, Content, content_of
 from dilated_factory.corpora.documents import Source
 from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
@@ -194,11 +194,10 @@ def corpus_of(
     on_progress: Progress = lambda what, share: None,
 ) -> Corpus:
     """The corpus of a configuration; the rest is as in `load_corpus`."""
+    reading: dict[str, Any] = {name: getattr(config, name) for name in READING}
     return load_corpus(
-        config.paths, validation_fraction=config.validation_fraction, validation=config.validation,
-        digest=digest, include=config.include, exclude=config.exclude,
-        text_field=config.text_field, raw=config.raw, broken=config.broken, split=config.split,
-        tokenizer=tokenizer, cache=cache, on_progress=on_progress,
+        config.paths, digest=digest, tokenizer=tokenizer, cache=cache, on_progress=on_progress,
+        **reading,
     )  # fmt: skip
 
 
@@ -208,6 +207,7 @@ def load_held_out(
     *,
     text_field: str | None = None,
     raw: bool = False,
+    broken: Literal["error", "skip"] = "error",
     cache: str | Path | None = None,
 ) -> Corpus:
     """All of the given files and folders, in the order of their names, and nothing to train on.
@@ -218,7 +218,7 @@ def load_held_out(
         CorpusError: a path does not exist, or there is nothing to read.
     """
     folder = None if cache is None else Path(cache)
-    how = _How(raw=raw, text_field=text_field, tokenizer=tokenizer, cache=folder)
+    how = _How(raw=raw, broken=broken, text_field=text_field, tokenizer=tokenizer, cache=folder)
     sources, readings = _sources(paths, how)
     return _corpus(sources, [1] * len(sources), how, 0.0, readings)[0]
 

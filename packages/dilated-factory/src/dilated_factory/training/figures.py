@@ -13,28 +13,37 @@ from dilated_factory.training.evaluation import ContextScore
 _TITLE_CHARACTERS = 80  # in a line as wide as a figure
 
 
-def save_loss_curve(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Plot bits per byte against bytes read: each step, a running mean, and held-out bytes."""
+def save_loss_curve(path: Path, metrics: Sequence[Mapping[str, Any]], unit: str = "byte") -> None:
+    """Plot bits per byte against bytes read: each step, a running mean, and held-out bytes.
+
+    The unit may be the base of a genome.
+    """
     figure, axes = _new_figure()
     read, bits = megabytes(metrics), [record["bits_per_byte"] for record in metrics]
     axes.plot(read, bits, color="0.75", linewidth=0.8, label="each step")
     axes.plot(read, running_mean(bits), color="C0", label="running mean")
     _plot_validation(axes, metrics, "C1", "held out")
-    axes.set(xlabel="training bytes read, MB", ylabel="loss, bits per byte")
+    axes.set(xlabel=_read(unit), ylabel=f"loss, bits per {unit}")
     axes.legend()
     _save(figure, path)
 
 
-def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def save_comparison(
+    path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], unit: str = "byte"
+) -> None:
     """Plot the running means of several runs over each other, held-out bytes as points."""
     figure, axes = _new_figure()
     for index, (name, metrics) in enumerate(runs.items()):
         bits = running_mean([record["bits_per_byte"] for record in metrics])
         axes.plot(megabytes(metrics), bits, color=f"C{index}", label=name)
         _plot_validation(axes, metrics, f"C{index}", None)
-    axes.set(xlabel="training bytes read, MB", ylabel="loss, bits per byte; points: held out")
+    axes.set(xlabel=_read(unit), ylabel=f"loss, bits per {unit}; points: held out")
     axes.legend()
     _save(figure, path)
+
+
+def _read(unit: str) -> str:
+    return f"training {unit}s read, {'MB' if unit == 'byte' else 'millions'}"
 
 
 def megabytes(metrics: Sequence[Mapping[str, Any]]) -> list[float]:

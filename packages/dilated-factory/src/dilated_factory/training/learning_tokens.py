@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 from dilated_factory.corpora.tokens import ENDS, LEAST_VOCABULARY, MOST_TOKENS, cut
 from dilated_factory.errors import InputError, missing_package
-from dilated_factory.training.corpus import Corpus, load_corpus
+from dilated_factory.training.corpus import Corpus, Reading, load_corpus
 
 
 class Learned(NamedTuple):
-    """The text of a tokenizer.json, and what it was learned from."""
+    """The text of a tokenizer.json, and what it was learned from, files as of a `Corpus`."""
 
     text: str
     bytes_read: int
+    readings: tuple[Reading, ...]
 
 
 def learn_tokenizer(
@@ -60,7 +61,7 @@ def learn_tokenizer(
             f"vocab_size must be at most {found} for this corpus, which holds no more pairs to "
             f"merge. Got {vocab_size}."
         )
-    return Learned(tokenizer.to_str(pretty=True), len(corpus.train))
+    return Learned(tokenizer.to_str(pretty=True), len(corpus.train), corpus.readings)
 
 
 def _texts(corpus: Corpus, on_progress: Callable[[str, float], None]) -> Iterator[str]:

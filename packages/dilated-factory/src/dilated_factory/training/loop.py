@@ -243,7 +243,7 @@ class Trainer:
                 run is to be validated.
         """
         require_room_for(config)
-        require_tokenizer(config, corpus.tokenizer)
+        cls._require_tokens(config, corpus)
         if config.validate_every is not None:
             validation_starts(len(corpus.validation), config.model.context, 1, 1)
         first_batch = batch_offsets(
@@ -255,8 +255,6 @@ class Trainer:
         )
         assert len(first_batch) == config.batch_size
         parallel.require_fit(config)
-        if config.parent is not None:
-            _require_heir(config, config.parent, corpus.tokenizer)
         RunFolder.require_new(path)
         parallel.barrier()
         if parallel.is_main:
@@ -270,6 +268,18 @@ class Trainer:
         if config.parent is not None:
             trainer._inherit(config.parent)
         return trainer
+
+    @staticmethod
+    def _require_tokens(config: TrainConfig, corpus: Corpus) -> None:
+        """Refuse a corpus, or weights to begin with, whose tokens are not the configuration's."""
+        require_tokenizer(config, corpus.tokenizer)
+        if config.parent is not None:
+            require_heir(config, config.parent)
+            if RunFolder.open(config.parent.run).tokenizer().digest != corpus.tokenizer.digest:
+                raise RunError(
+                    f"the weights of {config.parent.run!r} do not fit: they are of another "
+                    "tokenizer."
+                )
 
     def _inherit(self, parent: Parent) -> None:
         """Begin with the weights of another run, and with the state of its optimizers if it fits.
@@ -656,14 +666,16 @@ def require_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"Got tokenizer={config.tokenizer!r} in the configuration and a corpus of "
             f"{'bytes' if config.tokenizer else 'tokens'}."
         )
-    if config.tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
+    if config.model.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"vocab_size must be at least that of the tokenizer ({tokenizer.vocab_size}). "
             f"Got {config.model.vocab_size}."
+            if config.tokenizer
+            else f"vocab_size must be at least 256 for bytes. Got {config.model.vocab_size}."
         )
 
 
-def _require_heir(config: TrainConfig, parent: Parent, tokenizer: Tokenizer) -> None:
+def require_heir(config: TrainConfig, parent: Parent) -> None:
     """Refuse a run that cannot begin with the weights of its parent."""
     run = RunFolder.open(parent.run)
     run.at(parent.step)
@@ -675,8 +687,6 @@ def _require_heir(config: TrainConfig, parent: Parent, tokenizer: Tokenizer) -> 
     ]
     if differing:
         raise RunError(f"the weights of {parent.run!r} do not fit: {'; '.join(differing)}.")
-    if run.tokenizer().digest != tokenizer.digest:
-        raise RunError(f"the weights of {parent.run!r} do not fit: they are of another tokenizer.")
 
 
 def require_room_for(config: TrainConfig) -> None:

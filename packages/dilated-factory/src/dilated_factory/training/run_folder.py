@@ -6,6 +6,7 @@ Layout::
     config.json.sha256               its checksum, as of sha256sum
     tokenizer.json                   of runs with one; its checksum beside it; perhaps a
     tokenizer_config.json            which says what ends a document, and its checksum
+    genome.json                      of runs on a genome: what it is to the model
     lock                             who writes here
     metrics.jsonl                    one line per step
     curves.png                       loss against bytes read
@@ -60,6 +61,7 @@ from dilated_factory.training.atomic import sync, write_bytes, write_text
 from dilated_factory.training.lock import FolderLock, holder
 from dilated_factory.training.shards import read_shards
 
+GENOME = "genome.json"
 KEPT_CHECKPOINTS = 2
 MOST_STATE_BYTES = 2**26  # of state.json, with the checksums of many processes' files
 MOST_LINE_BYTES = 2**16  # of metrics.jsonl
@@ -157,9 +159,14 @@ class RunFolder:
         """What makes tokens of bytes: the folder's own copy.
 
         Raises:
-            RunError: it is missing, damaged or no tokenizer.
+            RunError: it is missing, damaged or no tokenizer, or the run is on a genome.
             MissingPackageError: `tokenizers` is not installed.
         """
+        if (self.path / GENOME).exists():
+            raise RunError(
+                f"run {str(self.path)!r} is on a genome, whose tokens are bases and not text: "
+                "`dilated genomes` goes on from it, scores it and embeds by it."
+            )
         if self.config.tokenizer is None:
             return BYTES
         if self._tokenizer is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dilated_factory.configs.files import read_values
-from dilated_factory.configs.models import LongNetConfig, Parent
+from dilated_factory.configs.models import READING, LongNetConfig, Parent
 from dilated_factory.configs.pattern import default_pattern
 from dilated_factory.corpora.tokens import load_tokenizer, rounded
 from dilated_factory.errors import InputError
@@ -62,9 +62,12 @@ def changed(
     """Settings with some changed.
 
     One duration takes the place of the other. Another context has its own default pattern, unless
-    the settings had a pattern of their own.
+    the settings had a pattern of their own. Where another run's paths give way, so does how they
+    were read: globs, fields and what was held out are of those files.
     """
     base = dict(values)
+    if "paths" in training and "parent" in base:
+        base = {name: value for name, value in base.items() if name not in READING}
     if set(_DURATION) & training.keys():
         base = {name: value for name, value in base.items() if name not in _DURATION}
     model = base.get("model", {})

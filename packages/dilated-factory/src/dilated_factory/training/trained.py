@@ -130,7 +130,7 @@ def evaluate_run(
         >>> evaluation.scores[0].scored_bytes
         64
     """
-    config = trained.run.config
+    config, tokenizer = trained.run.config, trained.tokenizer
     if config.tokenizer is None and config.model.vocab_size < 256:
         raise InputError(
             "model must have a vocabulary of 256 bytes to score bytes. "
@@ -145,8 +145,9 @@ def evaluate_run(
     held_out = corpus
     if held_out is None or paths:
         held_out = load_held_out(
-            paths, trained.tokenizer, text_field=config.text_field, raw=config.raw, cache=cache
-        )
+            paths, tokenizer, text_field=config.text_field, raw=config.raw,
+            broken=config.broken, cache=cache,
+        )  # fmt: skip
     data = held_out.validation
     max_tokens = max(1, round(max_bytes / held_out.bytes_per_token))
     contexts = tuple(contexts or fitting_contexts(len(data)))
