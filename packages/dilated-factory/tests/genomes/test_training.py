@@ -227,6 +227,8 @@ def test_from_a_fasta_file_to_embeddings_by_three_commands(
     assert main([*train, *OPTIONS, "--reverse-complement", "0.5", "--validate-every", "1"]) == 0
     said = capsys.readouterr().out
     assert "1,300 bases in 2 records; 3 windows to train on, 2 held out" in said
+    assert "2 rows are longer than the context" in said
+    assert "--intervals tiled cuts" in said
     assert "bits/base" in said
     assert "/byte" not in said
     assert main(["genomes", "train", "--out", run, "--resume"]) == 0

@@ -125,11 +125,26 @@ def test_slides_that_accumulate_step_as_those_computed_together(tmp_path: Path) 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_pattern_that_torchscale_misplaces_is_no_warning_for_weights_of_ours(
+    tmp_path: Path,
+) -> None:
+    uneven = ENCODER.replace("[16, 64]", "[16, 63]")  # the rate 2 does not divide 63
+    path = task(cohort(tmp_path, 12), TASKS["binary"][0] + uneven)
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold", "0"]) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ('task = "binary"\nlabels = ["grade"]\n', "'grade' must have two values for binary"),
-        ('task = "binary"\nlabels = ["nothing"]\n', "must have a column 'nothing'. Got 'slide'"),
+        (
+            'task = "binary"\nlabels = ["nothing"]\n',
+            "column 'nothing', as labels says. Got 'slide'",
+        ),
+        (
+            TASKS["binary"][0] + 'slide_column = "slide_id"\n',
+            "'slide_id', as slide_column says. Got",
+        ),
         ('task = "survival"\nlabels = ["value"]\n', "labels must name 2 of the columns for surv"),
         ('task = "regression"\nlabels = ["mutated"]\n', "'mutated' must be a number for regress"),
         ('task = "multilabel"\nlabels = ["grade"]\n', "'grade' must be 0 or 1 for multilabel"),

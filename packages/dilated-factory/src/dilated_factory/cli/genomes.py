@@ -152,6 +152,15 @@ def train(
             f"train on, {len(corpus.held_out):,} held out",
             soft_wrap=True,
         )
+        bed_file = genome.bed if genome.placement == "hyenadna" else None
+        rows = [] if bed_file is None else read_bed(bed_file, genome.train_split)
+        longer = sum(row.end - row.start > config.model.context for row in rows)
+        if longer:
+            console.print(
+                f"{longer:,} rows are longer than the context, and only their beginnings are read: "
+                "--intervals tiled cuts all of them into windows",
+                soft_wrap=True,
+            )
         trainer = GenomeTrainer.start(out, config, corpus, **options)
     code = run_training(trainer, console, command="genomes train", bits_per="base")
     if code == 0:

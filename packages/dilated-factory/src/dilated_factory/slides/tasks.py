@@ -82,7 +82,7 @@ def read_labels(config: SlideTaskConfig, known: Sequence[str]) -> tuple[Labelled
         InputError: a column is missing, a value cannot be read, or no slide has features.
         OSError: there is no table.
     """
-    rows = read_table(config.table, [config.slide_column, *config.labels], config.patient_column)
+    rows = _read_table(config)
     names = [Path(row[config.slide_column]).stem for row in rows]
     missing = sorted(set(names) - set(known))
     kept = [i for i, name in enumerate(names) if name not in missing]
@@ -101,24 +101,22 @@ def read_labels(config: SlideTaskConfig, known: Sequence[str]) -> tuple[Labelled
     )
 
 
-def read_table(path: str, columns: Sequence[str], more: str | None = None) -> list[dict[str, str]]:
-    """The rows of a CSV file that has these columns.
-
-    Raises:
-        InputError: it has not, or a row has no value in one.
-        OSError: there is no such file.
-    """
-    wanted = [*columns, *([more] if more else [])]
+def _read_table(config: SlideTaskConfig) -> list[dict[str, str]]:
+    path, wanted = config.table, {config.slide_column: "slide_column"}
+    wanted |= dict.fromkeys(config.labels, "labels")
+    if config.patient_column:
+        wanted[config.patient_column] = "patient_column"
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             rows, there = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path!r} is no CSV file: {error}.") from None
-    for column in wanted:
+    for column, field in wanted.items():
         if column not in there:
             raise InputError(
-                f"{path!r} must have a column {column!r}. Got {', '.join(map(repr, there))}."
+                f"{path!r} must have a column {column!r}, as {field} says. "
+                f"Got {', '.join(map(repr, there))}."
             )
     for line, row in enumerate(rows, start=2):
         empty = [column for column in wanted if not (row[column] or "").strip()]

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -289,9 +290,11 @@ def load_classifier(path: Path, config: SlideTaskConfig, width: int) -> SlideCla
         InputError: the file is no such classifier.
     """
     shape = config.encoder.model_copy(update={"tile_dim": width})
-    return loaded(
-        lambda file: SlideClassifier.load(file, shape, feat_layers=config.feat_layers), path
-    )
+    with warnings.catch_warnings():  # these weights were trained here, not by torchscale
+        warnings.filterwarnings("ignore", "outputs differ from torchscale's")
+        return loaded(
+            lambda file: SlideClassifier.load(file, shape, feat_layers=config.feat_layers), path
+        )
 
 
 def _require_finite(found: Tensor) -> None:
