@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dilated_core import DilatedPattern
 from dilated_factory.cli import main
-from dilated_factory.cli.app import COMMANDS
+from dilated_factory.cli.app import COMMANDS, load_command
 from dilated_factory.cli.output import seconds, size
 from dilated_factory.configs.kinds import CONFIG_TYPES, parse_any
 from dilated_factory.tools.planning import Workload
@@ -80,6 +80,15 @@ def test_every_command_has_an_example_in_its_help(capsys: Captured, name: str) -
     code, said, _ = run(capsys, name, "--help")
     assert code == 0
     assert f"dilated {name}" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_help_holds_what_markdown_takes_for_a_tag_and_drops(name: str) -> None:
+    command = load_command(name)
+    for each in (command, *getattr(command, "commands", {}).values()):
+        texts = [each.help, *(getattr(option, "help", None) for option in each.params)]
+        for text in filter(None, texts):
+            assert "<" not in re.sub("`[^`]*`", "", text)
 
 
 def test_the_help_comes_without_torch() -> None:

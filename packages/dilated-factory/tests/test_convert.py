@@ -67,6 +67,14 @@ def test_a_checkpoint_becomes_a_run_that_computes_what_it_computed_and_is_traine
     with torch.no_grad():
         error = (trained.model(tokens) - logits).norm() / logits.norm()
     assert error < 1e-5
+    # It has no corpus: nothing else, such as the default of a new run, is read in its place.
+    run = str(tmp_path / "run")
+    new = ["--from", run, "--steps", "1", "--out", str(tmp_path / "new")]
+    for bare in (["evaluate", run], ["train", "--resume", "--out", run], ["train", *new]):
+        assert main(bare) == 2
+        said = capsys.readouterr()
+        assert "was converted and has no corpus: give files" in said.err
+        assert not said.out
     (tmp_path / "words.txt").write_text("w1 w2 w3 w4\n" * 200)
     assert trained.tokenizer.encode([b"w1 w2 x\n"]) == [[5, 6, 3, 2]]
     score = ["evaluate", str(tmp_path / "run"), str(tmp_path / "words.txt"), "--contexts", "32"]

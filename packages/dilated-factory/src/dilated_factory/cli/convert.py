@@ -17,7 +17,7 @@ from dilated_factory.interop.fairseq import dictionary_tokenizer, load_fairseq, 
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.slides.models import loaded
 from dilated_factory.training.loop import model_tensors
-from dilated_factory.training.run_folder import RunFolder, RunState
+from dilated_factory.training.run_folder import NO_CORPUS, RunFolder, RunState
 
 
 def convert(
@@ -77,5 +77,5 @@ def write_run(to: Path, model: LongNetLM, words: list[str]) -> None:
     own = str(to.resolve())
     config = TrainConfig(model=model.config, minutes=DEFAULT_MINUTES, tokenizer=own)
     run = RunFolder.create(to, config, tokenizer)
-    state = RunState(step=0, elapsed_seconds=0.0, corpus_digest="0" * 64)
+    state = RunState(step=0, elapsed_seconds=0.0, corpus_digest=NO_CORPUS)
     run.save(model_tensors(model), {}, state)

@@ -141,6 +141,7 @@ def train(
         if resume and (config or parent):
             raise InputError("--resume takes its settings from --out: no --config and no --from.")
         run = RunFolder.open(out)
+        run.require_corpus()
         run.require_tokenizer(given.pop("tokenizer", None))
         run.require_same(shape | {k: v for k, v in given.items() if v != "auto"})
         options["compiled"] = decide_compile(compiling, parallel, console.print)
@@ -169,7 +170,10 @@ def _settings(
     if file and parent:
         raise InputError("--config and --from must not be given together.")
     if parent:
-        RunFolder.open(parent).tokenizer()  # of text
+        old = RunFolder.open(parent)
+        old.tokenizer()  # of text
+        if not given.get("paths"):
+            old.require_corpus()
     values = values_in(file) if file else child_of(parent) if parent else {}
     values = changed(values, given, shape)
     if values.get("dtype", "auto") == "auto":

@@ -62,6 +62,7 @@ from dilated_factory.training.lock import FolderLock, holder
 from dilated_factory.training.shards import read_shards
 
 GENOME = "genome.json"
+NO_CORPUS = "0" * 64  # the digest of that of a run which was never trained here
 KEPT_CHECKPOINTS = 2
 MOST_STATE_BYTES = 2**26  # of state.json, with the checksums of many processes' files
 MOST_LINE_BYTES = 2**16  # of metrics.jsonl
@@ -257,6 +258,18 @@ class RunFolder:
             with suppress(OSError, InputError):
                 return _read_state(newest / "state.json").corpus_digest
         return None
+
+    def require_corpus(self) -> None:
+        """Refuse a run without a corpus of its own, as those are that were converted.
+
+        Raises:
+            RunError: it has none.
+        """
+        if self.corpus_digest() == NO_CORPUS:
+            raise RunError(
+                f"run {str(self.path)!r} was converted and has no corpus: give files to score, or "
+                "train from it with --from and files."
+            )
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: RunState) -> Path:
         """Write a checkpoint, durable and complete or not at all; return its folder."""

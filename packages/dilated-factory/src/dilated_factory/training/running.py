@@ -58,6 +58,7 @@ def train(
     run = None
     if resume and (Path(out) / "config.json").exists():
         run = RunFolder.open(out)
+        run.require_corpus()
         run.require_same(dict(config.model) | dict(config))
     if corpus is None:
         corpus = corpus_of(

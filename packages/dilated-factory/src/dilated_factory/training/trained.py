@@ -169,6 +169,7 @@ def evaluate_run(
 
 
 def _same_corpus(trained: TrainedModel, cache: str | Path | None) -> Corpus:
+    trained.run.require_corpus()
     corpus = corpus_of(
         trained.run.config,
         digest=trained.state.corpus_digest,
