@@ -50,7 +50,7 @@ class AttentionConfig(FrozenConfig):
     Examples:
         >>> from typing import Literal
         >>> class WindowConfig(AttentionConfig):
-        ...     kind: Annotated[Literal["window"], KIND] = "window"
+        ...     kind: Literal["window"] = "window"
         ...     size: int
         >>> WindowConfig(size=64).kind
         'window'
