@@ -264,7 +264,13 @@ class FileTokenizer:
 
 
 def load_tokenizer(path: str | Path | None) -> Tokenizer:
-    """The tokenizer of a file or folder, `BYTES` for None; raises as `FileTokenizer`."""
+    """The tokenizer of a file or folder, `BYTES` for None; raises as `FileTokenizer`.
+
+    Examples:
+        >>> tokenizer = load_tokenizer(None)  # a token is a byte
+        >>> tokenizer.decode(tokenizer.encode([b"any"])[0])
+        b'any'
+    """
     return BYTES if path is None else FileTokenizer(path)
 
 

@@ -90,6 +90,13 @@ def export_to_transformers(
         InputError: (a ValueError) the folder is not empty or has no parent, the model has another
             attention, or the tokenizer is none or has tokens that the model does not know.
         MissingPackageError: transformers is not installed.
+
+    Examples:
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> export_to_transformers(LongNetLM(shape), "exported")
+        >>> from pathlib import Path
+        >>> Path("exported/config.json").is_file()
+        True
     """
     if find_spec("transformers") is None:
         raise missing_package("export_to_transformers", "transformers")

@@ -41,6 +41,11 @@ def generate(
 
     Raises:
         InputError: (a ValueError) an argument is out of its range.
+
+    Examples:
+        >>> shape = LongNetConfig(embed_dim=16, num_heads=2, num_layers=1, context=32)
+        >>> len(generate(LongNetLM(shape), b"Any ", max_bytes=8))
+        8
     """
     steps = stream_texts(
         model, [prompt], max_bytes=max_bytes, tokenizer=tokenizer, temperature=temperature,

@@ -53,6 +53,13 @@ class Corpus:
     changed. ``ends`` is where documents end, counted from the beginning of ``train``: int64,
     rising. ``skipped`` files were not read; ``readings`` says which and why. ``drop_pages`` lets go
     of the memory of what was looked at: the system has the file.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> corpus = load_corpus(["text"], validation_fraction=0.1)
+        >>> len(corpus.train) + len(corpus.validation), corpus.train.dtype
+        (1900, torch.uint8)
     """
 
     train: Tensor
@@ -151,6 +158,13 @@ def load_corpus(
         CorpusError: a path does not exist, there is nothing to read, a file is damaged, or a row
             has no such field or no string in it.
         MissingPackageError: a file needs a package that is not installed.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> corpus = load_corpus(["text"])
+        >>> bytes(corpus.train[:9].tolist())
+        b'Any bytes'
     """
     how = _How(
         include=include, exclude=exclude, text_field=text_field, raw=raw, broken=broken,

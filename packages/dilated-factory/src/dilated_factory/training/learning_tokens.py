@@ -37,6 +37,14 @@ def learn_tokenizer(
         InputError: no tokenizer of this size can be learned from these files.
         CorpusError: a path does not exist, or there is nothing to read.
         MissingPackageError: `tokenizers` is not installed.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> _ = Path("text").write_bytes(b"Any bytes will do. " * 100)
+        >>> learned = learn_tokenizer(["text"], 264)
+        >>> _ = Path("tokenizer.json").write_text(learned.text, encoding="utf-8")
+        >>> len(load_tokenizer("tokenizer.json").encode([b"Any bytes"])[0]) < 9
+        True
     """
     if not LEAST_VOCABULARY <= vocab_size <= MOST_TOKENS:
         raise InputError(
