@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dilated_factory import InputError, LongNetConfig, LongNetLM, load_trained
+from dilated_factory import (
+    InputError,
+    LongNetConfig,
+    LongNetLM,
+    generate,
+    load_tokenizer,
+    load_trained,
+)
 from dilated_factory.cli import main
-from dilated_factory.interop.harness import evaluate_tasks
+from dilated_factory.corpora.tokens import rounded
+from dilated_factory.interop.harness import evaluate_tasks, harness_model
+
+from .tokenizer_files import byte_level, saved
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -99,6 +109,27 @@ def test_what_is_no_task_is_one_line(files: list[Path], tmp_path: Path) -> None:
         evaluate_tasks(few, files)
     with pytest.raises(InputError, match=r"limit must be at least 1\. Got 0"):
         evaluate_tasks(model, files, limit=0)
+
+
+def test_it_writes_what_dilated_generate_writes_up_to_the_end_of_a_document(
+    tmp_path: Path,
+) -> None:
+    tokenizer = load_tokenizer(saved(byte_level(), tmp_path / "tokenizer"))
+    end, size = tokenizer.end_of_document, rounded(tokenizer.vocab_size + 1)
+    assert end is not None
+    config = LongNetConfig(embed_dim=32, num_heads=2, num_layers=1, context=64, vocab_size=size)
+    model = LongNetLM(config).eval()
+    written = harness_model(model, tokenizer)._write
+    with torch.no_grad():  # ids without a token would be the likeliest
+        row = model.hidden_states(torch.tensor(tokenizer.encode([b"ab"])))[0, -1]
+        model.head.weight[tokenizer.vocab_size :] = 4 * row
+    ours = generate(model, b"ab", max_bytes=200, tokenizer=tokenizer, temperature=0)
+    text = written("ab", {"max_gen_toks": 10})
+    assert text
+    assert ours.decode("utf-8", "replace").startswith(text.rstrip("\ufffd"))
+    with torch.no_grad():
+        model.head.weight[end] = 4 * row
+    assert written("ab", {"max_gen_toks": 10}) == ""
 
 
 @torch.no_grad()

@@ -16,11 +16,17 @@ from dilated_factory import (
     LongNetConfig,
     LongNetLM,
     export_to_transformers,
+    generate,
+    load_tokenizer,
     load_trained,
 )
 from dilated_factory.cli import main
+from dilated_factory.corpora.tokens import rounded
+
+from .tokenizer_files import byte_level, saved
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from dilated_factory.interop.transformers import LongNetForCausalLM  # noqa: E402 - needs it
 
 LOAD = """
 import sys
@@ -87,6 +93,9 @@ def test_the_tokenizer_of_a_run_comes_along(finished_run: Path, tmp_path: Path) 
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"tokenizer": "tokenizer.json"}))
+    (run / "config.json.sha256").unlink()
     for largest, code in ((256, 2), (255, 0)):
         vocabulary = {"def": 0, "import": largest, "</s>": 7}
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "def"))
@@ -97,6 +106,26 @@ def test_the_tokenizer_of_a_run_comes_along(finished_run: Path, tmp_path: Path) 
     assert loaded("import")["input_ids"] == [255]
     assert loaded.eos_token == "</s>"
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 7
+
+
+def test_ids_that_stand_for_nothing_are_not_drawn_as_dilated_generate_does_not(
+    tmp_path: Path,
+) -> None:
+    tokenizer = saved(byte_level(), tmp_path / "tokenizer")
+    known = load_tokenizer(tokenizer)
+    size = rounded(known.vocab_size + 1)
+    config = LongNetConfig(embed_dim=32, num_heads=2, num_layers=1, context=64, vocab_size=size)
+    model = LongNetLM(config).eval()
+    with torch.no_grad():
+        row = 4 * model.hidden_states(torch.tensor(known.encode([b"ab"])))[0, -1]
+        model.head.weight[known.vocab_size :] = row  # the likeliest, had they a token
+    export_to_transformers(model, tmp_path / "out", tokenizer=tokenizer)
+    loaded = LongNetForCausalLM.from_pretrained(tmp_path / "out").eval()
+    prompt = torch.tensor(known.encode([b"ab"]))
+    added = loaded.generate(prompt, max_new_tokens=12)[0, prompt.shape[1] :].tolist()
+    assert max(added) < known.vocab_size
+    ours = generate(model, b"ab", max_bytes=64, tokenizer=known, temperature=0)
+    assert ours.startswith(known.decode(added))
 
 
 def test_a_folder_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

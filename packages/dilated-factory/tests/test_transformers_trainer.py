@@ -125,10 +125,10 @@ def test_labels_left_out_and_smoothed_count_as_in_our_loss(
     plain = LongNetLM(config.model)
     model = wrapped(config.model, plain.state_dict())
     data = torch.randint(256, (9000,), generator=torch.Generator().manual_seed(0))
-    rows = rows_of(config, data, steps=8)
+    rows = rows_of(config, data)
     leave_out(rows, unequally=True)
     trainer_of(
-        model, config, rows, tmp_path, gradient_accumulation_steps=accumulated, max_steps=8,
+        model, config, rows, tmp_path, gradient_accumulation_steps=accumulated,
         per_device_train_batch_size=BATCH // accumulated, label_smoothing_factor=smoothing,
     ).train()  # fmt: skip
     (optimizer,) = [AdamW([g for o in build_optimizers(plain, config) for g in o.param_groups])]

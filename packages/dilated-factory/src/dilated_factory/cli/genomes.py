@@ -259,7 +259,7 @@ def embed(
     then 1.
 
     Example:
-        dilated genomes embed hg38.fa --bed regions.bed --checkpoint runs/hg38 --out regions.npz
+        dilated genomes embed hg38.fa --bed a.bed --checkpoint runs/hg38 --out a.npz
     """
     check_out(out)
     require_file_name(out)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from dilated_factory.corpora.tokens import BYTES, Bytes, Tokenizer
 from dilated_factory.errors import InputError, missing_package
-from dilated_factory.models.generation import generate_tokens
+from dilated_factory.models.generation import Draw, drawable, stream_tokens
 from dilated_factory.models.longnet import LongNetLM
 
 BATCH = 16  # sequences that are scored at once
@@ -86,6 +87,9 @@ def harness_model(model: LongNetLM, tokenizer: Tokenizer) -> Any:
     device, most = next(model.parameters()).device, model.config.context
     end = ord("\n") if isinstance(tokenizer, Bytes) else tokenizer.end_of_document or 0
 
+    stops = () if tokenizer.end_of_document is None else (tokenizer.end_of_document,)
+    allowed = drawable(tokenizer, model.config.vocab_size).to(device)
+
     def encode(text: str) -> list[int]:
         return tokenizer.encode([text.encode("utf-8", "surrogateescape")])[0]
 
@@ -131,11 +135,13 @@ def harness_model(model: LongNetLM, tokenizer: Tokenizer) -> Any:
             added = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
             ids = encode(context)[-max(1, most - added) :] or [end]
             until = options.get("until") or []
-            drawn = generate_tokens(
-                model, torch.tensor([ids]), max_new_tokens=added,
-                temperature=options.get("temperature", 1.0) if options.get("do_sample") else 0,
-            )  # fmt: skip
-            text = tokenizer.decode(drawn[0].tolist()).decode("utf-8", "replace")
+            heat = options.get("temperature", 1.0) if options.get("do_sample") else 0
+            draw = Draw(heat, allowed=allowed)
+            steps = stream_tokens(
+                model, torch.tensor([ids]), None, added, draw, stops, 0, use_cache=model.can_cache
+            )
+            drawn = list(takewhile(lambda token: token not in stops, (int(t) for t in steps)))
+            text = b"".join(tokenizer.tokens[token] for token in drawn).decode("utf-8", "replace")
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0] if stop else text
             return text

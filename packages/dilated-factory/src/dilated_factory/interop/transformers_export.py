@@ -15,6 +15,7 @@ from dilated_core import DilatedAttention
 from dilated_factory.corpora.tokens import FileTokenizer
 from dilated_factory.errors import InputError
 from dilated_factory.interop.transformers import LongNetForCausalLM, LongNetPreTrainedConfig
+from dilated_factory.models.generation import drawable
 from dilated_factory.models.longnet import LongNetLM
 
 TOKENIZER = "tokenizer.json"
@@ -43,12 +44,12 @@ def export(model: LongNetLM, folder: Path, tokenizer: Path | None, *, remote_cod
             raise InputError(f"folder must not exist yet, or be empty. Got {str(folder)!r}.")
     elif not folder.parent.is_dir():
         raise InputError(f"folder must be in one that exists. Got {str(folder)!r}.")
-    words = load_tokenizer(model, tokenizer)
+    words, unknown = load_tokenizer(model, tokenizer)
     # Beside it, so that a rename is all that is left to do.
     there = folder.resolve()
     temporary = Path(tempfile.mkdtemp(prefix=f".{there.name}.", suffix=".tmp", dir=there.parent))
     try:
-        write(model, words, temporary, remote_code=remote_code)
+        write(model, words, temporary, unknown, remote_code=remote_code)
         mask = os.umask(0)
         os.umask(mask)
         for path in temporary.rglob("*"):
@@ -65,9 +66,14 @@ def export(model: LongNetLM, folder: Path, tokenizer: Path | None, *, remote_cod
 
 
 def write(
-    model: LongNetLM, tokenizer: PreTrainedTokenizerFast, folder: Path, *, remote_code: bool
+    model: LongNetLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    unknown: list[int],
+    *,
+    remote_code: bool,
 ) -> None:
-    """Write the files of a model, as it stands, and of its tokenizer."""
+    """Write the files of a model, as it stands, and of its tokenizer, which has unknown ids."""
     config = LongNetPreTrainedConfig(model.config.model_dump(mode="json"))
     end = tokenizer.eos_token_id
     config.eos_token_id = end
@@ -82,7 +88,9 @@ def write(
         exported: Any = LongNetForCausalLM(config)
     exported.longnet.load_state_dict(model.state_dict())
     exported.to(next(model.parameters()).dtype)
-    exported.generation_config = GenerationConfig(do_sample=False, eos_token_id=end)
+    exported.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=end, suppress_tokens=unknown or None
+    )
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -93,8 +101,10 @@ def write(
     tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(model: LongNetLM, path: Path | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a tokenizer.json, or of bytes.
+def load_tokenizer(
+    model: LongNetLM, path: Path | None
+) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """The tokenizer of a tokenizer.json, or of bytes, and the model's ids that stand for nothing.
 
     Raises:
         InputError: it cannot be read, or has tokens that the model does not know.
@@ -103,7 +113,7 @@ def load_tokenizer(model: LongNetLM, path: Path | None) -> PreTrainedTokenizerFa
     if path is None:
         if size != 256:
             raise InputError(f"tokenizer must be given with a vocabulary of {size}. Got none.")
-        return fast(byte_tokenizer(), None)
+        return fast(byte_tokenizer(), None), []
     found = FileTokenizer(path)
     if found.vocab_size > size:
         raise InputError(
@@ -111,7 +121,8 @@ def load_tokenizer(model: LongNetLM, path: Path | None) -> PreTrainedTokenizerFa
             f"Got {found.vocab_size - 1} in {str(path)!r}."
         )
     tokenizer, end = Tokenizer.from_file(str(found.path)), found.end_of_document
-    return fast(tokenizer, None if end is None else tokenizer.id_to_token(end))
+    unknown = (~drawable(found, size)).nonzero().flatten().tolist()
+    return fast(tokenizer, None if end is None else tokenizer.id_to_token(end)), unknown
 
 
 def fast(tokenizer: Tokenizer, end: str | None) -> PreTrainedTokenizerFast:

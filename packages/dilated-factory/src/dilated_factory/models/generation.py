@@ -98,7 +98,7 @@ def stream_texts(
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     padding = torch.tensor([[i < longest - len(row) for i in range(longest)] for row in rows])
     stops = () if tokenizer.end_of_document is None else (tokenizer.end_of_document,)
-    draw = Draw(temperature, top_k, top_p, _drawable(tokenizer, model))
+    draw = Draw(temperature, top_k, top_p, _allowed(tokenizer, model))
     steps = stream_tokens(
         model, tokens, padding if padding.any() else None, max_bytes, draw, stops, seed,
         use_cache=True,
@@ -115,12 +115,17 @@ def stream_texts(
             return
 
 
-def _drawable(tokenizer: Tokenizer, model: LongNetLM) -> Tensor | None:
-    """Which tokens of a model stand for something, bool (V,); None where all do."""
-    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+def drawable(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Which tokens of a model stand for something or end a document, bool (V,)."""
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[: tokenizer.vocab_size] = tokenizer.sizes > 0
     if tokenizer.end_of_document is not None:
         allowed[tokenizer.end_of_document] = True
+    return allowed
+
+
+def _allowed(tokenizer: Tokenizer, model: LongNetLM) -> Tensor | None:
+    allowed = drawable(tokenizer, model.config.vocab_size)
     return None if allowed.all() else allowed.to(next(model.parameters()).device)
 
 
