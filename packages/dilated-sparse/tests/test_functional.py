@@ -20,7 +20,7 @@ X = torch.randn(2, 11, 3, 5)
         (
             {"layout": layouts.prefix(12, 2)},
             ValueError,
-            r"layout must have the query and key lengths \(11, 11\). Got \(12, 12\)",
+            r"layout must have the query and key lengths \(11, 11\). Got \(12, 12\). `layout.at`",
         ),
         (
             {"layout": LAYOUT.per_head(2)},

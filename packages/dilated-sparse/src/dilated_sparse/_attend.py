@@ -67,7 +67,8 @@ def attend(
     if (layout.length, layout.key_length) != (query.shape[1], key.shape[1]):
         raise ValueError(
             f"layout must have the query and key lengths {(query.shape[1], key.shape[1])}. "
-            f"Got {(layout.length, layout.key_length)}."
+            f"Got {(layout.length, layout.key_length)}. `layout.at` gives it at other lengths; "
+            "query, key and value are (batch, length, heads, head_dim)."
         )
     if layout.row_heads not in (1, query.shape[2]):
         raise ValueError(
