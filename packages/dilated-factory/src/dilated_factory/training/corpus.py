@@ -393,7 +393,7 @@ def _corpus(
         elif not 0 < cut < total:
             raise CorpusError(
                 "validation_fraction must leave documents on both sides. Got "
-                f"{fraction} of {len(held.ends)}."
+                f"{fraction} of {len(held.ends)}; equal ones are on one side."
             )
     before = hashlib.sha256(cut.to_bytes(8, "big"))
     held.hash_into(before)
