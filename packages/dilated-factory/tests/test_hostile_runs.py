@@ -338,6 +338,7 @@ def test_what_a_killed_process_left_is_gone_once_the_folder_is_held(
     folder: Path, tiny_train: TrainConfig
 ) -> None:
     left = [".checkpoint-00000002.tmp", ".metrics.jsonl.77.tmp", ".config.json.sha256.5.tmp"]
+    left += [".curves.png.9.tmp", ".genome.json.9.tmp"]
     for name in left[1:]:
         (folder / name).write_text("torn")
     (folder / left[0]).mkdir()
