@@ -560,7 +560,7 @@ def _is_unfinished(path: Path) -> bool:
 
 def _is_torn(path: Path) -> bool:
     """Whether a killed process left it half written, or half removed."""
-    file = r"(config|tokenizer|tokenizer_config)\.json(\.sha256)?|metrics\.jsonl"
+    file = r"(config|genome|tokenizer|tokenizer_config)\.json(\.sha256)?|metrics\.jsonl|curves\.png"
     return re.fullmatch(rf"\.checkpoint-\d+\.tmp|\.({file})\.\d+\.tmp", path.name) is not None
 
 
