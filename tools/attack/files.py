@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import io
@@ -24,6 +25,7 @@ import torch
 
 from dilated_factory import (
     LongNetConfig,
+    LongNetLM,
     SlideEncoder,
     SlideEncoderConfig,
     TrainConfig,
@@ -34,6 +36,7 @@ from dilated_factory.cli import main
 from dilated_factory.cli.app import COMMANDS, load_command
 from dilated_factory.configs.kinds import CONFIG_TYPES
 from dilated_factory.configs.slides import SlideTaskConfig
+from dilated_factory.interop.torchscale import their_name
 from dilated_factory.training.corpus import load_corpus
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.run_folder import RunFolder
@@ -69,7 +72,38 @@ def place() -> Path:
     assert main(start(root / "grown", grown=True)) == 0
     assert main(grow(root / "half", root / "heir")) == 0
     _slides(root / "slides")
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    _others(root)
     return root
+
+
+OTHERS = ("rows.jsonl", "tokenizer.json", "genome.fa", "genome.bed", "theirs.pt", "dict.txt")
+
+
+def _others(root: Path) -> None:
+    """Rows, a tokenizer, a genome and a run on it, a checkpoint of fairseq with its dictionary."""
+    rows = (json.dumps({"text": f"row {index} of 20"}) for index in range(20))
+    (root / "rows.jsonl").write_text("\n".join(rows))
+    words = [f"w{index}" for index in range(60)]
+    (root / "dict.txt").write_text("".join(f"{word} 9\n" for word in words))
+    shape = LongNetConfig(
+        embed_dim=8, num_heads=1, num_layers=1, vocab_size=64, context=16, segment_lengths=(8,),
+        dilation_rates=(1,), positions="none",
+    )  # fmt: skip
+    state = {f"decoder.{their_name(name)}": x for name, x in LongNetLM(shape).state_dict().items()}
+    told = argparse.Namespace(
+        activation_fn="relu", decoder_embed_dim=8, decoder_attention_heads=1, tokens_per_sample=16,
+        segment_length="8", dilated_ratio="1",
+    )  # fmt: skip
+    torch.save({"model": state, "cfg": {"model": told}}, root / "theirs.pt")
+    bases = random.Random(0).choices("ACGTacgtN", k=800)
+    (root / "genome.fa").write_text(f">a\n{''.join(bases[:500])}\n>b\n{''.join(bases[500:])}\n")
+    (root / "genome.bed").write_text("a\t0\t400\ttrain\na\t400\t499\tvalid\nb\t3\t19\ttest\n")
+    new = ["--embed-dim", "8", "--num-heads", "1", "--num-layers", "1", "--context", "16"]
+    new += ["--out", str(root / "bases"), "--steps", "2", "--device", "cpu"]
+    main(["genomes", "train", str(root / "genome.fa"), *new])
+    learn = ["tokenize", str(root / "corpus"), "--vocab-size", "260"]
+    main([*learn, "--out", str(root / "tokenizer.json")])  # each as far as its extra is there
 
 
 def _slides(folder: Path) -> None:
@@ -345,15 +379,20 @@ WORDS = (
 )  # fmt: skip
 # What an option may well be given, so that commands get further than their first complaint.
 APT: dict[str, tuple[str, ...]] = {
-    "paths": ("corpus",), "run": ("half", "whole"), "runs": ("half", "whole"), "out": ("new",),
-    "parent": ("half",), "resume": ("half",), "png": ("new.png",), "html": ("new.html",),
+    "paths": ("corpus", "rows.jsonl"), "run": ("half", "whole", "bases"), "out": ("new",),
+    "runs": ("half", "whole", "bases"), "parent": ("half", "bases"), "resume": ("half",),
+    "png": ("new.png",), "html": ("new.html",),
     "contexts": ("8", "4,16"), "segment_lengths": ("8,16", "4"), "dilation_rates": ("1,2", "2"),
     "length": ("64", "16,32"), "devices": ("2",), "files": ("slides/task.toml", "half/config.json"),
-    "features": ("slides/features", "slides/features/3.pt"), "checkpoint": ("slides/encoder.pth",),
+    "features": ("slides/features", "slides/features/3.pt"),
+    "checkpoint": ("slides/encoder.pth", "theirs.pt", "bases"),
     "table": ("slides/labels.csv",), "embeddings": ("slides/embeddings.npz",),
     "label": ("mutated", "value"), "patient_column": ("patient",), "tile_size": ("256",),
     "task": ("slides/task.toml", "binary", "regression"), "prompt_file": ("corpus/1.txt",),
-    "config": ("slides/shape.toml", "half/config.json"), "folds": ("3",),
+    "config": ("slides/shape.toml", "half/config.json", "bases/config.json"), "folds": ("3",),
+    "tokenizer": ("tokenizer.json",), "text_field": ("text",), "validation": ("corpus/2.txt",),
+    "fasta": ("genome.fa",), "bed": ("genome.bed",), "split": ("test", "valid"), "to": ("new",),
+    "dictionary": ("dict.txt",), "vocab_size": ("64", "260"), "tasks": ("slides/task.toml",),
 }  # fmt: skip
 
 
@@ -394,10 +433,13 @@ class Lines:
     def check(self, case: Case) -> None:
         with scratch() as folder, contextlib.chdir(folder):
             (folder / "half").unlink()  # a link
-            for name in ("half", "whole", "slides"):
-                shutil.copytree(place() / name, folder / name)
+            for name in ("half", "whole", "slides", "bases"):
+                if (place() / name).exists():
+                    shutil.copytree(place() / name, folder / name)
+            for name in OTHERS:
+                (folder / name).symlink_to(place() / name)
             words = list(case["words"])
-            if words[0] == "train":  # else ten minutes
+            if "train" in words[:2] and words[0] != "slides":  # else ten minutes
                 words += ["--steps", "1"]
             if words[0] == "bench":
                 words += ["--rounds", "1", "--length", "64"]
