@@ -28,8 +28,8 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:
             # Kernels of GPUs need triton, which a torch for the CPU does not bring along; models of
-            # Hugging Face need the extra `transformers`.
-            if error.name not in ("triton", "transformers"):
+            # Hugging Face need the extra `transformers`, which brings tokenizers.
+            if error.name not in ("tokenizers", "triton", "transformers"):
                 raise
 print(*sorted({name.split(".")[0] for name in sys.modules if name.startswith("dilated_")}))
 """
