@@ -42,6 +42,8 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, A
         "dilation_rates": told["dilation_rates"],
         "layer_norm_eps": told["layernorm_eps"],
     }
+    if not name.endswith(("xpos", "learned")):
+        fields["positions"] = "none"
     return state, tensors, fields
 
 
@@ -163,6 +165,16 @@ def test_equal_ends_become_one_weight() -> None:
     assert torch.equal(untied(tensors["tokens"]), tied(tensors["tokens"]))
 
 
+def test_positions_that_leave_no_trace_in_tensors_have_to_be_said() -> None:
+    """A model that was trained with sines would lose them without a word."""
+    state, _, fields = golden("torchscale_decoder")
+    del fields["positions"]
+    with pytest.warns(UserWarning, match="positions are taken as 'none'"):
+        assert load_torchscale(state, LongNetConfig(**fields)).config.positions == "none"
+    state, _, fields = golden("torchscale_decoder_xpos")
+    assert load_torchscale(state, LongNetConfig(**fields)).config.positions == "xpos"
+
+
 def test_a_dtype_is_kept() -> None:
     state, tensors, fields = golden("torchscale_decoder_xpos")
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -205,7 +217,7 @@ def test_fields_that_contradict_the_checkpoint_are_named(
 ) -> None:
     state, _, shape = golden(name)
     with pytest.raises(ValueError, match=says):
-        load_torchscale(state, LongNetConfig(**shape, **fields))
+        load_torchscale(state, LongNetConfig(**{**shape, **fields}))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +395,7 @@ def test_an_embedding_norm_is_taken_from_the_tensors_and_no_last_norm_is_told() 
     state = {their_name(name): tensor for name, tensor in source.state_dict().items()}
     fields: dict[str, Any] = {
         "embed_dim": 16, "num_heads": 2, "num_layers": 1, "segment_lengths": (8,),
-        "dilation_rates": (1,),
+        "dilation_rates": (1,), "positions": "none",
     }  # fmt: skip
     model = load_torchscale(state, LongNetEncoderConfig(**fields, final_norm=False))
     inputs = torch.randn(1, 9, 16) * 3

@@ -74,7 +74,8 @@ def load_torchscale(
     norms), a `LongNetEncoderConfig` a LongNetEncoder, a `SlideEncoderConfig` GigaPath's slide
     encoder. Of the first two, fields that are not set take what the checkpoint has or torchscale
     does: ``positions``, ``embedding_norm`` and ``tie_embeddings`` by its tensors (learned positions
-    with their ``context``), ``head_offsets`` "blocked", ``count_padding`` true for an encoder,
+    with their ``context``; none, with a warning, where nothing tells, for sines leave no trace),
+    ``head_offsets`` "blocked", ``count_padding`` true for an encoder,
     ``float32_gelu`` true, ``scale_embedding`` false, ``activation`` "gelu".
 
     Checkpoints of torchscale's recipe for fairseq ("decoder.") take activation, scale and pattern
@@ -306,6 +307,13 @@ def _completed(
                 )
     if "scale_embedding" not in {*told, *config.model_fields_set}:
         told["scale_embedding"] = False
+    if told["positions"] == "none" and "positions" not in config.model_fields_set and not settings:
+        warnings.warn(
+            "positions are taken as 'none': sines leave no trace in tensors. Say so in the "
+            "configuration (positions='none', or 'sinusoidal' if the model was trained with them).",
+            UserWarning,
+            stacklevel=5,
+        )
     if isinstance(config, LongNetConfig):
         told["tie_embeddings"] = _tied(config, state)
     # Through validation, because xPos limits the context.
