@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dilated_factory import InputError
 from dilated_factory.configs.files import MOST_BYTES, read_regular, read_values
 from dilated_factory.corpora.tokens import MOST_FILE_BYTES, MOST_TOKENS, load_tokenizer
 from dilated_factory.interop.checkpoints import read_checkpoint
+from dilated_factory.slides.models import loaded
 from dilated_factory.slides.readers import read_slide_features
 from dilated_factory.tools.pattern_page import pattern_page
 from dilated_factory.training.embedding_files import read_embeddings
@@ -67,6 +69,17 @@ def test_a_feature_file_that_is_none_is_refused(
         with pytest.raises(InputError) as caught:
             read(path)
         assert "\n" not in str(caught.value)
+
+
+def test_any_file_in_the_place_of_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    table = b"slide,patient,mutated,value\n0,p0,no,0.0\n1,p1,yes,0.125\n"
+    drawn = random.Random(0)  # torch's reader takes bytes for commands: of a stack, of a memory
+    commands = (bytes(drawn.choices(b"(.)0abdeghjlopstu}]\x80\x85\n1", k=30)) for _ in range(200))
+    for content in (table, *commands):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"weights\.pt"):
+            loaded(read_checkpoint, path)
 
 
 def test_a_page_holds_no_text_that_ends_its_script() -> None:

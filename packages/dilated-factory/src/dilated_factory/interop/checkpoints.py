@@ -99,7 +99,7 @@ def load_plain(
     """
     options = {"map_location": "cpu", "weights_only": True, **options}
     try:
-        return torch.load(path, **options)
+        return _unpickled(path, options)
     except pickle.UnpicklingError:
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -109,7 +109,16 @@ def load_plain(
         if not found or None in found.values():
             raise
     with torch.serialization.safe_globals([*also, *((known, n) for n, known in found.items())]):
+        return _unpickled(path, options)
+
+
+def _unpickled(path: str | PathLike[str], options: dict[str, Any]) -> object:
+    try:
         return torch.load(path, **options)
+    except (OSError, MemoryError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # torch's reader takes any file for a program of its own
+        raise pickle.UnpicklingError(f"{str(path)!r} is damaged, or no such file.") from error
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
