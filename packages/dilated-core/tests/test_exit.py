@@ -7,7 +7,7 @@ import pytest
 
 HELD = """
 import pathlib, threading, time
-from dilated_core.extending import let_gloo_rest_at_exit
+from dilated_core.extending import let_gloo_rest, let_gloo_rest_at_exit
 let_gloo_rest_at_exit()
 def work():
     name = pathlib.Path(f"/proc/self/task/{threading.get_native_id()}/comm")
@@ -45,6 +45,7 @@ def output_of(program: str, *arguments: str) -> str:
 def test_the_end_waits_for_a_thread_of_gloo_that_works():
     """One that frees a tensor while the interpreter ends would abort the process (torch 2.13)."""
     assert output_of(HELD) == "let go\n"
+    assert output_of(f"{HELD}\nlet_gloo_rest()\nprint('rested')") == "let go\nrested\n"
 
 
 @pytest.mark.distributed

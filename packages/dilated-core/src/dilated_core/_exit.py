@@ -17,11 +17,16 @@ def let_gloo_rest_at_exit() -> None:
     compiler (torch 2.11 and 2.13). A thread that frees a tensor while the interpreter is finalized
     takes the process down by SIGABRT, after all the work was done.
     """
-    atexit.unregister(_let_gloo_rest)  # so that it is there once
-    atexit.register(_let_gloo_rest)
+    atexit.unregister(let_gloo_rest)  # so that it is there once
+    atexit.register(let_gloo_rest)
 
 
-def _let_gloo_rest() -> None:
+def let_gloo_rest() -> None:
+    """Wait until gloo's threads have let go of the last tensors, five seconds at most.
+
+    Before a process group is destroyed: DistributedDataParallel holds the interpreter's lock while
+    it waits for the threads of a group that goes with it, and they may need it (torch 2.13).
+    """
     threads = [Path(path, "stat") for path in _threads_of_gloo()]
     if threads:
         time.sleep(0.02)  # one that waits for the interpreter's lock seems to rest

@@ -14,7 +14,8 @@
   for it.
 - `keep_mask`: the stateless dropout mask, keyed by seed, batch, head and the two positions.
 - `remembered`, `on_clear`: caches of functions, and others, that `clear_caches` empties.
-- `let_gloo_rest_at_exit`: for what uses gloo; its threads can abort a process that ends.
+- `let_gloo_rest`, `let_gloo_rest_at_exit`: for what uses gloo, whose threads can abort or hang a
+  process that ends.
 - `define_operators` with an `OperatorForm`: a forward and a backward as custom operators, for
   torch.compile; an eager call goes to them as it is.
 - `drive`, `drive_backward`: the GPU kernels, for any `Tiling`, which makes `TilePlan`s: tables of
@@ -35,7 +36,7 @@ from dilated_core._call import (
 )
 from dilated_core._choice import BackendChoice, Choice, check_name, choose, pick
 from dilated_core._dropout import keep_mask
-from dilated_core._exit import let_gloo_rest_at_exit
+from dilated_core._exit import let_gloo_rest, let_gloo_rest_at_exit
 from dilated_core._head_attention import HeadAttention
 from dilated_core._operators import Gradients, OperatorForm
 from dilated_core._operators import define as define_operators
@@ -82,6 +83,7 @@ __all__ = [
     "drive",
     "drive_backward",
     "keep_mask",
+    "let_gloo_rest",
     "let_gloo_rest_at_exit",
     "merge",
     "merge_",

@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dilated_core import DilatedAttention
-from dilated_core.extending import let_gloo_rest_at_exit
+from dilated_core.extending import let_gloo_rest, let_gloo_rest_at_exit
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import InputError, RunError, missing_package
 from dilated_factory.models.head_loss import IGNORED
@@ -421,6 +421,7 @@ def _name_of_attempt(store: Store, rank: int, world_size: int) -> str:
 def leave() -> None:
     """End the process group of a training that went well."""
     if dist.is_available() and dist.is_initialized():
+        let_gloo_rest()
         dist.destroy_process_group()
 
 
