@@ -83,6 +83,7 @@ nox.options.sessions = [
     "types",
     "imports",
     "structure",
+    "docs",
     "tests",
     "integration",
     "isolated",
@@ -191,6 +192,14 @@ def alone(session: nox.Session, package: str) -> None:
     session.run("python", "-c", f"import {module}; print({module}.__version__)")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into .nox/site; `-- serve` shows it while it is written."""
+    install(session, *SITE_TOOLS, *editable(*PACKAGES))
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", *(session.posargs or ["build", "--quiet"]), env=env)
+
+
 # Sessions on request
 
 
@@ -241,14 +250,6 @@ def demo(session: nox.Session) -> None:
     # Waiting threads sleep: spinning ones would slow each other down on a machine that is shared.
     env = {"OMP_WAIT_POLICY": "PASSIVE"}
     session.run("dilated", "demo", "--out", "demo-run", *session.posargs, env=env)
-
-
-@nox.session(default=False)
-def docs(session: nox.Session) -> None:
-    """Build the documentation into .nox/site; `-- serve` shows it while it is written."""
-    install(session, *SITE_TOOLS, *editable(*PACKAGES))
-    env = {"NO_MKDOCS_2_WARNING": "1"}
-    session.run("mkdocs", *(session.posargs or ["build", "--quiet"]), env=env)
 
 
 @nox.session(default=False)
