@@ -141,7 +141,7 @@ def allocated(step: Any) -> int:
         step()
     changes = sorted(
         (event.start_ns(), event.nbytes())
-        for event in told.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in told.profiler.kineto_results.events()  # type: ignore[union-attr]  # set once it has run
         if event.name() == "[memory]"
     )
     return max(itertools.accumulate(change for _, change in changes))
