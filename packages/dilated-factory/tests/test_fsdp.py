@@ -98,3 +98,37 @@ def test_two_processes_with_a_shard_each_train_like_one(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 state[name], parameter.detach(), msg=name, rtol=1e-4, atol=1e-5
             )
+
+
+LEAVING = """
+import pathlib, sys, threading, time
+import torch.distributed as dist
+from dilated_factory.training.parallel import leave
+
+def work():
+    name = pathlib.Path(f"/proc/self/task/{threading.get_native_id()}/comm")
+    name.write_text("pt_gloo_runloop")
+    started.set()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        pass
+    print("let go", flush=True)
+    name.write_text("other")
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+started = threading.Event()
+thread = threading.Thread(target=work)
+thread.start()
+started.wait()
+leave()
+print("left", dist.is_initialized(), flush=True)
+thread.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what threads do")
+def test_a_group_is_left_when_gloos_threads_rest(tmp_path: Path) -> None:
+    """DistributedDataParallel would wait for them with the lock that they need (torch 2.13)."""
+    command = [sys.executable, "-c", LEAVING, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "let go\nleft False\n"
