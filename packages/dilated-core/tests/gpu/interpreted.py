@@ -65,6 +65,18 @@ CASES = {
     "span": (PLAIN, 41, 41, 2, 1, 16, {"first_key": 71, "padding": 0.2, "dropout_p": 0.2}),
     "span, causal": (NESTED, 67, 67, 2, 2, 16, {"first_key": 53, "is_causal": True}),
     "half": (NESTED, 35, 35, 1, 1, 16, {"dtype": torch.float16}),
+    # Weights relative to the first scores are beyond float16 on either side.
+    "half, later scores above": (
+        UNEVEN, 83, 83, 2, 2, 16, {"dtype": torch.float16, "key_factors": (1.0, 30.0)}
+    ),
+    "half, later scores below": (
+        UNEVEN, 83, 83, 2, 2, 16, {"dtype": torch.float16, "key_factors": (30.0, 1.0)}
+    ),
+    "half, causal, packed": (
+        NESTED, 61, 61, 2, 2, 16,
+        {"dtype": torch.float16, "cu_seqlens": [0, 23, 61], "is_causal": True, "padding": 0.2},
+    ),
+    "the first keys are padding": (UNEVEN, 83, 83, 2, 1, 16, {"leading_padding": 41}),
 }  # fmt: skip
 
 
@@ -86,10 +98,13 @@ def largest_error(name: str) -> float:
         inputs[1] *= torch.where(torch.arange(key_length) < 59, early, late)[:, None, None]
     upstream = draw(batch, length, heads, head_dim), draw(batch, heads, length)
     padding = options.get("padding")
+    mask = torch.rand(batch, key_length, generator=generator) < padding if padding else None
+    if "leading_padding" in options:
+        mask = torch.arange(key_length).expand(batch, -1) < options["leading_padding"]
     scores = Scores(
         options.get("is_causal", False),
         options.get("scale", head_dim**-0.5),
-        torch.rand(batch, key_length, generator=generator) < padding if padding else None,
+        mask,
         options.get("dropout_p", 0.0),
         torch.tensor(2**40 + 12345) if options.get("dropout_p") else None,
     )

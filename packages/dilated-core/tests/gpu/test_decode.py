@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ PATTERNS = [
     DilatedPattern([37, 64, 200], [2, 3, 6], head_offsets="blocked"),
     DilatedPattern([64, 128], [1, 2], head_groups="split"),
 ]
+HEADS = [(6, 6), (6, 2), (5, 1)]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -31,10 +34,14 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float(difference.norm() / expected.norm())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("heads", [(6, 6), (6, 2), (5, 1)], ids=str)
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "heads", "dtype", "padded"),
+    [
+        *itertools.product(PATTERNS, HEADS, [torch.float32], [False, True]),
+        *itertools.product(PATTERNS[:2], HEADS[1:2], [torch.bfloat16, torch.float16], [True]),
+    ],
+    ids=str,
+)
 def test_any_chunks_equal_the_state_of_the_cpu(
     pattern: DilatedPattern, heads: tuple[int, int], dtype: torch.dtype, padded: bool
 ) -> None:

@@ -187,6 +187,30 @@ def test_every_result_is_as_exact_as_fused_attention(
         assert difference <= 2 * max(same_scores, fused[name] * norm, least[name]), name
 
 
+@pytest.mark.parametrize("padding", [0, 500])
+@pytest.mark.parametrize("deviation", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_any_size_are_as_exact(
+    dtype: torch.dtype, deviation: float, padding: int
+) -> None:
+    torch.manual_seed(0)
+    length = 1201
+    inputs = draw(1, length, length, 4, 4, 64, dtype)
+    # What the first keys say of a row's weights is wrong for the others, by any factor.
+    inputs[1] *= torch.linspace(0.1, 1.0, length, device=DEVICE).to(dtype)[:, None, None]
+    upstream = torch.randn_like(inputs[0]), torch.zeros(1, 4, length, device=DEVICE)
+    mask = torch.arange(length, device=DEVICE)[None] < padding if padding else None
+    for is_causal in (False, True):
+        options = asked(NESTED, is_causal, deviation / 8, mask)
+        actual = run(attend, options, inputs, upstream)
+        expected = run(reference, options, [x.double() for x in inputs], upstream)
+        rounded = rounded_attention(options, inputs, upstream)
+        for name in NAMES:
+            difference, norm = differences(actual[name], expected[name])
+            same_scores, _ = differences(rounded[name], expected[name])
+            assert difference <= 2 * max(same_scores, torch.finfo(dtype).eps / 4 * norm), name
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_spans_of_a_sequence_make_the_whole(is_causal: bool, seed: int) -> None:
@@ -358,7 +382,6 @@ def test_capturing_an_unseen_shape_says_to_run_once_before() -> None:
             attend(options, *inputs)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_call_needs_no_host_sync() -> None:
     inputs = draw(1, 1000, 1000, 4, 4, 64, torch.float16)
     ends = torch.tensor([0, 300, 1000], device=DEVICE, dtype=torch.int32)

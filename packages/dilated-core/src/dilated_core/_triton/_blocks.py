@@ -11,8 +11,8 @@ def _same(config: Config) -> Pair:
     return Pair(config, config)
 
 
-_FORWARD_64 = Pair(Config(128, 64, 4, 4, 32), Config(64, 64, 4, 3, 32, 128), 0.95)
-_KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 2, 64), 0.95)
+_FORWARD_64 = Pair(Config(128, 64, 4, 4, 32), Config(64, 64, 4, 3, 64, 128), 0.95)
+_KEY_64 = Pair(Config(64, 64, 4, 3), Config(64, 64, 4, 3, 64), 0.95)
 # By pass and the width of the blocks that hold head_dim, for 16-bit inputs; measured on an H200,
 # see benchmarks/NOTES.md.
 _HALF: dict[Pass, dict[int, Pair]] = {
@@ -27,7 +27,7 @@ _HALF: dict[Pass, dict[int, Pair]] = {
     "query": {
         32: _same(Config(64, 64, 4, 3)),
         48: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 3), 0.99),
-        64: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 3), 0.99),
+        64: Pair(Config(128, 64, 8, 3), Config(64, 64, 4, 3, 64), 0.99),
         96: _same(Config(64, 64, 4, 2)),
         128: Pair(Config(128, 64, 8, 4), Config(64, 64, 4, 2, 64), 0.975),
         192: Pair(Config(128, 32, 8, 3), Config(64, 32, 4, 2)),

@@ -147,10 +147,7 @@ class KernelCall:
         if which == "query":
             return {"GRAD_LSE": grad_lse}
         width, tail = value_blocks(self.query.shape[-1])
-        # A padding mask may hide the keys that shifts are taken from, and weights that are relative
-        # to any other score than the greatest do not fit in float16.
-        optimistic = self.padding is None and self.query.dtype != torch.float16
-        return {"VALUE_D": width, "VALUE_TAIL": tail, "OPTIMISTIC": optimistic}
+        return {"VALUE_D": width, "VALUE_TAIL": tail}
 
 
 _KERNELS: dict[Pass, Any] = {

@@ -29,6 +29,8 @@ from dilated_core._triton._kernels.tiles import (
 FEW = tl.constexpr(16)
 SMALL = tl.constexpr(2.0**-60)
 LARGE = tl.constexpr(2.0**60)
+# In float16 they are of its range: a column's mean weight, below which rounded weights would tell.
+SMALL_MEAN = tl.constexpr(2.0**-13)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -85,9 +87,7 @@ def _walk(
                 )  # fmt: skip
                 s = add_product(q_tail, tl.trans(k_tail), s, IEEE)
             if phase == 1:
-                mask = visible(
-                    run, words, rows, positions, columns, columns < left, CAUSAL, False, MASK
-                )
+                mask = visible(run, words, rows, now, columns, CAUSAL, False, MASK)
             elif MASK == 2:
                 bounded = between(rows, first_row, end_row)
             new_high = high
@@ -162,7 +162,7 @@ def forward_kernel(
     BLOCK_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, MASKED_COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, IEEE: tl.constexpr,
-    OPTIMISTIC: tl.constexpr, VALUE_D: tl.constexpr, VALUE_TAIL: tl.constexpr,
+    VALUE_D: tl.constexpr, VALUE_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of one tile of queries of one head."""
     if ALIKE:
@@ -202,38 +202,41 @@ def forward_kernel(
         row_state = state_of_query(state_of_call(tl.load(seed), sequence), head, rows)
         limit = threshold.to(tl.uint32)
 
-    high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    if OPTIMISTIC:
-        # Any score of a row will do as its shift unless the others are far above or below it, so
-        # the greatest is not followed: one of a few keys is taken, and where a sum of weights tells
-        # that it will not do, all is done again with care.
-        start, stride, left, weight, _, _, _, _ = load_run(full_runs, 0, 0, 0)
-        few = tl.arange(0, FEW)
-        there = (few < left) & (full_columns > 0)
-        k = load_columns(key, start, stride, few, stride_kn, dims, there, D, BLOCK_D, True, WIDE)
-        s = product(q, tl.trans(k), IEEE)  # (ROWS, COLUMNS)
-        if TAIL:
-            k_tail = load_columns(  # (COLUMNS, TAIL)
-                key, start, stride, few, stride_kn, tail_dims, there, D, BLOCK_D + TAIL, True, WIDE
-            )
-            s = add_product(q_tail, tl.trans(k_tail), s, IEEE)
-        high = tl.max(s, 1) * scale + weight
-        high, total, acc, acc_tail = _walk(
-            q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns,
-            tl.where(full_columns > 0, masked_steps, 0), rows, row_state, limit, high, stride_kn,
-            stride_vn, scale, keep_scale, False, D, BLOCK_D, TAIL, VALUE_D, VALUE_TAIL, MASK,
-            BLOCK_ROWS, FULL_COLUMNS, MASKED_COLUMNS, CAUSAL, PADDED, DROPOUT, WIDE, IEEE,
-        )  # fmt: skip
-        fine = (total >= SMALL) & (total <= LARGE) | (offsets >= count)
-        if (full_columns == 0) | (tl.min(fine.to(tl.int32), 0) == 0):
-            high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-            high, total, acc, acc_tail = _walk(
-                q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns,
-                masked_steps, rows, row_state, limit, high, stride_kn, stride_vn, scale, keep_scale,
-                True, D, BLOCK_D, TAIL, VALUE_D, VALUE_TAIL, MASK, BLOCK_ROWS, FULL_COLUMNS,
-                MASKED_COLUMNS, CAUSAL, PADDED, DROPOUT, WIDE, IEEE,
-            )  # fmt: skip
+    # Any score of a row will do as its shift unless the others are far above or below it, so
+    # the greatest is not followed: one of a few keys is taken, and where a sum of weights tells
+    # that it will not do, all is done again with care.
+    start, stride, left, weight, _, _, _, _ = load_run(full_runs, 0, 0, 0)
+    few = tl.arange(0, FEW)
+    there = (few < left) & (full_columns > 0)
+    k = load_columns(key, start, stride, few, stride_kn, dims, there, D, BLOCK_D, True, WIDE)
+    s = product(q, tl.trans(k), IEEE)  # (ROWS, COLUMNS)
+    if TAIL:
+        k_tail = load_columns(  # (COLUMNS, TAIL)
+            key, start, stride, few, stride_kn, tail_dims, there, D, BLOCK_D + TAIL, True, WIDE
+        )
+        s = add_product(q_tail, tl.trans(k_tail), s, IEEE)
+    hopeless = full_columns == 0
+    if PADDED:
+        heard = there & (tl.load(padding + start + stride * few, mask=there, other=1) == 0)
+        s = tl.where(heard[None, :], s, float("-inf"))
+        hopeless = tl.max(heard.to(tl.int32), 0) == 0
+    high = tl.max(s, 1) * scale + weight
+    high, total, acc, acc_tail = _walk(
+        q, q_tail, key, value, padding, bits, full_runs, masked_runs,
+        tl.where(hopeless, 0, full_columns), tl.where(hopeless, 0, masked_steps), rows, row_state,
+        limit, high, stride_kn, stride_vn, scale, keep_scale, False, D, BLOCK_D, TAIL, VALUE_D,
+        VALUE_TAIL, MASK, BLOCK_ROWS, FULL_COLUMNS, MASKED_COLUMNS, CAUSAL, PADDED, DROPOUT, WIDE,
+        IEEE,
+    )  # fmt: skip
+    if query.dtype.element_ty == tl.float16:
+        # A weight that is too large for it is infinite, and so are its products, or no numbers.
+        columns = full_columns + masked_steps * MASKED_COLUMNS
+        finite = tl.min((tl.abs(acc) < float("inf")).to(tl.int32), 1) == 1
+        fine = (total >= columns * SMALL_MEAN) & finite
     else:
+        fine = (total >= SMALL) & (total <= LARGE)
+    if hopeless | (tl.min((fine | (offsets >= count)).to(tl.int32), 0) == 0):
+        high = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
         high, total, acc, acc_tail = _walk(
             q, q_tail, key, value, padding, bits, full_runs, masked_runs, full_columns,
             masked_steps, rows, row_state, limit, high, stride_kn, stride_vn, scale, keep_scale,

@@ -142,7 +142,7 @@ def key_gradient_kernel(
                 at_bits = load_run(run, 0, phase, MASK)
                 here = start, stride, left, weight, at_bits[4], at_bits[5], at_bits[6], at_bits[7]
                 words = load_words(bits, here, rows, columns, True, phase, MASK)
-                mask = visible(run, words, rows, positions, columns, present, CAUSAL, True, MASK)
+                mask = visible(run, words, rows, now, columns, CAUSAL, True, MASK)
                 p = tl.where(mask, p, 0.0)
             if PADDED:
                 p = tl.where(ignored[:, None], 0.0, p)

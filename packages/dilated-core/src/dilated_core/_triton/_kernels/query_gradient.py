@@ -145,7 +145,7 @@ def query_gradient_kernel(
                 from_row = tl.where(between(rows, first_row, end_row), from_row, float("inf"))
             p = tl.exp2(s * scale - from_row[:, None])  # (ROWS, COLUMNS)
             if phase == 1:
-                mask = visible(run, words, rows, positions, columns, present, CAUSAL, False, MASK)
+                mask = visible(run, words, rows, now, columns, CAUSAL, False, MASK)
                 p = tl.where(mask, p, 0.0)
             if PADDED:
                 ignored = tl.load(padding + positions, mask=present, other=0)

@@ -10,7 +10,6 @@ TILE_FIELDS = tl.constexpr(8)
 FULL_FIELDS = tl.constexpr(5)
 BOUNDED_FIELDS = tl.constexpr(7)
 MASKED_FIELDS = tl.constexpr(8)
-FAR = tl.constexpr(2**31 - 1)
 # These change from call to call and would compile a kernel again for little.
 CALL_SCALARS = ["slots", "early", "first_query", "first_key"]
 
@@ -155,31 +154,57 @@ def lowest(word, count):
 
 
 @triton.jit
-def visible(run, words, rows, columns, lanes, present, CAUSAL: tl.constexpr,
-             BY_KEY: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """(rows, columns) mask of one step of a masked run."""
-    if MASK != 3 or BY_KEY:
-        # A column that is not there is one that no row sees: after all rows, or before them.
-        columns = tl.where(present, columns, FAR if CAUSAL and not BY_KEY else -1)
-    if not CAUSAL:
-        mask = (columns >= 0)[None, :]
-    elif BY_KEY:
-        mask = rows[:, None] <= columns[None, :]
-    else:
-        mask = rows[:, None] >= columns[None, :]
+def visible(run, words, rows, now, lanes, CAUSAL: tl.constexpr, BY_KEY: tl.constexpr,
+             MASK: tl.constexpr):  # fmt: skip
+    """(rows, columns) mask of one step of a masked run; `lanes` number its columns.
+
+    BY_KEY columns that are not there are not hidden: their rows are zeros, which add nothing.
+    """
+    # Of a run each row sees the columns from one on and before another. To compare them with
+    # numbers that no step changes takes an instruction each.
+    start, left = now[0], now[2]
+    step = tl.maximum(now[1], 1)  # 0 is a zero key, of one column
+    if CAUSAL and BY_KEY:
+        low = 1 + quotient(rows - start - 1, step)
+    elif CAUSAL:
+        high = tl.minimum(1 + quotient(rows - start, step), left)
     if MASK == 2:
-        segment, residue, step = tl.load(run + 5), tl.load(run + 6), tl.load(run + 7)
-        into_segment = columns[None, :] - (rows // segment * segment)[:, None]
-        mask = mask & (into_segment >= 0) & (into_segment < segment)
-        mask = mask & ((rows - residue) % step == 0)[:, None]
+        segment, residue, row_step = tl.load(run + 5), tl.load(run + 6), tl.load(run + 7)
+        begin = rows // segment * segment - start
+        first = 1 + quotient(begin - 1, step)
+        end = 1 + quotient(begin + (segment - 1), step)
+        end = tl.where((rows - residue) % row_step == 0, end, 0)
+        if CAUSAL and BY_KEY:
+            first = tl.maximum(first, low)
+        elif CAUSAL:
+            end = tl.minimum(end, high)
+        elif not BY_KEY:
+            end = tl.minimum(end, left)
+        mask = between(lanes[None, :], first[:, None], tl.maximum(first, end)[:, None])
+    elif CAUSAL and BY_KEY:
+        mask = lanes[None, :] >= low[:, None]
+    elif CAUSAL:
+        mask = lanes[None, :] < high[:, None]
+    else:
+        mask = (lanes < left)[None, :]
     if MASK == 3:
-        # One comparison each.
         word = words[0][:, None]
         if lanes.shape[0] == 64:
             word = tl.where((lanes < 32)[None, :], word, words[1][:, None])
         shown = (word & (1 << lanes % 32)[None, :]) != 0
-        mask = mask & shown if CAUSAL or BY_KEY else shown
+        if CAUSAL:
+            shown = shown & mask
+        mask = shown
     return mask
+
+
+@triton.jit
+def quotient(x, step):
+    """x // step, rounded down; above 2**22 it may be off, but is that large."""
+    whole = tl.minimum(x.to(tl.float32), 2.0**30) * (1.0 / step.to(tl.float32))
+    found = tl.floor(whole).to(tl.int32)
+    rest = x - found * step
+    return found + (rest >= step).to(tl.int32) - (rest < 0).to(tl.int32)
 
 
 @triton.jit
