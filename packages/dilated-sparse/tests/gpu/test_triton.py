@@ -181,7 +181,6 @@ def test_capturing_an_unseen_layout_says_to_run_once_before():
             TRITON.attend(call, *inputs)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_a_second_call_needs_no_host_sync(where):
     inputs = [x.requires_grad_() for x in draw(1, 1000, 1000, 4, 4, 64, torch.float16)]
