@@ -17,14 +17,14 @@ MOST_FEATURES = 16384
 _HAS_TRITON = find_spec("triton") is not None
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether triton's kernels serve rows of such a tensor, one by a program."""
+    return x.is_cuda and x.shape[-1] <= MOST_FEATURES and _HAS_TRITON
+
+
 def can_serve(x: Tensor) -> bool:
     """Whether `gelu_norm` takes such an input."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and x.shape[-1] <= MOST_FEATURES
-        and _HAS_TRITON
-    )
+    return has_kernels(x) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

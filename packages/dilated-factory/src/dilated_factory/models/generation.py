@@ -374,10 +374,11 @@ class _Cached(_Continuation):
         if not count:
             return
         self.caches = self.model.new_caches(self.tokens.shape[1] + count)
-        self.row_step = RowStep(self.model) if RowStep.can_serve(self.model) else None
+        self.row_step = self._row_step(on="cpu")
         yield self._prefill
         first = 0
         if count - 1 >= _STEPS_WORTH_A_GRAPH and self._fits_a_graph():
+            self.row_step = self._row_step(on="cuda")
             # The first step makes what a graph cannot: compiled kernels, workspaces.
             yield lambda: _aside(self._advance)
             first = 1
@@ -389,6 +390,11 @@ class _Cached(_Continuation):
             advance = self._advance
         for _ in range(first, count - 1):
             yield advance
+
+    def _row_step(self, on: str) -> RowStep | None:
+        """The model as a step, which copies weights, if it is there and of known modules."""
+        fits = self.tokens.device.type == on and RowStep.can_serve(self.model)
+        return RowStep(self.model) if fits else None
 
     def _fits_a_graph(self) -> bool:
         attends = [cache.can_be_captured for cache in self.caches]

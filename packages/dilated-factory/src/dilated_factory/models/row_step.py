@@ -1,6 +1,7 @@
-"""A new row of each sequence through a `LongNetLM` on the CPU, without a module's call.
+"""A new row of each sequence through a `LongNetLM`, without a module's call.
 
-There a call costs as much as what a module computes, so the weights are taken out of them once.
+On the CPU a call costs as much as what a module computes, so the weights are taken out of them
+once. On a GPU what counts is the number of kernels: there are eleven for a layer.
 """
 
 # Shapes: B batch, E embed_dim, H query heads, H_kv key heads, D head_dim.
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.interfaces import DecodingState
+from dilated_factory.models.gelu_norm import can_serve, gelu_norm, has_kernels
 from dilated_factory.models.layers import (
     DropPath,
     FeedForward,
@@ -25,6 +27,8 @@ from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
 Part: TypeAlias = Callable[[Tensor], Tensor]
+# Of what there is and what is added, if anything: their sum, and its norm.
+AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 _KNOWN = {
     LongNetLM, TransformerDecoderLayer, MultiheadDilatedAttention, DilatedAttention, FeedForward,
@@ -41,15 +45,16 @@ class RowStep:
     """
 
     def __init__(self, model: LongNetLM) -> None:
-        self.model, self.norm = model, _norm(model.norm)
+        self.model, self.norm = model, _add_norm(model.norm)
         self.layers = [_layer(block) for block in model.layers()]
 
     @staticmethod
     def can_serve(model: LongNetLM) -> bool:
-        """Whether the model is on the CPU, and of modules that do what they are known to do."""
+        """Whether the model is of modules that do what they are known to do, and needs no casts."""
+        device = next(model.parameters()).device.type
         return (
-            next(model.parameters()).is_cpu
-            and not torch.is_autocast_enabled("cpu")
+            device in ("cpu", "cuda")
+            and not torch.is_autocast_enabled(device)
             and all(
                 type(part) in _KNOWN
                 and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
@@ -62,23 +67,16 @@ class RowStep:
     ) -> Tensor:
         """States after the last norm (B, E) of tokens (B, 1) that follow those in the caches."""
         hidden, table = self.model.entrance(tokens, None, caches)
-        hidden = hidden[:, 0]
-        heads, kv_heads = self.layers[0].heads
-        turns = None if table is None else _turns(table, heads, kv_heads)
+        hidden, added = hidden[:, 0], None
+        turn = _turner(table, *self.layers[0].heads)
         for layer, cache in zip(self.layers, caches, strict=True):
-            rows = layer.to_heads(layer.attention_norm(hidden))
-            rows = rows.view(len(rows), 1, heads + 2 * kv_heads, -1)
-            turned, value = rows.split((heads + kv_heads, kv_heads), 2)
-            if turns is not None:
-                wide = turned.to(turns.real.dtype).unflatten(-1, (-1, 2))
-                wide = torch.view_as_real(torch.view_as_complex(wide) * turns)
-                turned = wide.flatten(-2).to(rows.dtype)
-            query, key = turned.split((heads, kv_heads), 2)
+            hidden, normed = layer.attention_norm(hidden, added)
+            query, key, value = turn(layer.to_heads(normed))
             out = cache.attend(query, key, value, scale=layer.scale, lengths=lengths)
-            hidden = hidden + layer.out_proj(layer.inner_norm(out.flatten(1)))
-            wide = layer.activated(layer.fc1(layer.feed_forward_norm(hidden)))
-            hidden = hidden + layer.fc2(layer.ffn_norm(wide))
-        return self.norm(hidden)
+            added = layer.out_proj(layer.inner_norm(out.flatten(1)))
+            hidden, normed = layer.feed_forward_norm(hidden, added)
+            added = layer.fc2(layer.inner(layer.fc1(normed)))
+        return self.norm(hidden, added)[1]
 
 
 class _Layer(NamedTuple):
@@ -86,14 +84,13 @@ class _Layer(NamedTuple):
 
     heads: tuple[int, int]
     scale: float | None
-    attention_norm: Part
+    attention_norm: AddNorm
     to_heads: Part
     inner_norm: Part
     out_proj: Part
-    feed_forward_norm: Part
+    feed_forward_norm: AddNorm
     fc1: Part
-    activated: Part
-    ffn_norm: Part
+    inner: Part
     fc2: Part
 
 
@@ -106,14 +103,13 @@ def _layer(layer: TransformerLayer) -> _Layer:
     return _Layer(
         (attention.num_heads, attention.num_kv_heads),
         attention.attention.scale,
-        _norm(layer.attention_norm),
+        _add_norm(layer.attention_norm),
         _linear(torch.cat(weights), torch.cat(biases) if biases else None),
         _norm(attention.inner_norm),
         _linear(attention.out_proj.weight, attention.out_proj.bias),
-        _norm(layer.feed_forward_norm),
+        _add_norm(layer.feed_forward_norm),
         _linear(feed_forward.fc1.weight, feed_forward.fc1.bias),
-        feed_forward.activated,
-        _norm(feed_forward.inner_norm),
+        _inner(feed_forward),
         _linear(feed_forward.fc2.weight, feed_forward.fc2.bias),
     )
 
@@ -127,6 +123,72 @@ def _norm(norm: nn.Module | None) -> Part:
         return lambda x: x
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def _add_norm(norm: nn.Module) -> AddNorm:
+    normed = _norm(norm)
+
+    def plain(hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = hidden if added is None else hidden + added
+        return total, normed(total)
+
+    if not isinstance(norm, nn.LayerNorm) or not has_kernels(norm.weight):
+        return plain
+    if norm.weight.dtype == torch.float64:
+        return plain
+    from dilated_factory.models import _row_kernels
+
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+
+    def fused(hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        if added is None:
+            return plain(hidden, added)
+        return _row_kernels.add_norm(hidden, added, weight, bias, eps)
+
+    return fused
+
+
+def _inner(feed_forward: FeedForward) -> Part:
+    """What is between the two products."""
+    normed, activated, norm = (
+        _norm(feed_forward.inner_norm), feed_forward.activated, feed_forward.inner_norm
+    )  # fmt: skip
+    if feed_forward.activation == "gelu" and can_serve(feed_forward.fc1.weight.T):
+        return lambda wide: gelu_norm(wide, norm.weight, norm.bias, norm.eps)
+    return lambda wide: normed(activated(wide))
+
+
+def _turner(
+    table: Tensor | None, heads: int, kv_heads: int
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """What divides rows (B, (H + 2 * H_kv) * D) into queries, keys and values, turned."""
+    sizes = heads, kv_heads, kv_heads
+
+    def split(rows: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = rows.view(len(rows), 1, sum(sizes), -1).split(sizes, 2)
+        return parts
+
+    if table is None:
+        return split
+    if has_kernels(table) and table.dtype == torch.float32:
+        from dilated_factory.models import _row_kernels
+
+        table = table.contiguous()
+
+        def in_place(rows: Tensor) -> tuple[Tensor, ...]:
+            _row_kernels.turn(rows.view(len(rows), 1, sum(sizes), -1), table, heads, kv_heads)
+            return split(rows)
+
+        return in_place
+    turns = _turns(table, heads, kv_heads)
+
+    def turned(rows: Tensor) -> tuple[Tensor, ...]:
+        both, value = rows.view(len(rows), 1, sum(sizes), -1).split((heads + kv_heads, kv_heads), 2)
+        wide = both.to(turns.real.dtype).unflatten(-1, (-1, 2))
+        wide = torch.view_as_real(torch.view_as_complex(wide) * turns)
+        return *wide.flatten(-2).to(rows.dtype).split((heads, kv_heads), 2), value
+
+    return turned
 
 
 def _turns(table: Tensor, heads: int, kv_heads: int) -> Tensor:

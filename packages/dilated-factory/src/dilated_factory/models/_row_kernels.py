@@ -1,0 +1,79 @@
+"""Kernels of one new row of each sequence; importing this module imports triton."""
+
+# Kernels are a language of their own: their names have no Python types.
+# mypy: ignore-errors
+
+# Shapes: B batch, E embed_dim, H query heads, H_kv key heads, D head_dim.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def turn(rows: Tensor, table: Tensor, heads: int, kv_heads: int) -> None:
+    """Turn the queries and keys of rows (B, 1, H + 2 * H_kv, D), where they are.
+
+    Args:
+        rows: contiguous; the H queries come first, then H_kv keys.
+        table: ([B,] 1, 1 or 2, D / 2, 2) contiguous float32, what a position embedding made.
+        heads: H.
+        kv_heads: H_kv.
+    """
+    kinds, pairs = table.shape[-3:-1]
+    each = kinds * pairs * 2 if table.ndim == 5 and len(table) > 1 else 0
+    _turn_kernel[(len(rows), heads + kv_heads)](
+        rows, table, rows.stride(0), each, heads, kinds - 1, PAIRS=pairs,
+        BLOCK=triton.next_power_of_2(pairs), num_warps=1,
+    )  # fmt: skip
+
+
+def add_norm(
+    hidden: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """hidden + added (B, E), and the layer norm of that, both in hidden's dtype."""
+    width = hidden.shape[1]
+    both = torch.empty((2, *hidden.shape), dtype=hidden.dtype, device=hidden.device)
+    _add_norm_kernel[(len(hidden),)](
+        hidden.contiguous(), added.contiguous(), weight, bias, both, width, both.stride(0), eps,
+        BLOCK=triton.next_power_of_2(width), num_warps=min(max(width // 512, 1), 8),
+    )  # fmt: skip
+    return both[0], both[1]
+
+
+@triton.jit
+def _turn_kernel(
+    rows, table, stride, stride_table, heads, last_kind, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < PAIRS
+    table += batch * stride_table + tl.where(head < heads, 0, last_kind) * PAIRS * 2 + 2 * pair
+    cosine = tl.load(table, mask=inside)
+    sine = tl.load(table + 1, mask=inside)
+    rows += batch * stride + head * PAIRS * 2 + 2 * pair
+    x = tl.load(rows, mask=inside).to(tl.float32)
+    y = tl.load(rows + 1, mask=inside).to(tl.float32)
+    tl.store(rows, x * cosine - y * sine, mask=inside)
+    tl.store(rows + 1, x * sine + y * cosine, mask=inside)
+
+
+@triton.jit
+def _add_norm_kernel(
+    hidden, added, weight, bias, both, width, second, eps, BLOCK: tl.constexpr
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.load(hidden + start + columns, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(added + start + columns, mask=inside, other=0.0).to(tl.float32)
+    # As it is read again, rounded.
+    kept = total.to(both.dtype.element_ty)
+    tl.store(both + start + columns, kept, mask=inside)
+    total = kept.to(tl.float32)
+    mean = tl.sum(total, 0) / width
+    centred = tl.where(inside, total - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(both + second + start + columns, centred * scale * w + b, mask=inside)
