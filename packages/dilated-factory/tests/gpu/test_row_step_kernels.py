@@ -23,8 +23,7 @@ def errors() -> dict[str, float]:
 @pytest.mark.xdist_group("row_step_interpreter")
 @pytest.mark.parametrize("name", NAMES)
 def test_interpreted_kernels_agree_with_float64(name: str, errors: dict[str, float]) -> None:
-    # A position of thousands is itself rounded by the angles of a float32 table.
-    assert errors[name] < 5
+    assert errors[name] < 1
     assert sorted(errors) == sorted(NAMES)
 
 

@@ -11,19 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 
-def turn(rows: Tensor, table: Tensor, heads: int, kv_heads: int) -> None:
+def turn(rows: Tensor, positions: Tensor, turns: Tensor, heads: int, kv_heads: int) -> None:
     """Turn the queries and keys of rows (B, 1, H + 2 * H_kv, D), where they are.
 
     Args:
         rows: contiguous; the H queries come first, then H_kv keys.
-        table: ([B,] 1, 1 or 2, D / 2, 2) contiguous float32, what a position embedding made.
+        positions: (B, 1) int64, or (1,) for all.
+        turns: (D / 2,) int64, turns of each pair from a position to the next, in units of 2 ** -64.
         heads: H.
         kv_heads: H_kv.
     """
-    kinds, pairs = table.shape[-3:-1]
-    each = kinds * pairs * 2 if table.ndim == 5 and len(table) > 1 else 0
+    pairs = len(turns)
     _turn_kernel[(len(rows), heads + kv_heads)](
-        rows, table, rows.stride(0), each, heads, kinds - 1, PAIRS=pairs,
+        rows, positions, turns, rows.stride(0), int(positions.numel() > 1), PAIRS=pairs,
         BLOCK=triton.next_power_of_2(pairs), num_warps=1,
     )  # fmt: skip
 
@@ -43,19 +43,23 @@ def add_norm(
 
 @triton.jit
 def _turn_kernel(
-    rows, table, stride, stride_table, heads, last_kind, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+    rows, positions, turns, stride, stride_positions, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, BLOCK)
     inside = pair < PAIRS
-    table += batch * stride_table + tl.where(head < heads, 0, last_kind) * PAIRS * 2 + 2 * pair
-    cosine = tl.load(table, mask=inside)
-    sine = tl.load(table + 1, mask=inside)
+    # As `positions._cosine_and_sine`: whole turns overflow and are gone.
+    turned = tl.load(positions + batch * stride_positions) * tl.load(turns + pair, mask=inside)
+    quarters = (turned + 2305843009213693952) >> 62
+    rest = (turned - (quarters << 62)).to(tl.float32) * 3.4061215800304e-19  # pi * 2 ** -63
+    cosine, sine, odd = tl.cos(rest), tl.sin(rest), (quarters & 1) != 0
+    c = tl.where(odd, sine, cosine) * (1 - ((quarters + 1) & 2)).to(tl.float32)
+    s = tl.where(odd, cosine, sine) * (1 - (quarters & 2)).to(tl.float32)
     rows += batch * stride + head * PAIRS * 2 + 2 * pair
     x = tl.load(rows, mask=inside).to(tl.float32)
     y = tl.load(rows + 1, mask=inside).to(tl.float32)
-    tl.store(rows, x * cosine - y * sine, mask=inside)
-    tl.store(rows + 1, x * sine + y * cosine, mask=inside)
+    tl.store(rows, x * c - y * s, mask=inside)
+    tl.store(rows + 1, x * s + y * c, mask=inside)
 
 
 @triton.jit

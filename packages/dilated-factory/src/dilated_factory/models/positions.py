@@ -82,10 +82,13 @@ class RotaryEmbedding(nn.Module):
         )
         return _turn(query, of_queries[..., 0, :, :]), _turn(key, of_keys[..., -1, :, :])
 
+    def turns(self, device: torch.device) -> Tensor:
+        """(D / 2,) int64, turns of each pair from a position to the next, by 2 ** -64 of a turn."""
+        return self._on(device)[0]
+
     def _columns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Columns of a table (..., N, D / 2) for positions (..., N, 1)."""
-        (turns,) = self._on(positions.device)
-        return _cosine_and_sine(positions * turns, dtype)
+        return _cosine_and_sine(positions * self.turns(positions.device), dtype)
 
     def _fixed_point(self) -> tuple[tuple[int, ...], ...]:
         integers: tuple[tuple[int, ...], ...] = _integers(self.head_dim, self.base)

@@ -66,9 +66,8 @@ class RowStep:
         self, tokens: Tensor, caches: Sequence[DecodingState], lengths: Tensor | None
     ) -> Tensor:
         """States after the last norm (B, E) of tokens (B, 1) that follow those in the caches."""
-        hidden, table = self.model.entrance(tokens, None, caches)
-        hidden, added = hidden[:, 0], None
-        turn = _turner(table, *self.layers[0].heads)
+        hidden, turn = self._entrance(tokens, caches)
+        added = None
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, normed = layer.attention_norm(hidden, added)
             query, key, value = turn(layer.to_heads(normed))
@@ -77,6 +76,29 @@ class RowStep:
             hidden, normed = layer.feed_forward_norm(hidden, added)
             added = layer.fc2(layer.inner(layer.fc1(normed)))
         return self.norm(hidden, added)[1]
+
+    def _entrance(
+        self, tokens: Tensor, caches: Sequence[DecodingState]
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """What enters the first layer (B, E), and what divides and turns rows of all of them."""
+        heads, kv_heads = self.layers[0].heads
+        embedding = next(self.model.layers()).attention.position_embedding
+        if type(embedding) is not RotaryEmbedding or not _narrow(self.model.head.weight):
+            hidden, table = self.model.entrance(tokens, None, caches)
+            return hidden[:, 0], _turner(table, heads, kv_heads)
+        from dilated_factory.models import _row_kernels
+
+        hidden, _ = self.model.entering(tokens, None, caches)
+        positions = caches[0].next_positions(1, hidden.device)
+        turns, sizes = embedding.turns(hidden.device), (heads, kv_heads, kv_heads)
+
+        def turn(rows: Tensor) -> tuple[Tensor, ...]:
+            apart = rows.view(len(rows), 1, sum(sizes), -1)
+            _row_kernels.turn(apart, positions, turns, heads, kv_heads)
+            parts: tuple[Tensor, ...] = apart.split(sizes, 2)
+            return parts
+
+        return hidden[:, 0], turn
 
 
 class _Layer(NamedTuple):
@@ -132,9 +154,7 @@ def _add_norm(norm: nn.Module) -> AddNorm:
         total = hidden if added is None else hidden + added
         return total, normed(total)
 
-    if not isinstance(norm, nn.LayerNorm) or not has_kernels(norm.weight):
-        return plain
-    if norm.weight.dtype == torch.float64:
+    if not isinstance(norm, nn.LayerNorm) or not _narrow(norm.weight):
         return plain
     from dilated_factory.models import _row_kernels
 
@@ -158,6 +178,11 @@ def _inner(feed_forward: FeedForward) -> Part:
     return lambda wide: normed(activated(wide))
 
 
+def _narrow(weight: Tensor) -> bool:
+    """Whether kernels, which compute in float32, serve rows of a weight's width and dtype."""
+    return has_kernels(weight) and weight.dtype != torch.float64
+
+
 def _turner(
     table: Tensor | None, heads: int, kv_heads: int
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -170,16 +195,6 @@ def _turner(
 
     if table is None:
         return split
-    if has_kernels(table) and table.dtype == torch.float32:
-        from dilated_factory.models import _row_kernels
-
-        table = table.contiguous()
-
-        def in_place(rows: Tensor) -> tuple[Tensor, ...]:
-            _row_kernels.turn(rows.view(len(rows), 1, sum(sizes), -1), table, heads, kv_heads)
-            return split(rows)
-
-        return in_place
     turns = _turns(table, heads, kv_heads)
 
     def turned(rows: Tensor) -> tuple[Tensor, ...]:

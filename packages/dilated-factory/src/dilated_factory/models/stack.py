@@ -212,14 +212,23 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         caches: Sequence[DecodingState] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """What enters the first layer (B, N, E), and the positions that all layers are given."""
+        hidden, positions = self.entering(inputs, positions, caches)
+        return hidden, self._position_table(hidden, positions, caches)
+
+    def entering(
+        self,
+        inputs: Tensor,
+        positions: Tensor | None,
+        caches: Sequence[DecodingState] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What enters the first layer (B, N, E), and positions unless they are in it."""
         hidden = self._embed(inputs)
         if self.config.positions in ("learned", "sinusoidal"):
             counted = self._counted(hidden, positions, caches)
             hidden, positions = hidden + self._place(counted).to(hidden.dtype), None
         if self.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
-        hidden = self.dropout(hidden)
-        return hidden, self._position_table(hidden, positions, caches)
+        return self.dropout(hidden), positions
 
     def layers(self) -> Iterator[TransformerLayer]:
         """The layers, first to last."""
