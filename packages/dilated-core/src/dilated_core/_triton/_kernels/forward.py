@@ -94,14 +94,15 @@ def _walk(
             shift = high
             # What costs least depends on how long a mask is kept.
             if PADDED or (phase == 1 and (CAREFUL or MASK == 2)):
-                s = s * scale + weight
+                if PADDED:
+                    ignored = tl.load(padding + positions, mask=present, other=0)
+                    s = s * scale + tl.where(ignored != 0, float("-inf"), weight)[None, :]
+                else:
+                    s = s * scale + weight
                 if phase == 1:
                     s = tl.where(mask, s, float("-inf"))
                 elif MASK == 2:
                     s = tl.where(bounded[:, None], s, float("-inf"))
-                if PADDED:
-                    ignored = tl.load(padding + positions, mask=present, other=0)
-                    s = tl.where((ignored != 0)[None, :], float("-inf"), s)
                 if CAREFUL:
                     new_high = tl.maximum(high, tl.max(s, 1))
                     shift = tl.where(new_high == float("-inf"), 0.0, new_high)
