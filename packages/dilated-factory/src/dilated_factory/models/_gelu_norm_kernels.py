@@ -21,10 +21,11 @@ def forward(
     features = x.shape[-1]
     rows = x.numel() // features
     block, rest, warps = _blocks(features)
-    programs = min(rows, _MULTIPROCESSORS * max(32 // warps, 4))
+    programs = min(rows, _MULTIPROCESSORS * max(64 // warps, 4))
     _forward_kernel[(programs,)](
-        x, weight, bias, out, moments, rows, features, eps, BLOCK=block, REST=rest, num_warps=warps
-    )
+        x, weight, bias, out, moments, rows, features, eps, BLOCK=block, REST=rest,
+        num_warps=warps, maxnreg=128 if warps == 4 else None,
+    )  # fmt: skip
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, moments: Tensor, grad_x: Tensor) -> Tensor:
@@ -32,11 +33,12 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, moments: Tensor, grad_x: T
     features = x.shape[-1]
     rows = x.numel() // features
     block, rest, warps = _blocks(features)
-    programs = min(rows, _MULTIPROCESSORS * max(8 // warps, 2))
+    # As many as run at once, with the registers below.
+    programs = min(rows, _MULTIPROCESSORS * (3 if warps == 4 else max(8 // warps, 2)))
     parts = torch.empty((2, programs, features), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         grad, x, weight, moments, grad_x, parts, rows, features, BLOCK=block, REST=rest,
-        num_warps=warps,
+        num_warps=warps, maxnreg=168 if warps == 4 else None,
     )  # fmt: skip
     return parts
 

@@ -312,11 +312,8 @@ class _SavedBytes:
         else:
             row = 2 * entering + attention + 2 * b * width + 2 * _MOMENTS + masks
             row += b * width if upcast else 0
-            if self.setup.device == "cuda":
-                # Autocast widens what the norm behind attention takes, and values keep the product
-                # that they are a part of, beside queries and keys that were turned.
-                row += _FLOAT * width if b == 2 else 0
-                row += 2 * b * width if shape.positions in ("rotary", "xpos") else 0
+            if self.setup.device == "cuda" and b == 2:
+                row += _FLOAT * width  # autocast widens what the norm behind attention takes
             if recompute != "feed_forward":
                 row += b * width + _MOMENTS + 2 * b * hidden
             if recompute == "none":
