@@ -355,10 +355,10 @@ def draw(rows: list[Row], machine: Row, path: str) -> None:
         names = [r["name"] for r in chosen]
         for axis, key in zip(axes[:, column], ("tokens_per_s", "peak_gib"), strict=True):
             bars = axis.barh(names, [r[key] or 0 for r in chosen])
-            axis.bar_label(bars, padding=3)
+            axis.bar_label(bars, fmt="{:,.0f}" if key == "tokens_per_s" else "{:.1f}", padding=3)
             axis.set(title=f"{key}, N={length}, B={batch}")
             axis.invert_yaxis()
-            axis.margins(x=0.2)
+            axis.margins(x=0.3)
     figure.suptitle(f"Training step, bfloat16, {machine['device']}, torch {machine['torch']}")
     figure.savefig(path, dpi=150)
 

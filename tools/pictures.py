@@ -37,8 +37,10 @@ def draw_time(path: Path) -> None:
     attention.yaxis.set_major_formatter("{x:g}")
     attention.set_title("Attention, forward + backward", fontsize=10)
     rows = read("decoding-h200")["rows"]
-    line = [(row["context"], row["token"]) for row in rows if row["batch"] == 1]
-    token.plot(*zip(*sorted(line), strict=True), "o-", color=OURS, label="Dilated", markersize=4)
+    names = {"dense": ("a compiled Llama, static cache", OTHER), "ours": ("Dilated", OURS)}
+    for name, (label, colour) in names.items():
+        line = [(r["context"], r["token"]) for r in rows if r["batch"] == 1 and r["model"] == name]
+        token.plot(*zip(*sorted(line), strict=True), "o-", color=colour, label=label, markersize=4)
     _logarithmic(token, "tokens before it")
     token.set_ylim(0, 2)
     token.set_title("A generated token, 85 M parameters", fontsize=10)

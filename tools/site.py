@@ -104,10 +104,10 @@ def figures() -> str:
             "tokens": "length", "batch": "batch", "model": "name", "ms": "ms",
             "tokens/s": "tokens_per_s", "peak GiB": "peak_gib",
         }),
-        *section("A generated token", "decoding.py", decoding["machine"]),
+        *section("A generated token", "decoding.py --dense", decoding["machine"]),
         *table(decoding["rows"], {
-            "tokens before it": "context", "batch": "batch", "ms a token": "token",
-            "ms for the prompt": "prompt", "bytes of state": "state_bytes",
+            "model": "model", "tokens before it": "context", "batch": "batch",
+            "ms a token": "token", "ms for the prompt": "prompt", "bytes of state": "state_bytes",
         }),
         *section("Attention", "gpu.py --torchscale CHECKOUT", gpu["machine"]),
         *table(gpu["patterns"], {
