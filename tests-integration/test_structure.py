@@ -1,12 +1,15 @@
 """`tools/structure.py` finds what ties sources together, and passes those that are in order."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "structure.py"
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "structure.py"
 
 
 def run(root: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -141,3 +144,22 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     done = run(tmp_path, files)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert says in done.stderr
+
+
+def test_a_private_name_of_torch_that_core_uses_is_wrapped_by_core_for_all_who_import_it() -> None:
+    """Pool stands alone, so it is free to use what core uses."""
+
+    def private_names(package: str) -> set[str]:
+        found = set()
+        for path in (ROOT / "packages" / package / "src").rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {x for x in names if re.match(r"torch(\.\w+)*\._(?!C$)", x)}
+        return found
+
+    core = private_names("dilated-core")
+    assert "torch._compile._disable_dynamo" in core
+    for package in ("dilated-ring", "dilated-sparse", "dilated-factory"):
+        assert not core & private_names(package), package

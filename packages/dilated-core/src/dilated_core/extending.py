@@ -16,6 +16,7 @@
 - `remembered`, `on_clear`: caches of functions, and others, that `clear_caches` empties.
 - `let_gloo_rest`, `let_gloo_rest_at_exit`: for what uses gloo, whose threads can abort or hang a
   process that ends.
+- `uncompiled`: for functions that torch.compile is to call as they are.
 - `define_operators` with an `OperatorForm`: a forward and a backward as custom operators, for
   torch.compile; an eager call goes to them as it is.
 - `drive`, `drive_backward`: the GPU kernels, for any `Tiling`, which makes `TilePlan`s: tables of
@@ -44,6 +45,7 @@ from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, mer
 from dilated_core._row_attention import attend as attend_rows
 from dilated_core._row_attention import attend_backward as attend_rows_backward
 from dilated_core._torch.dense import RowAttention
+from dilated_core._torch_internals import uncompiled
 from dilated_core._triton import drive, drive_backward
 from dilated_core._triton import unsupported as triton_unsupported
 from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
@@ -91,4 +93,5 @@ __all__ = [
     "pick",
     "remembered",
     "triton_unsupported",
+    "uncompiled",
 ]

@@ -35,7 +35,10 @@ def live_storage(reference: StorageWeakRef) -> torch.UntypedStorage | None:
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
-    """torch.compiler.disable, without the import of torch's compiler, which takes seconds."""
+    """torch.compiler.disable, without the import of torch's compiler, which takes seconds.
+
+    dilated-core has one as well: this package needs torch alone.
+    """
     disabled = _disable_dynamo(function)
 
     @functools.wraps(function)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core.extending import Scores, autocast, check_call, pick, remembered
+from dilated_core.extending import Scores, autocast, check_call, pick, remembered, uncompiled
 from dilated_core.interfaces import AttentionPattern, BufferSource, SpanCall
 from dilated_ring._agreement import Fact, Validate, agree, check_validate
 from dilated_ring._attention import Job, Pass, attend
@@ -23,7 +23,6 @@ from dilated_ring._routes import Problem, gather_routes, ring_routes
 from dilated_ring._strategy import STRATEGIES, Strategy, check_strategy, choose_strategy
 from dilated_ring._topology import Ring, find_ring
 from dilated_ring._trade import make_trade, obstacle
-from dilated_ring._uncompiled import uncompiled
 
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"heads": obstacle, "lend": cannot_lend}
 

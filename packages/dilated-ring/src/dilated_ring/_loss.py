@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dilated_core.extending import uncompiled
 from dilated_ring._agreement import agree, problem_of, refuse_alike
 from dilated_ring._faults import Call
 from dilated_ring._topology import device_of, find_ring
-from dilated_ring._uncompiled import uncompiled
 
 
 @uncompiled

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from dilated_core.extending import uncompiled
 from dilated_ring._agreement import Fact, agree, problem_of, refuse_alike
 from dilated_ring._documents import read_ends
 from dilated_ring._faults import Call
 from dilated_ring._topology import Ring, device_of, find_ring
-from dilated_ring._uncompiled import uncompiled
 
 
 class Shard(NamedTuple):
