@@ -3,16 +3,22 @@
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from dilated_factory import RunError, TrainConfig
+from dilated_factory import LongNetConfig, LongNetLM, RunError, TrainConfig
+from dilated_factory.cli.convert import write_run
+from dilated_factory.configs.genomes import GenomeConfig
+from dilated_factory.corpora.tokens import load_tokenizer
+from dilated_factory.genomes.training import GenomeTrainer, genome_of, load_genome
 from dilated_factory.training import run_folder as module
 from dilated_factory.training.run_folder import RunFolder, RunState
 
 from .conftest import start
+from .tokenizer_files import byte_level, saved
 
 STATE = RunState(step=20, elapsed_seconds=1.5, corpus_digest="abc")
 
@@ -100,6 +106,71 @@ def test_dying_between_two_files_leaves_the_checkpoint_before(
     save(run, 40)
     assert RunFolder.open(run.path).load().state.step == 40
     assert not [path for path in run.path.iterdir() if path.name.endswith(".tmp")]
+
+
+def make_genome(path: Path) -> None:
+    fasta = path.with_name("genome.fa")
+    fasta.write_text(">chr1\n" + "ACGTN" * 40 + "\n")
+    shape = LongNetConfig(embed_dim=8, num_heads=1, num_layers=1, context=16, vocab_size=16)
+    corpus = load_genome(GenomeConfig(fasta=str(fasta)), 16)
+    GenomeTrainer.start(path, TrainConfig(model=shape, steps=1, batch_size=2), corpus)
+
+
+def make_with_tokenizer(path: Path) -> None:
+    folder = path.with_name("tokenizer")
+    tokenizer = load_tokenizer(folder if folder.exists() else saved(byte_level(), folder))
+    config = TrainConfig(model={"vocab_size": 320}, tokenizer=str(folder), steps=1)
+    RunFolder.create(path, config, tokenizer)
+
+
+def make_converted(path: Path) -> None:
+    shape = LongNetConfig(embed_dim=8, num_heads=1, num_layers=1, context=16, vocab_size=8)
+    write_run(path, LongNetLM(shape), ["<s>", "<pad>", "</s>", "<unk>", *"abcd"])
+
+
+@pytest.mark.parametrize(
+    ("make", "require_whole"),
+    [
+        (make_genome, genome_of),
+        (make_with_tokenizer, lambda run: run.path.joinpath("tokenizer.json").stat()),
+        (make_converted, RunFolder.load),
+    ],
+)
+def test_a_folder_whose_making_dies_anywhere_is_no_run_or_the_whole_one(
+    tmp_path: Path,
+    tiny_train: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], None],
+    require_whole: Callable[[RunFolder], object],
+) -> None:
+    """Where it is no run, one of another kind can be made there, and finds nothing of the first."""
+    whole = [False]
+    while len(whole) < 40:  # one more of its writes is done each time
+        path, left = tmp_path / f"run{len(whole)}", len(whole)
+
+        def dying(descriptor: int) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", dying)
+            try:
+                make(path)
+            except Killed:
+                whole.append((path / "config.json").exists())
+            else:
+                break
+        if whole[-1]:
+            require_whole(RunFolder.open(path))
+        else:
+            RunFolder.create(path, tiny_train)
+            names = {x.name for x in path.iterdir() if not x.name.endswith(".tmp")}
+            assert names == {"config.json", "config.json.sha256"}
+    assert 5 < len(whole) < 40
+    assert whole == sorted(whole)
+    assert whole.count(True) == 1  # the last one, when the folder's entries were to be made safe
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])

@@ -326,6 +326,10 @@ def test_a_run_on_text_is_no_run_on_a_genome(
     assert main(["genomes", "train", str(fasta), "--from", text, "--out", "new"]) == 2
     assert main(["compare", genome, text]) == 2
     assert "must be all on texts or all on genomes" in capsys.readouterr().err
+    file = Path(genome, "genome.json")
+    file.write_text(file.read_text().replace('"upper"', '"keep"'))
+    with pytest.raises(RunError, match=r"genome\.json' is damaged or was changed"):
+        genome_of(RunFolder.open(genome))
     held_out = load_genome(GenomeConfig(fasta=str(fasta)), 32).held_out
     held_out.intervals = [Interval("chr1", 810, 840)]
     with pytest.raises(CorpusError, match="nothing but N"):

@@ -76,6 +76,8 @@ def write_run(to: Path, model: LongNetLM, words: list[str]) -> None:
         tokenizer = FileTokenizer(file)
     own = str(to.resolve())
     config = TrainConfig(model=model.config, minutes=DEFAULT_MINUTES, tokenizer=own)
-    run = RunFolder.create(to, config, tokenizer)
     state = RunState(step=0, elapsed_seconds=0.0, corpus_digest=NO_CORPUS)
-    run.save(model_tensors(model), {}, state)
+    # With its checkpoint from the first: without one it would be a run that begins anew.
+    RunFolder.create(
+        to, config, tokenizer, complete=lambda run: run.save(model_tensors(model), {}, state)
+    )

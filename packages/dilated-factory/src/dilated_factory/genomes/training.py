@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_factory.configs.base import parse_config
-from dilated_factory.configs.files import read_values
+from dilated_factory.configs.files import read_regular, read_values
 from dilated_factory.configs.genomes import GenomeConfig
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import CorpusError, InputError, RunError
@@ -22,13 +22,17 @@ from dilated_factory.genomes.intervals import GenomeWindows, Interval, read_bed
 from dilated_factory.genomes.tokens import SEP, UNKNOWN_BASES, vocab_size
 from dilated_factory.models.head_loss import IGNORED
 from dilated_factory.models.longnet import LongNetLM
-from dilated_factory.training.atomic import write_text
 from dilated_factory.training.batches import step_seed
 from dilated_factory.training.corpus import Corpus
 from dilated_factory.training.loop import Drawn, Trainer, require_heir
 from dilated_factory.training.parallel import Share
 from dilated_factory.training.precision import autocast
-from dilated_factory.training.run_folder import GENOME, RunFolder
+from dilated_factory.training.run_folder import (
+    GENOME,
+    RunFolder,
+    require_checksum,
+    write_checked,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +185,13 @@ class GenomeTrainer(Trainer):
         """
         assert isinstance(corpus, GenomeCorpus)
         config = config.model_copy(update={"paths": (corpus.config.fasta,)})
-        trainer = super().start(path, config, corpus, **options)
-        if trainer.parallel.is_main:
-            write_text(trainer.run.path / GENOME, corpus.config.model_dump_json(indent=2) + "\n")
-        return trainer
+        return super().start(path, config, corpus, **options)
+
+    @staticmethod
+    def _complete(run: RunFolder, corpus: Corpus) -> None:
+        assert isinstance(corpus, GenomeCorpus)
+        content = corpus.config.model_dump_json(indent=2) + "\n"
+        write_checked(run.path / GENOME, content.encode())
 
     @staticmethod
     def _require_tokens(config: TrainConfig, corpus: Corpus) -> None:
@@ -324,6 +331,8 @@ def genome_of(run: RunFolder) -> GenomeConfig:
     if not file.exists():
         raise RunError(f"run {str(run.path)!r} is not of a genome: it has no {GENOME}.")
     try:
-        return parse_config(GenomeConfig, read_values(file))
+        genome = parse_config(GenomeConfig, read_values(file))
     except InputError as error:
         raise RunError(f"{str(file)!r} is damaged: {error}") from None
+    require_checksum(file, read_regular(file))
+    return genome

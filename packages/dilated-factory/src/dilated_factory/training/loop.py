@@ -258,7 +258,9 @@ class Trainer:
         RunFolder.require_new(path)
         parallel.barrier()
         if parallel.is_main:
-            RunFolder.create(path, config, corpus.tokenizer)
+            RunFolder.create(
+                path, config, corpus.tokenizer, complete=lambda run: cls._complete(run, corpus)
+            )
         parallel.barrier()
         run = RunFolder.open(path)
         trainer = cls(
@@ -268,6 +270,10 @@ class Trainer:
         if config.parent is not None:
             trainer._inherit(config.parent)
         return trainer
+
+    @staticmethod
+    def _complete(run: RunFolder, corpus: Corpus) -> None:
+        """Put into a new folder what else belongs there."""
 
     @staticmethod
     def _require_tokens(config: TrainConfig, corpus: Corpus) -> None:

@@ -6,7 +6,7 @@ Layout::
     config.json.sha256               its checksum, as of sha256sum
     tokenizer.json                   of runs with one; its checksum beside it; perhaps a
     tokenizer_config.json            which says what ends a document, and its checksum
-    genome.json                      of runs on a genome: what it is to the model
+    genome.json                      of runs on a genome: what it is to the model; its checksum
     lock                             who writes here
     metrics.jsonl                    one line per step
     curves.png                       loss against bytes read
@@ -22,7 +22,8 @@ through torch.distributed.checkpoint and its Hugging Face (safetensors) storage.
 processes can read either, whether they have whole weights or parts of them.
 
 A checkpoint is written under a temporary name and renamed last, so a folder named
-``checkpoint-*`` is always complete; one that is dropped is renamed first.
+``checkpoint-*`` is always complete; one that is dropped is renamed first. Other files are written
+after their checksums, and ``config.json`` last, so a folder that has it is a whole run's.
 
 What is read may come from anywhere: only regular files of the folder are opened, nothing in them is
 executed, and what is not as it was written is a `RunError`. Folders without the checksums of
@@ -35,7 +36,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +119,15 @@ class RunFolder:
             )
 
     @classmethod
-    def create(cls, path: str | Path, config: TrainConfig, tokenizer: Tokenizer = BYTES) -> Self:
-        """Make a new run folder, with a copy of its tokenizer.
+    def create(
+        cls,
+        path: str | Path,
+        config: TrainConfig,
+        tokenizer: Tokenizer = BYTES,
+        *,
+        complete: Callable[[Self], object] = lambda run: None,
+    ) -> Self:
+        """Make a new run folder, with a copy of its tokenizer and what ``complete`` puts there.
 
         Raises:
             RunError: there is already something.
@@ -127,11 +135,16 @@ class RunFolder:
         path = Path(path)
         cls.require_new(path)
         path.mkdir(parents=True, exist_ok=True)
+        for left in path.iterdir():
+            if not _is_torn(left):
+                _remove(left)  # it may be of a run of another kind
+        run = cls(path, config)
         if isinstance(tokenizer, FileTokenizer):
             for name, content in tokenizer.files().items():
-                _write_checked(path / name, content)
-        _write_checked(path / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
-        return cls(path, config)
+                write_checked(path / name, content)
+        complete(run)
+        write_checked(path / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -146,7 +159,7 @@ class RunFolder:
             with _told_by_reader():
                 content = read_regular(file)
                 config = TrainConfig.model_validate_json(content)
-                _check(file, content)
+                require_checksum(file, content)
         except FileNotFoundError:
             raise RunError(f"{str(path)!r} is not a run folder: no config.json in it.") from None
         except NotADirectoryError:
@@ -174,7 +187,7 @@ class RunFolder:
             with _told_by_reader():
                 self._tokenizer = FileTokenizer(self.path / FILE)
                 for name, content in self._tokenizer.read.items():
-                    _check(self.path / name, content)
+                    require_checksum(self.path / name, content)
         return self._tokenizer
 
     def require_tokenizer(self, path: str | None) -> None:
@@ -299,7 +312,7 @@ class RunFolder:
         digest = state.metrics_digest or self.metrics_digest()
         full = state.model_copy(update={"checksums": checksums, "metrics_digest": digest})
         record = temporary / "state.json"
-        _write_checked(record, (full.model_dump_json(indent=2) + "\n").encode())
+        write_checked(record, (full.model_dump_json(indent=2) + "\n").encode())
         for file in files:
             # safetensors lets nobody else read its files, whatever the umask says.
             if file.stat().st_mode != record.stat().st_mode:
@@ -500,17 +513,17 @@ def _read_state(file: Path) -> RunState:
         state = RunState.model_validate_json(content)
     except ValidationError as error:
         raise RunError(f"{file.name}: {describe_invalid(error)}") from None
-    _check(file, content)
+    require_checksum(file, content)
     return state
 
 
-def _write_checked(path: Path, content: bytes) -> None:
-    """Write a file, then its checksum as `sha256sum` does."""
-    write_bytes(path, content)
+def write_checked(path: Path, content: bytes) -> None:
+    """Write a file's checksum as `sha256sum` does, then the file."""
     write_text(_checksum_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    write_bytes(path, content)
 
 
-def _check(path: Path, content: bytes) -> None:
+def require_checksum(path: Path, content: bytes) -> None:
     """Raise unless the content of a file is what its checksum says, where there is one."""
     try:
         expected = read_regular(_checksum_file(path)).split()[:1]
@@ -552,10 +565,12 @@ def _is_metrics(record: Any) -> bool:
 def _is_unfinished(path: Path) -> bool:
     """Whether a folder is empty, or a run folder whose making was killed before it was one."""
     names = {each.name for each in path.iterdir() if not _is_torn(each)}
-    copies = {FILE, SETTINGS}
-    copies |= {_checksum_file(Path(name)).name for name in copies}
-    # A tokenizer without our checksum is somebody else's.
-    return not names or (names <= copies and _checksum_file(Path(FILE)).name in names)
+    # What has no checksum of ours is somebody else's.
+    checked = {name: f"{name}.sha256" for name in (FILE, SETTINGS, GENOME)}
+    own = {name for name, checksum in checked.items() if checksum in names}
+    if FILE in own:
+        own.add("checkpoint-00000000")  # of a converted run
+    return names <= {*own, *checked.values(), "config.json.sha256"}
 
 
 def _is_torn(path: Path) -> bool:
