@@ -74,6 +74,39 @@ def test_compressed_text_is_decompressed(capsys: Captured, tmp_path: Path, pack:
     assert curves[0] == curves[1]
 
 
+def test_paths_to_score_are_read_by_the_globs_of_the_run_or_by_their_own(
+    capsys: Captured, tmp_path: Path
+) -> None:
+    files = {"a.txt": TEXT, "b.md": TEXT[::-1], "sub/c.txt": TEXT[7:] + TEXT[:7], "d.txt": TEXT * 3}
+    for name, content in files.items():
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(content)
+    out, texts = tmp_path / "run", tmp_path / "texts"
+    globs = ("--include", "*.txt", "--exclude", "d.*")
+    assert run(capsys, *TRAIN, out, texts, *globs)[0] == 0
+
+    def bits(*arguments: object) -> dict[str, float]:
+        options = ("--contexts", 16, "--max-bytes", 2**20, "--json")
+        code, said, error = run(capsys, "evaluate", out, *arguments, *options)
+        assert code == 0, error
+        return json.loads(said)["bits_per_byte"]
+
+    own = bits(texts)
+    assert own == bits(texts / "a.txt", texts / "sub" / "c.txt")
+    assert bits(texts, "--exclude", "c.txt") == bits(
+        texts / "a.txt", texts / "d.txt", "--exclude", "-"
+    )
+    assert bits(texts, "--include", "*.md", "--exclude", "-") == bits(
+        texts / "b.md", "--include", "*"
+    )
+    code, _, error = run(capsys, "evaluate", out, texts / "b.md")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "left out by --include and --exclude" in error
+    code, _, error = run(capsys, "evaluate", out, "--include", "*.md")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "paths must be given with include" in error
+
+
 def test_rows_are_documents_that_need_not_see_each_other(
     capsys: Captured, shards: Path, tmp_path: Path, cache: Path
 ) -> None:

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from dilated_factory.cli.display import progress_bar
+from dilated_factory.cli.fields import given_fields, with_fields
 from dilated_factory.cli.options import Cache, Device, parse_lengths, sight_warning, unit
 from dilated_factory.cli.output import plain_console
+from dilated_factory.configs.models import TrainConfig
 from dilated_factory.interop.harness import evaluate_tasks
 from dilated_factory.training.atomic import require_file_name
 from dilated_factory.training.figures import save_context_curve
@@ -17,6 +19,7 @@ from dilated_factory.training.loop import select_device
 from dilated_factory.training.trained import Evaluation, TrainedModel, evaluate_run, load_trained
 
 
+@with_fields(TrainConfig, but=TrainConfig.model_fields.keys() - {"include", "exclude"})
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of `dilated train`.")],
     paths: Annotated[
@@ -55,16 +58,19 @@ def evaluate(
         int | None, typer.Option(min=1, help="With --tasks: examples of each at most.")
     ] = None,
     device: Device = "auto",
+    **globs: Any,
 ) -> int:
     """Score held-out bytes at several contexts, beside byte Markov models.
 
     The same bytes are scored at every context, each token of them predicted from at least half a
     context and at most one context of the tokens before it. The Markov models count the bytes that
-    the model was trained on and are scored on the same bytes.
+    the model was trained on and are scored on the same bytes. Other paths are read as the run read
+    its own, but for the globs that are given here.
 
     Examples:
         dilated evaluate runs/longnet
         dilated evaluate runs/longnet README.md docs --contexts 256,4096 --json
+        dilated evaluate runs/longnet src --include '*.c'
         dilated evaluate runs/longnet --tasks task.yaml --limit 100
     """
     if tasks:
@@ -79,6 +85,7 @@ def evaluate(
             *(trained, paths or ()),
             contexts=lengths,
             max_bytes=max_bytes,
+            **given_fields(TrainConfig, globs),
             cache=cache,
             on_progress=show,
         )

@@ -170,11 +170,9 @@ class Parent(FrozenConfig):
     step: int = Field(ge=0, description="of the checkpoint")
 
 
-# Fields of a TrainConfig by which files are read; they belong to its paths.
-READING = (
-    *("include", "exclude", "text_field", "raw", "broken"),
-    *("validation", "validation_fraction", "split"),
-)
+# Fields of a TrainConfig by which files are read, and held out; they belong to its paths.
+FILES = ("include", "exclude", "text_field", "raw", "broken")
+READING = (*FILES, "validation", "validation_fraction", "split")
 
 
 class TrainConfig(FrozenConfig):

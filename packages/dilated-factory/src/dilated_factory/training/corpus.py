@@ -219,20 +219,17 @@ def load_held_out(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer = BYTES,
     *,
-    text_field: str | None = None,
-    raw: bool = False,
-    broken: Literal["error", "skip"] = "error",
     cache: str | Path | None = None,
+    **reading: Any,
 ) -> Corpus:
     """All of the given files and folders, in the order of their names, and nothing to train on.
 
-    The options are those of `load_corpus`.
+    The options are those of `load_corpus` by which files are read: `FILES`.
 
     Raises:
         CorpusError: a path does not exist, or there is nothing to read.
     """
-    folder = None if cache is None else Path(cache)
-    how = _How(raw=raw, broken=broken, text_field=text_field, tokenizer=tokenizer, cache=folder)
+    how = _How(tokenizer=tokenizer, cache=None if cache is None else Path(cache), **reading)
     sources, readings = _sources(paths, how)
     return _corpus(sources, [1] * len(sources), how, 0.0, readings)[0]
 

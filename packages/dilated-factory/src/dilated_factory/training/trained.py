@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dilated_factory.configs.models import FILES
 from dilated_factory.corpora.tokens import Bytes, Tokenizer
 from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
@@ -101,6 +102,8 @@ def evaluate_run(
     *,
     contexts: Sequence[int] | None = None,
     max_bytes: int = 131072,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
     cache: str | Path | None = None,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Evaluation:
@@ -110,14 +113,17 @@ def evaluate_run(
 
     Args:
         trained: the model.
-        paths: files and folders to score instead of the held-out files of the run's corpus.
+        paths: files and folders to score instead of the held-out files of the run's corpus; they
+            are read as the run read its own.
         contexts: in tokens; default 512 to 16384, doubling, as far as the data goes.
         max_bytes: about how many bytes are scored at each context.
+        include: globs of names in ``paths`` to read; default: those of the run.
+        exclude: as ``include``, of names that are not read.
         cache: folder of the cache of tokens, as in `load_corpus`.
         on_progress: is told what is done and which share of the model's part is done, from 0 to 1.
 
     Raises:
-        InputError: bytes are no tokens of the model.
+        InputError: bytes are no tokens of the model, or globs are given without paths.
         RunError: the held-out files are asked for, but the corpus has changed since training.
         CorpusError: a path does not exist, or the data is too short for the contexts.
 
@@ -130,6 +136,12 @@ def evaluate_run(
         >>> evaluation.scores[0].scored_bytes
         64
     """
+    given = {"include": include, "exclude": exclude}
+    given = {name: globs for name, globs in given.items() if globs is not None}
+    if given and not paths:
+        raise InputError(
+            f"paths must be given with {' and '.join(given)}: held-out files are those of the run."
+        )
     config, tokenizer = trained.run.config, trained.tokenizer
     if config.tokenizer is None and config.model.vocab_size < 256:
         raise InputError(
@@ -144,10 +156,8 @@ def evaluate_run(
             raise
     held_out = corpus
     if held_out is None or paths:
-        held_out = load_held_out(
-            paths, tokenizer, text_field=config.text_field, raw=config.raw,
-            broken=config.broken, cache=cache,
-        )  # fmt: skip
+        reading = {name: getattr(config, name) for name in FILES} | given
+        held_out = load_held_out(paths, tokenizer, cache=cache, **reading)
     data = held_out.validation
     max_tokens = max(1, round(max_bytes / held_out.bytes_per_token))
     contexts = tuple(contexts or fitting_contexts(len(data)))
