@@ -86,7 +86,7 @@ def test_all_layers_end_before_the_last_norm(folder: Path) -> None:
 
 
 def test_a_stopped_command_goes_on_and_later_files_are_added(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real, calls = embedding.embed, []
 
@@ -104,6 +104,15 @@ def test_a_stopped_command_goes_on_and_later_files_are_added(
     assert not (folder / "some.npz").exists()
     stop = False
     calls.clear()
+    for file in (folder / "some.npz.parts").iterdir():
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        capsys.readouterr()
+        assert main(arguments(folder, "some.npz", *options)) == 2
+        error = capsys.readouterr().err
+        assert file.name in error
+        assert error.count("\n") == 1
+        file.write_bytes(content)
     assert main(arguments(folder, "some.npz", *options)) == 0
     assert calls == ["slide2", "slide3", "slide4"]
     calls.clear()

@@ -191,6 +191,22 @@ def test_training_that_diverges_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("model", ["mean_pool", "encoder"])
+def test_a_kept_epoch_that_is_damaged_when_it_is_read_is_one_line(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = task(cohort(tmp_path, 12), TASKS["binary"][0] + f'model = "{model}"\n' + ENCODER)
+    table = b"slide,patient,mutated,value\n"
+    monkeypatch.setattr(torch, "save", lambda content, path: Path(path).write_bytes(table))
+    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "best.pth' is no checkpoint, or is damaged" in error
+    assert error.count("\n") == 1
+
+
 def test_an_existing_fold_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

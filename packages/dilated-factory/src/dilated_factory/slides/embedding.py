@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dilated_factory.configs.files import read_values
 from dilated_factory.errors import InputError
 from dilated_factory.interop.gigapath import SlideEncoder
 from dilated_factory.slides.readers import SlideFeatures, count_tiles, read_slide_features
-from dilated_factory.training.atomic import replacing, write_text
+from dilated_factory.training.atomic import write_text
 from dilated_factory.training.embedding_files import (
     check_out,
     check_settings,
@@ -108,7 +109,7 @@ def embed_files(
     parts = out.with_name(out.name + ".parts")
     done = set(read_embeddings(out, settings)[0]) if out.exists() else set()
     _open_parts(parts, settings)
-    done |= {name for path in parts.glob("*.npz") for name in np.load(path)["names"].tolist()}
+    done |= {name for path in parts.glob("*.npz") for name in read_embeddings(path)[0]}
     # First the share: another process may have written in between, and would move the others'.
     todo = [path for path in files[rank::world] if path.stem not in done]
     failed: dict[str, str] = {}
@@ -117,8 +118,8 @@ def embed_files(
         found = _embed_or_tell(model, slides, how, failed)
         if found:
             key = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
-            with replacing(parts / f"{key}.npz") as temporary, temporary.open("wb") as file:
-                np.savez(file, names=list(found), embeddings=np.stack(list(found.values())))
+            rows = np.stack(list(found.values()))
+            write_embeddings(parts / f"{key}.npz", list(found), rows, settings)
     if world > 1:
         failed = _meet(failed)
     if rank == 0:
@@ -130,7 +131,7 @@ def _open_parts(parts: Path, settings: dict[str, Any]) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     told = parts / "settings.json"
     if told.exists():
-        check_settings(parts, json.loads(told.read_text(encoding="utf-8")), settings)
+        check_settings(parts, read_values(told), settings)
     else:
         write_text(told, json.dumps(settings))
 
@@ -189,8 +190,7 @@ def _join(parts: Path, out: Path, order: Sequence[str], settings: dict[str, Any]
     if out.exists():
         found = dict(zip(*read_embeddings(out, settings), strict=True))
     for path in parts.glob("*.npz"):
-        with np.load(path) as part:
-            found.update(zip(part["names"].tolist(), part["embeddings"], strict=True))
+        found.update(zip(*read_embeddings(path), strict=True))
     if found:
         names = [name for name in order if name in found]
         names += sorted(found.keys() - set(names))

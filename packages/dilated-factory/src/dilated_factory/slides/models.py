@@ -9,14 +9,13 @@ from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from dilated_factory.configs.kinds import read_config
 from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.errors import InputError
 from dilated_factory.training.loop import select_device
 
-Model = TypeVar("Model", bound=nn.Module)
+Content = TypeVar("Content")
 Pool: TypeAlias = Literal["tiles", "token"]
 
 
@@ -35,7 +34,7 @@ def encoder_config(path: Path | None, pool: Pool | None) -> SlideEncoderConfig:
     return SlideEncoderConfig(**{**config.model_dump(), "global_pool": pool != "token"})
 
 
-def loaded(load: Callable[[Path], Model], path: Path) -> Model:
+def loaded(load: Callable[[Path], Content], path: Path) -> Content:
     """What a loader of checkpoints makes of a file.
 
     Raises:

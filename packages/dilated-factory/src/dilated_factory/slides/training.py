@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dilated_factory.configs.files import writing
 from dilated_factory.configs.slides import SlideTaskConfig
 from dilated_factory.errors import InputError, RunError
+from dilated_factory.interop.checkpoints import read_checkpoint
 from dilated_factory.interop.classifier import SlideClassifier, parameter_groups, save_gigapath
 from dilated_factory.interop.gigapath import SlideEncoder
 from dilated_factory.slides.baselines import BagClassifier
@@ -265,8 +266,7 @@ class SlideTask:
 
     def _saved(self, path: Path) -> dict[str, Tensor]:
         if self.config.model != "encoder":
-            found: dict[str, Tensor] = torch.load(path, weights_only=True)
-            return found
+            return loaded(read_checkpoint, path).tensors
         return load_classifier(path, self.config, self.width).state_dict()
 
     def _save_predictions(
