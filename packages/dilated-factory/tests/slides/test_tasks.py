@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dilated_factory import read_config
-from dilated_factory.cli import main
+from dilated_factory.cli import main, slides_train
+from dilated_factory.cli.slides_train import read_task
 from dilated_factory.configs.slides import SlideTaskConfig
 from dilated_factory.errors import InputError
 from dilated_factory.slides import tasks
+from dilated_factory.slides.readers import slide_files
 from dilated_factory.slides.tasks import concordance, intervals, loss, metrics, read_labels, scores
+from dilated_factory.slides.training import SlideTask
 
 pytest.importorskip("sklearn", reason="scikit-learn, of the extra slides, is not installed")
 
@@ -131,6 +135,44 @@ def test_a_pattern_that_torchscale_misplaces_is_no_warning_for_weights_of_ours(
     uneven = ENCODER.replace("[16, 64]", "[16, 63]")  # the rate 2 does not divide 63
     path = task(cohort(tmp_path, 12), TASKS["binary"][0] + uneven)
     assert main(["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold", "0"]) == 0
+
+
+def test_hours_on_a_cpu_are_told_with_what_takes_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(*_: object) -> dict[str, Any]:
+        return {"folds": {}, "all folds": {}}
+
+    def said(text: str, *options: str) -> str:
+        path = task(folder, TASKS["binary"][0] + text)
+        assert main(["slides", "train", str(path), "--out", str(tmp_path / "run"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert slides_train.operations_a_second() > 1e8
+    speed = 1e9
+    monkeypatch.setattr(slides_train, "operations_a_second", lambda: speed)
+    folder = cohort(tmp_path)
+    path = task(folder, TASKS["binary"][0] + ENCODER)
+    with FlopCounterMode(display=False) as counter:
+        assert main(["slides", "train", str(path), "--out", str(tmp_path / "small")]) == 0
+    config, files = read_task(path), slide_files([folder / "features"])
+    labelled, _ = read_labels(config, [file.stem for file in files])
+    work = SlideTask(config, labelled, files, torch.device("cpu"))
+    assert 0.7 < work.operations(3) / counter.get_total_flops() < 1
+    assert "at least" not in capsys.readouterr().out
+    monkeypatch.setattr(SlideTask, "run", done)
+    # 675 tiles pass 3 * 4 times forward and backward, 4 times to be judged and once to be tested.
+    minutes = 2 * (12 * 12 * 768**2 + 6 * 768) * 675 * (3 * 4 + 4 + 1) / 60e9
+    told = said("")
+    assert f"this takes at least {minutes:.0f} minutes on this CPU" in told
+    assert "85 million weights, the published size, since the task says nothing of it" in told
+    assert 'freeze = true, model = "abmil", or a smaller [encoder]' in told
+    assert f"at least {minutes / 3:.0f} minutes" in said("", "--fold", "1")
+    assert f"at least {minutes * 9 / 17:.0f} minutes" in said("freeze = true\n")
+    assert "85 million weights. Less" in said("[encoder]\nglobal_pool = true\n")
+    assert "at least" not in said('model = "abmil"\n')
+    speed = 1e8
+    assert f"at least {minutes / 6:.0f} hours" in said("")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """`dilated slides train`: a classifier of slides from a table of labels."""
 
 from pathlib import Path
+from timeit import repeat
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -17,6 +19,8 @@ from dilated_factory.slides.models import local_device
 from dilated_factory.slides.readers import slide_files
 from dilated_factory.slides.tasks import read_labels
 from dilated_factory.slides.training import SlideTask
+
+MOST_MINUTES = 10  # that are not worth a word
 
 
 def train(
@@ -61,11 +65,34 @@ def train(
         console.print(f"{len(missing)} slides have no features: {some}", soft_wrap=True)
     chosen = [files[name] for name in slides.names]
     work = SlideTask(config, slides, chosen, local_device(device))
+    if work.device.type == "cpu" and (cost := cpu_cost(work, len(folds))):
+        console.print(cost, soft_wrap=True)
     with progress_bar() as show:
         results = work.run(out, folds, show)
     title = f"{len(chosen)} slides, {len(set(slides.patients))} patients: {out}"
     console.print(score_table(title, {**results["folds"], "all": results["all folds"]}))
     return 0
+
+
+def cpu_cost(work: SlideTask, folds: int) -> str | None:
+    """What so many folds take on a CPU, and what takes less; None where it is little."""
+    minutes = work.operations(folds) / operations_a_second() / 60
+    if minutes < MOST_MINUTES:
+        return None
+    time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+    told = "encoder" in work.config.model_fields_set or work.config.checkpoint is not None
+    size = "" if told else ", the published size, since the task says nothing of it"
+    return (
+        f"this takes at least {time} on this CPU: the slide encoder has "
+        f"{work.encoder_weights / 1e6:,.0f} million weights{size}. Less take --device cuda, "
+        'freeze = true, model = "abmil", or a smaller [encoder] in the task.'
+    )
+
+
+def operations_a_second() -> float:
+    """How many this machine does, by a product of matrices."""
+    tiles, weights = torch.randn(1024, 768), torch.randn(768, 3072)
+    return 2 * tiles.numel() * weights.shape[1] / min(repeat(lambda: tiles @ weights, number=1))
 
 
 def read_task(path: Path) -> SlideTaskConfig:

@@ -24,7 +24,7 @@ from dilated_factory.interop.classifier import SlideClassifier, parameter_groups
 from dilated_factory.interop.gigapath import SlideEncoder
 from dilated_factory.slides.baselines import BagClassifier
 from dilated_factory.slides.models import autocast_dtype, loaded
-from dilated_factory.slides.readers import SlideFeatures, read_slide_features
+from dilated_factory.slides.readers import SlideFeatures, count_tiles, read_slide_features
 from dilated_factory.slides.tasks import (
     LabelledSlides,
     Metrics,
@@ -78,6 +78,22 @@ class SlideTask:
                 f"encoder.tile_dim must be the width of the features, {self.width}; of another "
                 f"tile encoder, with new_projection = true. Got {wanted}."
             )
+
+    @property
+    def encoder_weights(self) -> int:
+        """How many weights the matrices of the slide encoder have."""
+        shape = self.config.encoder.encoder
+        layer = 2 * shape.embed_dim * (2 * shape.embed_dim + shape.hidden_dim)
+        return shape.num_layers * layer + self.width * shape.embed_dim
+
+    def operations(self, folds: int) -> float:
+        """About how many the products of tiles and the encoder's weights take in so many folds."""
+        config = self.config
+        if config.model != "encoder":
+            return 0.0
+        trained = (1 if config.freeze else 3) * (config.folds - 2)
+        passes = (config.epochs * (trained + 1) + 1) * folds / config.folds
+        return 2.0 * self.encoder_weights * sum(map(count_tiles, self.files)) * passes
 
     def run(self, folder: Path, folds: Sequence[int], on_progress: Progress) -> dict[str, Any]:
         """Train and test the folds, each in a folder of its own; the scores of all of them.
