@@ -1,13 +1,19 @@
 """FSDP2 around each layer of a model, two real processes over gloo."""
 
+import atexit
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from dilated_core.extending import let_gloo_rest
 from dilated_factory import LongNetConfig, LongNetLM
+from dilated_factory.slides import embedding
+from dilated_factory.training.parallel import leave
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("factory_distributed")]
 
@@ -98,6 +104,31 @@ def test_two_processes_with_a_shard_each_train_like_one(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 state[name], parameter.detach(), msg=name, rtol=1e-4, atol=1e-5
             )
+
+
+def gather(store: Path) -> None:
+    assert embedding._meet({"a slide": "is empty"}) == {"a slide": "is empty"}
+
+
+def take_the_loss(store: Path) -> None:
+    """Of ranks that share targets, without dilated-ring."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    shape = LongNetConfig(embed_dim=8, num_heads=1, num_layers=1, context=16)
+    LongNetLM(shape).loss(torch.zeros(1, 9, dtype=torch.int64), group=dist.group.WORLD)
+    leave()
+
+
+@pytest.mark.parametrize("use_gloo", [gather, take_the_loss])
+def test_what_uses_gloo_has_its_threads_rest_at_the_end(
+    use_gloo: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(atexit, "register", told.append)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "::1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    use_gloo(tmp_path / "store")
+    assert let_gloo_rest in told
+    assert not dist.is_initialized()
 
 
 LEAVING = """

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_core.extending import HeadAttention, check_padding_mask
+from dilated_core.extending import HeadAttention, check_padding_mask, let_gloo_rest_at_exit
 from dilated_core.interfaces import DecodingState
 from dilated_factory.configs.models import LongNetConfig
 from dilated_factory.models.head_loss import IGNORED, head_loss
@@ -311,6 +311,8 @@ def _count_targets(
     if group is None:
         return count.clamp(min=1), 1
     ranks = group.get_group() if isinstance(group, DeviceMesh) else group
+    if not torch.compiler.is_compiling():
+        let_gloo_rest_at_exit()
     dist.all_reduce(count, group=ranks)
     return count.clamp(min=1), dist.get_world_size(ranks)
 

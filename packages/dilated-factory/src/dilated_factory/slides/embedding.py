@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dilated_core.extending import let_gloo_rest_at_exit
 from dilated_factory.configs.files import read_values
 from dilated_factory.errors import InputError
 from dilated_factory.interop.gigapath import SlideEncoder
@@ -27,6 +28,7 @@ from dilated_factory.training.embedding_files import (
     read_embeddings,
     write_embeddings,
 )
+from dilated_factory.training.parallel import leave
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,11 @@ def _embed_or_tell(
 
 def _meet(failed: dict[str, str]) -> dict[str, str]:
     """Wait for all processes; what went wrong in any of them."""
+    let_gloo_rest_at_exit()
     dist.init_process_group("gloo")
-    try:
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, failed)
-    finally:
-        dist.destroy_process_group()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failed)
+    leave()
     return {name: why for each in everyone for name, why in each.items()}
 
 
