@@ -1,5 +1,6 @@
 """What the tests of all packages share: sources, hypothesis profiles, skips for missing GPUs."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -84,3 +85,9 @@ def cuda_device_count() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what lives to the end: each of its rounds would look at all of torch."""
+    gc.collect()
+    gc.freeze()
