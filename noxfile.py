@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import os
 import runpy
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -151,17 +148,13 @@ def isolated(session: nox.Session) -> None:
     """Test that each test of the integration passes alone, in a process of its own."""
     install(session, *TEST_TOOLS, *wheels(session, *PACKAGES))
     paths = ["tests-integration", "packages/dilated-factory/tests/test_behaviours.py"]
-    # The examples have processes of their own already.
+    # The examples, and what is slow, have processes of their own already.
+    paths += ["-m", "not slow"]
     paths += [f"--ignore=tests-integration/test_{x}.py" for x in ("examples", "readme_examples")]
     told = session.run("pytest", "--collect-only", "-q", "-p", "no:randomly", *paths, silent=True)
     # One set of parameters of each test is enough: each costs a process that loads torch.
     nodes = {x.partition("[")[0]: x for x in str(told).splitlines() if "::" in x}.values()
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        results = pool.map(functools.partial(run_alone, session), nodes)
-        failures = [said for said in results if said is not None]
-    if failures or not nodes:
-        session.error("\n".join(failures) or "no test was found")
-    session.log(f"{len(nodes)} tests pass alone")
+    session.run("python", "-m", "tools.alone", *nodes, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -358,17 +351,6 @@ def run_pytest(
     # One thread a worker: two workers with a thread for each core would fight over the cores.
     env = {"OMP_NUM_THREADS": "1", **(env or {})}
     session.run("pytest", *arguments, *paths, *session.posargs, env=env)
-
-
-def run_alone(session: nox.Session, node: str) -> str | None:
-    """Run one test in a process of its own; return what it said if it failed."""
-    python = Path(session.bin) / "python"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", node]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return None if done.returncode == 0 else f"{node} fails alone:\n{done.stdout}{done.stderr}"
 
 
 def build_packages(session: nox.Session, *packages: str) -> None:

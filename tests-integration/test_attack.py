@@ -26,6 +26,7 @@ def attack(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", SOME)
 def test_no_promise_is_broken(names: str, tmp_path: Path) -> None:
     count = str(SOME[names])
@@ -35,6 +36,7 @@ def test_no_promise_is_broken(names: str, tmp_path: Path) -> None:
     assert done.stdout.count(f"{count} cases     0 failures") == len(names.split(","))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.xdist_group("attack-ranks")
 def test_no_promise_is_broken_across_ranks(tmp_path: Path) -> None:

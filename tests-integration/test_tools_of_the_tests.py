@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 SUITE = """
 import os, pytest
 
@@ -27,3 +28,35 @@ def test_the_tests_of_a_group_run_on_one_worker(tmp_path: Path) -> None:
     seen = workers.read_text().split()
     assert len(seen) == 12
     assert len(set(seen)) == 1
+
+
+ALONE = """
+import sys
+
+def test_one():
+    assert not any(name.startswith("dilated_") for name in sys.modules)
+    sys.modules["left"] = sys
+
+def test_two():
+    assert "left" not in sys.modules
+
+def test_three():
+    assert sys.modules["left"]
+"""
+
+
+def test_a_test_that_needs_another_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(ALONE)
+    nodes = [f"{tmp_path}/test_some.py::test_{name}" for name in ("one", "two", "three")]
+
+    def alone(*nodes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tools.alone", *nodes]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    fine, failed, none = alone(*nodes[:2]), alone(*nodes), alone()
+    assert (fine.returncode, fine.stdout) == (0, "2 of 2 tests pass alone\n")
+    assert failed.returncode == 1
+    assert failed.stdout.startswith(f"{nodes[2]} fails alone:\n")
+    assert "KeyError: 'left'" in failed.stdout
+    assert failed.stdout.endswith("\n2 of 3 tests pass alone\n")
+    assert (none.returncode, none.stderr) == (2, "no test was found\n")
