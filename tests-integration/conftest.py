@@ -2,7 +2,12 @@
 
 import importlib.util
 
+# What a part of the packages changes nothing about: the sources, the tools, whole programs.
+WHOLE = ("caches", "examples", "fetched", "gpu_line", "installing", "names_in_documents")
+WHOLE += ("release", "structure", "tools_of_the_tests")
+ALL = tuple(f"dilated_{part}" for part in ("core", "factory", "pool", "ring", "sparse"))
 NEEDS = {
+    **{f"test_{name}.py": ALL for name in WHOLE},
     "test_planned_figures.py": ("dilated_factory",),
     "test_registry_ranks.py": ("dilated_factory", "dilated_ring", "dilated_sparse"),
     "test_ring_layouts.py": ("dilated_ring", "dilated_sparse"),
