@@ -22,6 +22,7 @@ WORDS = b"def return import class self for while if else lambda yield pass".spli
 TINY_OPTIONS = [
     *("--context", "48", "--segment-lengths", "8,32", "--dilation-rates", "1,2"),
     *("--embed-dim", "16", "--num-heads", "1", "--num-layers", "2", "--batch-size", "3"),
+    *("--validation-bytes", "1024"),
 ]
 
 
@@ -49,7 +50,13 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_train(tiny_model: LongNetConfig, corpus_folder: Path) -> TrainConfig:
-    return TrainConfig(model=tiny_model, paths=(str(corpus_folder),), steps=40, batch_size=3)
+    return TrainConfig(
+        model=tiny_model,
+        paths=(str(corpus_folder),),
+        steps=40,
+        batch_size=3,
+        validation_bytes=1024,
+    )
 
 
 @pytest.fixture(scope="session")

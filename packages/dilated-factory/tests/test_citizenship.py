@@ -1,13 +1,7 @@
-"""The package as others meet it: a light import, a README whose example runs."""
+"""The package as others meet it: a light import."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_import_leaves_the_command_line_out() -> None:
@@ -17,14 +11,3 @@ def test_the_import_leaves_the_command_line_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.skipif(not README.exists(), reason="tested away from the source tree")
-def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(
-        r"(?<!no-test -->\n)```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert examples
-    for example in examples:
-        exec(compile(example, str(README), "exec"), {"__name__": "readme"})

@@ -35,6 +35,7 @@ def separate(tiny_model: LongNetConfig, short_files: Path) -> TrainConfig:
         batch_size=4,
         documents="separate",
         validation_fraction=0.3,
+        validation_bytes=1024,
     )
 
 

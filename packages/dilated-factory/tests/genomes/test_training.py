@@ -38,7 +38,7 @@ README = Path(__file__).parents[2] / "README.md"
 SHAPE = {"embed_dim": 16, "num_heads": 2, "num_layers": 2, "context": 32, "vocab_size": 16}
 OPTIONS = [
     *("--embed-dim", "16", "--num-heads", "2", "--num-layers", "2", "--context", "32"),
-    *("--device", "cpu", "--batch-size", "2"),
+    *("--device", "cpu", "--batch-size", "2", "--validation-bytes", "512"),
 ]
 
 
