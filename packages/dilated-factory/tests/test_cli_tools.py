@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -334,8 +335,8 @@ def test_bench_prints_what_was_timed_until_ctrl_c(
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_bench_shows_what_it_times_on_a_terminal_only(terminal: bool) -> None:
-    shown, said = shown_on_stderr(terminal, *BENCH, "--json")
+def test_bench_shows_what_it_times_on_a_terminal_only(capsys: Captured, terminal: bool) -> None:
+    shown, said = shown_on_stderr(capsys, terminal, *BENCH, "--json")
     assert json.loads(said)["timings"]
     assert ("timing dense, torch SDPA" in shown) == terminal
     assert shown == "" or terminal
@@ -343,37 +344,42 @@ def test_bench_shows_what_it_times_on_a_terminal_only(terminal: bool) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_evaluate_shows_how_far_it_is_on_a_terminal_only(
-    terminal: bool, finished_run: Path
+    capsys: Captured, terminal: bool, finished_run: Path
 ) -> None:
-    shown, said = shown_on_stderr(terminal, "evaluate", finished_run, "--contexts", 16, "--json")
+    options = ("--contexts", 16, "--max-bytes", 4096, "--json")
+    shown, said = shown_on_stderr(capsys, terminal, "evaluate", finished_run, *options)
     assert set(json.loads(said)["bits_per_byte"]) == {"16"}
     assert ("scoring at context 16" in shown) == terminal
     assert ("counting for the Markov models" in shown) == terminal
     assert shown == "" or terminal
 
 
-def shown_on_stderr(terminal: bool, *arguments: object) -> tuple[str, str]:
-    """What a command writes to standard error, a terminal or a pipe, and to standard output."""
-    command = [sys.executable, "-m", "dilated_factory", *map(str, arguments)]
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+def shown_on_stderr(capsys: Captured, terminal: bool, *arguments: object) -> tuple[str, str]:
+    """What a command writes to standard error, a terminal or not, and to standard output."""
     if not terminal:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return done.stderr, done.stdout
+        code, said, shown = run(capsys, *arguments)
+        assert code == 0
+        return shown, said
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals")
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
-    ) as process:
-        os.close(theirs)
-        shown = b""
+    parts: list[bytes] = []
+
+    def read() -> None:
         with contextlib.suppress(OSError):  # the end of a terminal
             while part := os.read(ours, 65536):
-                shown += part
-        os.close(ours)
-        assert process.stdout is not None
-        said = process.stdout.read()
-    assert process.returncode == 0
-    return shown.decode(), said
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w") as stderr:
+        patch.setattr(sys, "stderr", stderr)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "100")
+        code, said, _ = run(capsys, *arguments)
+    reader.join()
+    os.close(ours)
+    assert code == 0
+    return b"".join(parts).decode(), said
 
 
 def test_the_title_of_the_times_is_inside_the_picture(
