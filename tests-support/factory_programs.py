@@ -212,6 +212,11 @@ def _losses(trainer: Trainer, stop_at: int | None) -> list[float]:
     return losses
 
 
+def digest_of_rows(shards: Path, cache: Path) -> str:
+    """The digest of a corpus of rows that all ranks put into the cache at once."""
+    return load_corpus([shards], text_field="text", cache=cache, split="document").digest
+
+
 def compare_digests(digests: list[str]) -> None:
     """Compare what each rank has read."""
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())

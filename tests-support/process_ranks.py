@@ -37,7 +37,7 @@ LEAVE_WITHIN = {"cpu": 5.0, "cuda": 20.0}
 # Imported once, in the server from which all ranks fork: importing torch takes seconds.
 PRELOADED = [
     *("torch", "torch._dynamo", "torch.distributed", "hypothesis", "pytest"),
-    *("dilated_core", "dilated_ring"),
+    *("dilated_core", "dilated_ring", "dilated_factory.training.loop"),
 ]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import factory_programs as programs
 from dilated_factory import Corpus, CorpusError, TrainConfig, load_corpus
 from dilated_factory.corpora.contents import Content
 from dilated_factory.corpora.documents import Passage, Source
@@ -22,6 +23,7 @@ from dilated_factory.training import loop, token_cache
 from dilated_factory.training.corpus import corpus_of
 from dilated_factory.training.loop import Trainer
 from dilated_factory.training.token_cache import default_cache
+from process_ranks import Ranks
 
 SHARDS = 5
 
@@ -236,28 +238,19 @@ def test_a_damaged_cache_is_made_anew(shards: Path, name: str, damage: Any) -> N
     assert len(documents(again) + documents(again, "validation")) == SHARDS * 40
 
 
-PROGRAM = """
-import sys
-from dilated_factory import load_corpus
-print(load_corpus([sys.argv[1]], text_field="text", cache=sys.argv[2], split="document").digest)
-"""
-
-
+@pytest.mark.distributed
+@pytest.mark.xdist_group("factory_distributed")
 def test_four_processes_make_together_what_one_makes(shards: Path, tmp_path: Path) -> None:
     alone = load(shards, cache=tmp_path / "alone", split="document")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(shards), str(tmp_path / "four")],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for _ in range(4)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=240)[0].strip() for process in processes]
-    assert said == [alone.digest] * 4
-    (one,), (four,) = ((tmp_path / x).iterdir() for x in ("alone", "four"))
-    assert one.name == four.name
-    for name in ("tokens", "ends", "about.json"):
-        assert (one / name).read_bytes() == (four / name).read_bytes()
+    (one,) = (tmp_path / "alone").iterdir()
+    with Ranks(4) as ranks:
+        for attempt in range(5):
+            cache = tmp_path / f"four {attempt}"
+            assert ranks.run(programs.digest_of_rows, shards, cache) == [alone.digest] * 4
+            (four,) = cache.iterdir()
+            assert one.name == four.name
+            for name in ("tokens", "ends", "about.json"):
+                assert (one / name).read_bytes() == (four / name).read_bytes()
 
 
 def test_rows_are_split_by_what_they_say(shards: Path) -> None:
