@@ -22,11 +22,11 @@ from _machine import describe
 from torch.profiler import ProfilerActivity, profile
 
 from dilated_factory import LongNetConfig, TrainConfig
-from dilated_factory.training.loop import RECOMPUTED, initial_model
 from dilated_factory.training.optimizer import build_optimizers
 from dilated_factory.training.parallel import Parallel
 from dilated_factory.training.planning import Recomputed, Setup, plan_training
 from dilated_factory.training.precision import autocast
+from dilated_factory.training.weights import RECOMPUTED, initial_model
 
 SMALL: tuple[dict[str, Any], ...] = (
     {"embed_dim": 64, "num_heads": 4, "num_layers": 4, "context": 512},

@@ -13,8 +13,8 @@ from dilated_factory import LongNetConfig, TrainConfig, to_toml
 from dilated_factory.cli import main
 from dilated_factory.cli.app import load_command
 from dilated_factory.configs.pattern import default_pattern
-from dilated_factory.training.loop import initial_model
 from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.weights import initial_model
 
 from .conftest import TINY_OPTIONS, losses
 from .test_cli import Captured, complaint, run

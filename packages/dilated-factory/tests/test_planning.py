@@ -16,7 +16,6 @@ from dilated_factory import LongNetConfig, LongNetLM, TrainConfig
 from dilated_factory.cli import main
 from dilated_factory.errors import InputError
 from dilated_factory.training.flops import flops_per_token
-from dilated_factory.training.loop import RECOMPUTED, initial_model
 from dilated_factory.training.optimizer import build_optimizers, optimizer_tensors
 from dilated_factory.training.parallel import Parallel
 from dilated_factory.training.planning import (
@@ -27,6 +26,7 @@ from dilated_factory.training.planning import (
     ways_to_fit,
 )
 from dilated_factory.training.precision import autocast
+from dilated_factory.training.weights import RECOMPUTED, initial_model
 
 ALONE = Setup("cpu", compiled=False)
 SHAPES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,9 @@ from dilated_factory.cli.convert import write_run
 from dilated_factory.configs.genomes import GenomeConfig
 from dilated_factory.corpora.tokens import load_tokenizer
 from dilated_factory.genomes.training import GenomeTrainer, genome_of, load_genome
-from dilated_factory.training import run_folder as module
-from dilated_factory.training.run_folder import RunFolder, RunState
+from dilated_factory.training import checkpoints, run_folder
+from dilated_factory.training.checkpoints import RunState
+from dilated_factory.training.run_folder import RunFolder
 
 from .conftest import start
 from .tokenizer_files import byte_level, saved
@@ -98,7 +99,7 @@ def test_dying_between_two_files_leaves_the_checkpoint_before(
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("save_file", "write_text"):
+        for module, name in ((run_folder, "save_file"), (checkpoints, "write_text")):
             patch.setattr(module, name, dying(getattr(module, name)))
         with pytest.raises(Killed):
             save(run, 40)

@@ -16,9 +16,10 @@ import torch
 from dilated_factory import LongNetConfig, RunError, TrainConfig
 from dilated_factory.cli.signals import SIGNALS, StopRequest
 from dilated_factory.configs.models import Parent
-from dilated_factory.training.loop import StepMetrics, Trainer, initial_model, select_device
+from dilated_factory.training.loop import StepMetrics, Trainer, select_device
 from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.schedule import learning_rate_factor
+from dilated_factory.training.weights import initial_model
 
 from .conftest import TINY_OPTIONS, losses, resume, start
 

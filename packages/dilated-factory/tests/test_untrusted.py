@@ -19,9 +19,10 @@ from dilated_factory.interop.checkpoints import read_checkpoint
 from dilated_factory.slides.models import loaded
 from dilated_factory.slides.readers import read_slide_features
 from dilated_factory.tools.pattern_page import pattern_page
+from dilated_factory.training.checkpoints import MOST_STATE_BYTES
 from dilated_factory.training.embedding_files import read_embeddings
 from dilated_factory.training.lock import holder
-from dilated_factory.training.run_folder import MOST_LINE_BYTES, MOST_STATE_BYTES
+from dilated_factory.training.run_folder import MOST_LINE_BYTES
 
 # An array of numpy that is in no archive.
 ARRAY = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }"

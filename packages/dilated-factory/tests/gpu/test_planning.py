@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dilated_factory import LongNetConfig, TrainConfig
-from dilated_factory.training.loop import RECOMPUTED, initial_model
 from dilated_factory.training.optimizer import build_optimizers
 from dilated_factory.training.parallel import Parallel
 from dilated_factory.training.planning import Setup, plan_training
 from dilated_factory.training.precision import autocast
+from dilated_factory.training.weights import RECOMPUTED, initial_model
 
 SHAPE: dict[str, Any] = {"embed_dim": 512, "num_heads": 8, "num_layers": 6, "context": 16384}
 

@@ -16,8 +16,9 @@ from dilated_factory.errors import InputError
 from dilated_factory.interop.fairseq import dictionary_tokenizer, load_fairseq, read_dictionary
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.slides.models import loaded
-from dilated_factory.training.loop import model_tensors
-from dilated_factory.training.run_folder import NO_CORPUS, RunFolder, RunState
+from dilated_factory.training.checkpoints import RunState
+from dilated_factory.training.run_folder import NO_CORPUS, RunFolder
+from dilated_factory.training.weights import model_tensors
 
 
 def convert(

@@ -1,6 +1,7 @@
 """`dilated genomes`: train on FASTA files, score bits per base, embed intervals."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.fields import given_fields, with_fields
 from dilated_factory.cli.options import Device
 from dilated_factory.cli.output import plain_console, silent_console
-from dilated_factory.cli.train import DEFAULT_MINUTES, run_training
+from dilated_factory.cli.train import run_training, settings
 from dilated_factory.configs.base import parse_config
 from dilated_factory.configs.genomes import GenomeConfig
 from dilated_factory.configs.models import READING, LongNetConfig, TrainConfig
@@ -33,9 +34,8 @@ from dilated_factory.training.compiling import Compile, decide_compile
 from dilated_factory.training.embedding_files import check_out, write_embeddings
 from dilated_factory.training.loop import select_device
 from dilated_factory.training.parallel import join, leave, was_restarted
-from dilated_factory.training.precision import automatic_dtype
 from dilated_factory.training.run_folder import RunFolder
-from dilated_factory.training.sources import changed, child_of
+from dilated_factory.training.sources import child_of
 from dilated_factory.training.trained import load_trained
 
 EXIT_SOME_FAILED = 1
@@ -138,35 +138,34 @@ def train(
         place = {"fasta": str(fasta.resolve())}
         place |= {"bed": str(Path(told["bed"]).resolve())} if "bed" in told else {}
         genome = parse_config(GenomeConfig, base | told | place)
-        values = child_of(parent) if parent else {}
-        values = changed(values, given, shape | {"vocab_size": vocab_size(genome.case)})
-        if values.get("dtype", "auto") == "auto":
-            values["dtype"] = automatic_dtype(parallel.device)
-        if not {"steps", "minutes"} & values.keys():
-            values["minutes"] = DEFAULT_MINUTES
-        config = parse_config(TrainConfig, values)
+        shape["vocab_size"] = vocab_size(genome.case)
+        config = settings(child_of(parent) if parent else {}, given, shape, parallel.device)
         corpus = _loaded(genome, config)
-        console.print(
-            f"{sum(corpus.windows.genome.lengths.values()):,} bases in "
-            f"{len(corpus.windows.genome.lengths)} records; {len(corpus.windows):,} windows to "
-            f"train on, {len(corpus.held_out):,} held out",
-            soft_wrap=True,
-        )
-        bed_file = genome.bed if genome.placement == "hyenadna" else None
-        rows = [] if bed_file is None else read_bed(bed_file, genome.train_split)
-        longer = sum(row.end - row.start > config.model.context for row in rows)
-        if longer:
-            console.print(
-                f"{longer:,} rows are longer than the context, and only their beginnings are read: "
-                "--intervals tiled cuts all of them into windows",
-                soft_wrap=True,
-            )
+        for line in _summary(corpus, config.model.context):
+            console.print(line, soft_wrap=True)
         trainer = GenomeTrainer.start(out, config, corpus, **options)
     code = run_training(trainer, console, command="genomes train", bits_per="base")
     if code == 0:
         console.print(f"next: dilated genomes evaluate {trainer.run.path}", soft_wrap=True)
     leave()
     return code
+
+
+def _summary(corpus: GenomeCorpus, context: int) -> Iterator[str]:
+    """How much there is to read, and whether the beginnings of rows are all that is read."""
+    lengths, told = corpus.windows.genome.lengths, corpus.config
+    yield (
+        f"{sum(lengths.values()):,} bases in {len(lengths)} records; {len(corpus.windows):,} "
+        f"windows to train on, {len(corpus.held_out):,} held out"
+    )
+    if told.bed is None or told.placement != "hyenadna":
+        return
+    rows = read_bed(told.bed, told.train_split)
+    if longer := sum(row.end - row.start > context for row in rows):
+        yield (
+            f"{longer:,} rows are longer than the context, and only their beginnings are read: "
+            "--intervals tiled cuts all of them into windows"
+        )
 
 
 def _loaded(genome: GenomeConfig, config: TrainConfig) -> GenomeCorpus:

@@ -111,14 +111,8 @@ def model(
     limit = round(device_memory * 1e9)
     ways = list(ways_to_fit(config, setup, limit))
     rate = None if tflops is None else 1e12 * tflops * mfu
-    step = None if rate is None else (needs.flops + needs.flops_again) / rate
-    times = {
-        "step_seconds": step,
-        "run_seconds": None if step is None or config.steps is None else step * config.steps,
-        "epoch_seconds": None
-        if step is None or epoch_tokens is None
-        else step * epoch_tokens / (config.batch_size * shape.context),
-    }
+    epoch = epoch_tokens and epoch_tokens / (config.batch_size * shape.context)
+    times = _times(rate, needs, {"step": 1, "run": config.steps, "epoch": epoch})
     if as_json:
         record = dataclasses.asdict(needs) | {
             "activations": needs.activations,
@@ -131,15 +125,7 @@ def model(
         print(json.dumps(record))
         return 0
     console = plain_console()
-    one = "" if config.batch_size == 1 else "s"
-    where = f"{ranks:,} {device} rank{'' if ranks == 1 else 's'}"
-    console.print(
-        f"{needs.parameters:,} parameters in {shape.num_layers:,} "
-        f"layer{'' if shape.num_layers == 1 else 's'}; {config.batch_size:,} sequence{one} of "
-        f"{shape.context:,} tokens a step on {where}, {config.dtype}"
-        f"{', compiled' if compiled else ''}",
-        soft_wrap=True,
-    )
+    console.print(_summary(needs, config, setup), soft_wrap=True)
     console.print(pattern_summary(shape.pattern), soft_wrap=True)
     console.print(_table(needs, rate, times, config.steps))
     for line in _verdict(needs, limit, ways, config, setup):
@@ -164,6 +150,32 @@ def _config(source: Path | None, fields: dict[str, Any]) -> TrainConfig:
     if not {"steps", "minutes"} & values.keys():
         values["minutes"] = 1.0
     return parse_config(TrainConfig, values)
+
+
+def _times(
+    rate: float | None, needs: TrainingNeeds, steps: dict[str, float | None]
+) -> dict[str, float | None]:
+    """Seconds of so many steps each, where the operations a second are known."""
+    step = None if rate is None else (needs.flops + needs.flops_again) / rate
+    return {
+        f"{name}_seconds": None if step is None or count is None else step * count
+        for name, count in steps.items()
+    }
+
+
+def _summary(needs: TrainingNeeds, config: TrainConfig, setup: Setup) -> str:
+    """What is trained where."""
+
+    def some(count: int, what: str) -> str:
+        return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+    shape = config.model
+    return (
+        f"{needs.parameters:,} parameters in {some(shape.num_layers, 'layer')}; "
+        f"{some(config.batch_size, 'sequence')} of {shape.context:,} tokens a step on "
+        f"{some(setup.ranks, f'{setup.device} rank')}, {config.dtype}"
+        f"{', compiled' if setup.compiled else ''}"
+    )
 
 
 def _table(

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -27,7 +28,7 @@ from dilated_factory.training.corpus import Corpus, corpus_of
 from dilated_factory.training.figures import save_loss_curve
 from dilated_factory.training.flops import flops_per_token, peak_flops
 from dilated_factory.training.loop import ALONE, StepMetrics, Trainer, select_device
-from dilated_factory.training.parallel import DataParallel, Parallel, join, leave, was_restarted
+from dilated_factory.training.parallel import DataParallel, join, leave, was_restarted
 from dilated_factory.training.precision import automatic_dtype
 from dilated_factory.training.profiling import profiling
 from dilated_factory.training.run_folder import RunFolder
@@ -127,15 +128,7 @@ def train(
     console = plain_console() if parallel.is_main else silent_console()
     if tensorboard:
         event_writer()  # before anything is written
-    given = given_fields(TrainConfig, fields)
-    if paths:
-        # Absolute, so that a run can be resumed and evaluated from another folder.
-        given["paths"] = tuple(str(Path(path).resolve()) for path in paths)
-    if given.get("tokenizer"):
-        given["tokenizer"] = str(Path(given["tokenizer"]).resolve())
-    if "validation" in given:
-        given["validation"] = tuple(str(Path(path).resolve()) for path in given["validation"])
-    shape = given_fields(LongNetConfig, fields)
+    given, shape = _given(fields, paths), given_fields(LongNetConfig, fields)
     options: dict[str, Any] = {"parallel": parallel, "checkpoint_every": checkpoint_every}
     if resume or (was_restarted() and (out / "config.json").exists()):
         if resume and (config or parent):
@@ -149,9 +142,10 @@ def train(
         trainer = Trainer(run, corpus, **options)
         trainer.restore()
     else:
-        settings = _settings(config, parent, given, shape, parallel)
+        values = _values(config, parent, anew="paths" in given)
+        settled = settings(values, given, shape, parallel.device)
         options["compiled"] = decide_compile(compiling, parallel, console.print)
-        trainer = start_run(out, settings, console, cache=cache, **options)
+        trainer = start_run(out, settled, console, cache=cache, **options)
     code = run_training(trainer, console, tensorboard=tensorboard, profile=profile)
     if code == 0:
         console.print(f"next: dilated evaluate {trainer.run.path}", soft_wrap=True)
@@ -159,25 +153,35 @@ def train(
     return code
 
 
-def _settings(
-    file: Path | None,
-    parent: Path | None,
-    given: dict[str, Any],
-    shape: dict[str, Any],
-    parallel: Parallel,
-) -> TrainConfig:
-    """What a new run is to do: what a file or another run says, changed by what was given."""
+def _given(fields: dict[str, Any], paths: list[str] | None) -> dict[str, Any]:
+    """What options say; paths are absolute, so that the run is found again from another folder."""
+    given = given_fields(TrainConfig, fields) | ({"paths": paths} if paths else {})
+    for name in {"paths", "validation"} & given.keys():
+        given[name] = tuple(str(Path(path).resolve()) for path in given[name])
+    if given.get("tokenizer"):
+        given["tokenizer"] = str(Path(given["tokenizer"]).resolve())
+    return given
+
+
+def _values(file: Path | None, parent: Path | None, *, anew: bool) -> dict[str, Any]:
+    """What a file or another run says; with paths of its own the new one reads anew."""
     if file and parent:
         raise InputError("--config and --from must not be given together.")
     if parent:
         old = RunFolder.open(parent)
         old.tokenizer()  # of text
-        if not given.get("paths"):
+        if not anew:
             old.require_corpus()
-    values = values_in(file) if file else child_of(parent) if parent else {}
+    return values_in(file) if file else child_of(parent) if parent else {}
+
+
+def settings(
+    values: dict[str, Any], given: dict[str, Any], shape: dict[str, Any], device: torch.device
+) -> TrainConfig:
+    """What a new run is to do: values, changed by what was given, of the model by ``shape``."""
     values = changed(values, given, shape)
     if values.get("dtype", "auto") == "auto":
-        values["dtype"] = automatic_dtype(parallel.device)
+        values["dtype"] = automatic_dtype(device)
     if not {"steps", "minutes"} & values.keys():
         values["minutes"] = DEFAULT_MINUTES
     return parse_config(TrainConfig, values)

@@ -23,16 +23,13 @@ from dilated_factory.genomes.tokens import SEP, UNKNOWN_BASES, vocab_size
 from dilated_factory.models.head_loss import IGNORED
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.batches import step_seed
+from dilated_factory.training.checkpoints import require_checksum, write_checked
 from dilated_factory.training.corpus import Corpus
-from dilated_factory.training.loop import Drawn, Trainer, require_heir
+from dilated_factory.training.loop import Drawn, Trainer
 from dilated_factory.training.parallel import Share
 from dilated_factory.training.precision import autocast
-from dilated_factory.training.run_folder import (
-    GENOME,
-    RunFolder,
-    require_checksum,
-    write_checked,
-)
+from dilated_factory.training.run_folder import GENOME, RunFolder
+from dilated_factory.training.weights import require_heir
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,17 +38,15 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dilated_factory.configs.files import open_regular, read_regular, writing
-from dilated_factory.configs.models import FrozenConfig, TrainConfig, describe_invalid
+from dilated_factory.configs.models import TrainConfig, describe_invalid
 from dilated_factory.corpora.tokens import (
     BYTES,
     FILE,
@@ -58,42 +56,25 @@ from dilated_factory.corpora.tokens import (
     load_tokenizer,
 )
 from dilated_factory.errors import InputError, MissingPackageError, RunError
-from dilated_factory.training.atomic import sync, write_bytes, write_text
+from dilated_factory.training.atomic import sync, write_text
+from dilated_factory.training.checkpoints import (
+    Checkpoint,
+    RunState,
+    checked_state,
+    checksum,
+    read_state,
+    read_tensors,
+    require_checksum,
+    write_checked,
+)
 from dilated_factory.training.lock import FolderLock, holder
-from dilated_factory.training.shards import read_shards
 
 GENOME = "genome.json"
 NO_CORPUS = "0" * 64  # the digest of that of a run which was never trained here
 KEPT_CHECKPOINTS = 2
-MOST_STATE_BYTES = 2**26  # of state.json, with the checksums of many processes' files
 MOST_LINE_BYTES = 2**16  # of metrics.jsonl
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 _METRICS = ("step", "loss", "bits_per_byte", "bytes_read")  # what is read of them again
-
-
-class RunState(FrozenConfig):
-    """Where a run stands, beside its tensors.
-
-    No state of a random generator is needed: batches and dropout depend on seed and step alone.
-    """
-
-    step: int = Field(ge=0, description="steps done")
-    elapsed_seconds: float = Field(ge=0, description="spent on the steps done")
-    corpus_digest: str
-    bytes_read: float | None = Field(default=None, description="where a token is not a byte")
-    best_step: int | None = Field(default=None, description="of the least validation loss so far")
-    best_bits_per_byte: float | None = Field(default=None, description="what that was")
-    checksums: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
-    metrics_digest: str | None = Field(default=None, description="SHA-256 of the lines so far")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Model and optimizer tensors by name, and the state that belongs to them."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: RunState
 
 
 class RunFolder:
@@ -269,7 +250,7 @@ class RunFolder:
         """That of the corpus in the newest checkpoint; None if there is none that can be read."""
         for newest in self.checkpoints()[-1:]:
             with suppress(OSError, InputError):
-                return _read_state(newest / "state.json").corpus_digest
+                return read_state(newest / "state.json").corpus_digest
         return None
 
     def require_corpus(self) -> None:
@@ -308,7 +289,7 @@ class RunFolder:
         """Make durable what is in the temporary folder, give it its name, drop old checkpoints."""
         final = self._checkpoint(state.step)
         files = sorted(temporary.rglob("*.safetensors"))
-        checksums = {file.relative_to(temporary).as_posix(): _checksum(file) for file in files}
+        checksums = {file.relative_to(temporary).as_posix(): checksum(file) for file in files}
         digest = state.metrics_digest or self.metrics_digest()
         full = state.model_copy(update={"checksums": checksums, "metrics_digest": digest})
         record = temporary / "state.json"
@@ -343,7 +324,7 @@ class RunFolder:
         checkpoints = self.checkpoints()
         if not checkpoints:
             raise RunError(f"run folder {str(self.path)!r} holds no checkpoint yet.")
-        return checkpoints[-1], _checked_state(checkpoints[-1], has_older=len(checkpoints) > 1)
+        return checkpoints[-1], checked_state(checkpoints[-1], has_older=len(checkpoints) > 1)
 
     def best(self) -> tuple[Path, RunState]:
         """As `newest`, but of the least validation loss.
@@ -365,7 +346,7 @@ class RunFolder:
         folder = self._checkpoint(step)
         if not folder.exists():
             raise RunError(f"run folder {str(self.path)!r} holds no checkpoint of step {step}.")
-        return folder, _checked_state(folder, has_older=False)
+        return folder, checked_state(folder, has_older=False)
 
     def load(self, *, best: bool = False) -> Checkpoint:
         """Read the newest checkpoint, or the best; raises as `newest` and `best`."""
@@ -404,7 +385,7 @@ class RunFolder:
         hashed = _hash_lines(kept)
         file = self.path / f"checkpoint-{step:08d}" / "state.json"
         if kept and file.exists():
-            digest = _read_state(file).metrics_digest
+            digest = read_state(file).metrics_digest
             if digest is not None and digest != hashed.hexdigest():
                 raise self._damaged_metrics(f"the lines up to step {step} are not those written")
         write_text(self.metrics_path, "".join(line + "\n" for line in kept))
@@ -454,95 +435,6 @@ def is_run_folder(path: Path) -> bool:
         values = json.loads(read_regular(path / "config.json"))
         return isinstance(values, dict) and values.get("kind") == "train" and "model" in values
     return False
-
-
-def tensor_folder(checkpoint: Path, name: str) -> Path:
-    """Where the files with the tensors of the "model" or of the "optimizer" are.
-
-    One process writes both into one folder, and tells them apart by the names of the files.
-    """
-    return checkpoint / name if (checkpoint / name).is_dir() else checkpoint
-
-
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of the "model" or of the "optimizer", whole.
-
-    Raises:
-        RunError: a file is not of the safetensors format, or parts of a tensor are missing.
-    """
-    folder = tensor_folder(checkpoint, name)
-    if folder != checkpoint:
-        return read_shards(folder)
-    try:
-        return load_file(checkpoint / f"{name}.safetensors")
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"checkpoint {str(checkpoint)!r} is damaged: {name}: {reason}") from None
-
-
-def _checked_state(checkpoint: Path, *, has_older: bool) -> RunState:
-    """The state of a checkpoint whose files have their checksums."""
-    advice = "; remove this folder to go on from the one before it" if has_older else ""
-    try:
-        state = _read_state(checkpoint / "state.json")
-        reason = _damage(checkpoint, state)
-    except (OSError, InputError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-    if reason is not None:
-        raise RunError(f"checkpoint {str(checkpoint)!r} is damaged: {reason}{advice}.")
-    return state
-
-
-def _damage(checkpoint: Path, state: RunState) -> str | None:
-    """What of a checkpoint is not as its state says."""
-    if checkpoint.name != f"checkpoint-{state.step:08d}":
-        return f"its state is of step {state.step}"
-    # Its own files and no others are opened, whatever names the state holds.
-    own = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*.safetensors")}
-    if own != set(state.checksums) or not own:
-        return "its tensor files are not those that state.json names"
-    for name in sorted(own):
-        if _checksum(checkpoint / name) != state.checksums[name]:
-            return name
-    return None
-
-
-def _read_state(file: Path) -> RunState:
-    content = read_regular(file, most=MOST_STATE_BYTES)
-    try:
-        state = RunState.model_validate_json(content)
-    except ValidationError as error:
-        raise RunError(f"{file.name}: {describe_invalid(error)}") from None
-    require_checksum(file, content)
-    return state
-
-
-def write_checked(path: Path, content: bytes) -> None:
-    """Write a file's checksum as `sha256sum` does, then the file."""
-    write_text(_checksum_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
-    write_bytes(path, content)
-
-
-def require_checksum(path: Path, content: bytes) -> None:
-    """Raise unless the content of a file is what its checksum says, where there is one."""
-    try:
-        expected = read_regular(_checksum_file(path)).split()[:1]
-    except FileNotFoundError:
-        return
-    if expected != [hashlib.sha256(content).hexdigest().encode()]:
-        raise RunError(
-            f"{str(path)!r} is damaged or was changed: it has not the checksum in "
-            f"{_checksum_file(path).name}; remove that file to take it as it is."
-        )
-
-
-def _checksum_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _checksum(file: Path) -> str:
-    with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash_lines(lines: Iterable[str]) -> Any:

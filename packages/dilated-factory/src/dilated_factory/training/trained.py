@@ -14,6 +14,7 @@ from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.baselines import MarkovModel
 from dilated_factory.training.batches import windows_seen
+from dilated_factory.training.checkpoints import RunState
 from dilated_factory.training.corpus import Corpus, corpus_of, load_held_out
 from dilated_factory.training.evaluation import (
     ContextScore,
@@ -21,9 +22,9 @@ from dilated_factory.training.evaluation import (
     fitting_contexts,
     scored_sections,
 )
-from dilated_factory.training.loop import initial_model, load_model
 from dilated_factory.training.precision import autocast
-from dilated_factory.training.run_folder import RunFolder, RunState
+from dilated_factory.training.run_folder import RunFolder
+from dilated_factory.training.weights import initial_model, load_model
 
 
 @dataclass(frozen=True)
