@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from types import TracebackType
 from typing import NoReturn, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -177,12 +176,7 @@ class Call:
         line.calls += 1
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or error is self.refused or isinstance(error, RankMismatchError):
             return
         line = self.line

@@ -1,7 +1,6 @@
 """Tensors that live as long as a call, from a buffer source or from torch."""
 
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -25,12 +24,7 @@ class Leases:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with ExitStack() as stack:  # one that cannot be given back does not keep the others
             for lease in self._leases.values():
                 stack.callback(lease.release)

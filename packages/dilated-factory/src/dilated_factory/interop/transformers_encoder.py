@@ -218,15 +218,20 @@ class LongNetForMaskedLM(LongNetHeadedModel):
         return _finished(MaskedLMOutput(loss=loss, logits=logits), base, return_dict)
 
 
-class LongNetForSequenceClassification(LongNetHeadedModel):
-    """`LongNetModel` with a linear layer on the embedding of a sequence."""
+class LongNetClassifier(LongNetHeadedModel):
+    """A `LongNetModel` and a linear layer with an output for each label."""
 
     def __init__(self, config: LongNetEncoderPreTrainedConfig) -> None:
         super().__init__(config)
+        assert config.num_labels is not None  # transformers says 2 where nothing is said
         self.longnet = LongNetModel(config)
         self.dropout = nn.Dropout(config.longnet["dropout"])
-        self.classifier = _classifier(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.finish()
+
+
+class LongNetForSequenceClassification(LongNetClassifier):
+    """`LongNetModel` with a linear layer on the embedding of a sequence."""
 
     def forward(
         self,
@@ -273,15 +278,8 @@ class LongNetForSequenceClassification(LongNetHeadedModel):
         return total / (logits.numel() if count is None else count)
 
 
-class LongNetForTokenClassification(LongNetHeadedModel):
+class LongNetForTokenClassification(LongNetClassifier):
     """`LongNetModel` with a linear layer on the state of each token."""
-
-    def __init__(self, config: LongNetEncoderPreTrainedConfig) -> None:
-        super().__init__(config)
-        self.longnet = LongNetModel(config)
-        self.dropout = nn.Dropout(config.longnet["dropout"])
-        self.classifier = _classifier(config)
-        self.finish()
 
     def forward(
         self,
@@ -306,11 +304,6 @@ class LongNetForTokenClassification(LongNetHeadedModel):
         if labels is not None:
             loss = token_loss(base.last_hidden_state, None, logits, labels, num_items_in_batch)
         return _finished(TokenClassifierOutput(loss=loss, logits=logits), base, return_dict)
-
-
-def _classifier(config: LongNetEncoderPreTrainedConfig) -> nn.Linear:
-    assert config.num_labels is not None  # transformers says 2 where nothing is said
-    return nn.Linear(config.hidden_size, config.num_labels)
 
 
 def _finished(output: OutputT, base: Any, return_dict: bool | None) -> OutputT | tuple[Any, ...]:
