@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,15 @@ def test_a_signal_that_is_ignored_stays_ignored(corpus_folder: Path, tmp_path: P
     process.communicate(timeout=60)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C means something, even in a background job of a shell's script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_only_a_hangup_leaves_the_next_signal_noted() -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
