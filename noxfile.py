@@ -153,8 +153,9 @@ def isolated(session: nox.Session) -> None:
     paths += [f"--ignore=tests-integration/test_{x}.py" for x in ("examples", "readme_examples")]
     told = session.run("pytest", "--collect-only", "-q", "-p", "no:randomly", *paths, silent=True)
     # One set of parameters of each test is enough: each costs a process that loads torch.
-    nodes = {x.partition("[")[0]: x for x in str(told).splitlines() if "::" in x}.values()
-    session.run("python", "-m", "tools.alone", *nodes, env={"OMP_NUM_THREADS": "1"})
+    lines = [line for line in reversed(str(told).splitlines()) if "::" in line]
+    nodes = {line.partition("[")[0]: line for line in lines}.values()  # the first of each
+    session.run("python", "-m", "tools.alone", *nodes, env={"OMP_NUM_THREADS": "1"}, log=False)
 
 
 @nox.session

@@ -85,7 +85,8 @@ def largest_error(name: str) -> float:
     pattern, length, key_length, heads, kv_heads, head_dim, options = CASES[name]
     generator = torch.Generator().manual_seed(0)
     ends = options.get("cu_seqlens")
-    batch = 1 if ends else 2
+    # The interpreter is slow: where segments end in tiles, one sequence shows it.
+    batch = 1 if ends or pattern is UNEVEN else 2
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
