@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,12 +18,13 @@ from dilated_factory.cli.options import (
     MOST_SEQUENCES,
     MOST_WIDTH,
     Device,
+    Json,
 )
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
     Causal,
     DilationRates,
-    Json,
+    Dtype,
     Offsets,
     SegmentLengths,
     pattern_summary,
@@ -49,10 +50,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences.")] = 1,
     head_offsets: Offsets = "interleaved",
     causal: Causal = False,
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "float64"],
-        typer.Option(metavar="TYPE", help="Of all tensors: float16, bfloat16, float32 or float64."),
-    ] = "float32",
+    dtype: Dtype = "float32",
     device: Device = "cpu",
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="Leave the backward out.")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from dilated_factory.cli.options import Json
 from dilated_factory.cli.output import plain_console
-from dilated_factory.cli.patterns import Json
 from dilated_factory.errors import RunError
 from dilated_factory.training.figures import running_mean, save_comparison
 from dilated_factory.training.run_folder import GENOME, RunFolder

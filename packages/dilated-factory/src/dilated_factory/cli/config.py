@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dilated_factory.cli.app import Command, Group
+from dilated_factory.cli.options import Json
 from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.files import read_values, to_toml
 from dilated_factory.configs.kinds import CONFIG_TYPES, config_type, parse_any
@@ -58,7 +59,7 @@ def validate(
         str | None,
         typer.Option(help="Kind of files that do not say theirs.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    as_json: Json = False,
     show: Annotated[
         bool, typer.Option("--show", help="Print each valid one whole, as TOML, with defaults.")
     ] = False,

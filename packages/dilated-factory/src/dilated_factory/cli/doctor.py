@@ -10,16 +10,16 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
-import typer
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from dilated_core import DilatedPattern, dilated_attention
+from dilated_factory.cli.options import Json
 from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.attention import DilatedBackend, SparseBackend
 from dilated_factory.installing import how_to_install
@@ -50,7 +50,7 @@ class Check(NamedTuple):
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Json = False,
 ) -> int:
     """Say what is installed, which backends work, and why the others do not.
 

@@ -9,7 +9,15 @@ from rich.table import Table
 
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.fields import given_fields, with_fields
-from dilated_factory.cli.options import Cache, Device, parse_lengths, sight_warning, unit
+from dilated_factory.cli.options import (
+    Best,
+    Cache,
+    Device,
+    Json,
+    parse_lengths,
+    sight_warning,
+    unit,
+)
 from dilated_factory.cli.output import plain_console
 from dilated_factory.configs.models import TrainConfig
 from dilated_factory.interop.harness import evaluate_tasks
@@ -39,13 +47,11 @@ def evaluate(
     max_bytes: Annotated[
         int, typer.Option(min=1, help="About how many bytes to score at each context.")
     ] = 131072,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
     out: Annotated[
         Path | None, typer.Option(help="Picture; default RUN/contexts.png.", show_default=False)
     ] = None,
-    best: Annotated[
-        bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
-    ] = False,
+    best: Best = False,
     cache: Cache = None,
     tasks: Annotated[
         list[Path] | None,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dilated_factory.cli.options import Best
 from dilated_factory.corpora.tokens import FILE, Bytes
 from dilated_factory.interop import export_to_transformers
 from dilated_factory.training.trained import load_trained
@@ -13,9 +14,7 @@ from dilated_factory.training.trained import load_trained
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder of `dilated train`.")],
     to: Annotated[Path, typer.Option(help="New folder to write.")],
-    best: Annotated[
-        bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
-    ] = False,
+    best: Best = False,
     remote_code: Annotated[
         bool,
         typer.Option(

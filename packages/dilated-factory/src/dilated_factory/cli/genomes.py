@@ -10,7 +10,7 @@ import typer
 from dilated_factory.cli.app import Command, Group
 from dilated_factory.cli.display import progress_bar
 from dilated_factory.cli.fields import given_fields, with_fields
-from dilated_factory.cli.options import Device
+from dilated_factory.cli.options import Best, CheckpointEvery, Compiling, Device, Json, Resume
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.train import run_training, settings
 from dilated_factory.configs.base import parse_config
@@ -30,7 +30,7 @@ from dilated_factory.genomes.training import (
     load_genome,
 )
 from dilated_factory.training.atomic import require_file_name
-from dilated_factory.training.compiling import Compile, decide_compile
+from dilated_factory.training.compiling import decide_compile
 from dilated_factory.training.embedding_files import check_out, write_embeddings
 from dilated_factory.training.loop import select_device
 from dilated_factory.training.parallel import join, leave, was_restarted
@@ -78,12 +78,7 @@ def train(
     out: Annotated[
         Path, typer.Option(help="Run folder; must be new, except with --resume.")
     ] = Path("runs/genome"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the newest checkpoint in --out, with its settings."
-        ),
-    ] = False,
+    resume: Resume = False,
     parent: Annotated[
         Path | None,
         typer.Option(
@@ -93,10 +88,8 @@ def train(
         ),
     ] = None,
     device: Device = "auto",
-    compiling: Annotated[
-        Compile, typer.Option("--compile", help="torch.compile for the blocks; auto: on CUDA.")
-    ] = "auto",
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    compiling: Compiling = "auto",
+    checkpoint_every: CheckpointEvery = 100,
     **fields: Any,
 ) -> int:
     r"""Train a LongNet language model on the bases of a FASTA file.
@@ -193,10 +186,8 @@ def evaluate(
         ),
     ] = None,
     max_bases: Annotated[int, typer.Option(min=1, help="About how many to score.")] = 2**20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    best: Annotated[
-        bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
-    ] = False,
+    as_json: Json = False,
+    best: Best = False,
     device: Device = "auto",
 ) -> int:
     """Score a trained model: mean bits per base of windows as in training.
@@ -246,9 +237,7 @@ def embed(
     batch_bases: Annotated[
         int, typer.Option(min=1, help="Of intervals that are computed together.")
     ] = 2**16,
-    best: Annotated[
-        bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
-    ] = False,
+    best: Best = False,
     device: Device = "auto",
 ) -> int:
     """Embed intervals: of each the mean of the model's last states over its bases; N is none.

@@ -8,6 +8,7 @@ import typer
 from dilated_factory.configs.models import StackConfig, TrainConfig
 from dilated_factory.configs.pattern import sight
 from dilated_factory.errors import InputError
+from dilated_factory.training.compiling import Compile
 
 Device = Annotated[
     str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...", show_default=True)
@@ -20,6 +21,18 @@ Cache = Annotated[
         show_default=False,
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="Take the checkpoint of the least validation loss.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the newest checkpoint in --out, with its settings."),
+]
+Compiling = Annotated[
+    Compile, typer.Option("--compile", help="torch.compile for the blocks; auto: on CUDA.")
+]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 # Beyond these no machine goes, and products of them leave what tensors count in.
 MOST_POSITIONS, MOST_HEADS, MOST_WIDTH, MOST_SEQUENCES = 2**40, 2**16, 2**20, 2**32
 

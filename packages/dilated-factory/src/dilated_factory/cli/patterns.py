@@ -23,9 +23,12 @@ Groups = Annotated[
     Literal["shared", "split"], typer.Option(help="Whether all heads use all branches.")
 ]
 Causal = Annotated[bool, typer.Option("--causal", help="Hide the keys after each query.")]
+Dtype = Annotated[
+    Literal["float16", "bfloat16", "float32", "float64"],
+    typer.Option(metavar="TYPE", help="Of all tensors: float16, bfloat16, float32 or float64."),
+]
 # More branches than this are not told one by one.
 _MOST_BRANCHES = 4
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def pattern_summary(pattern: DilatedPattern) -> str:

@@ -2,23 +2,18 @@
 
 import dataclasses
 import json
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
 
-from dilated_factory.cli.options import (
-    MOST_HEADS,
-    MOST_POSITIONS,
-    MOST_SEQUENCES,
-    MOST_WIDTH,
-)
+from dilated_factory.cli.options import MOST_HEADS, MOST_POSITIONS, MOST_SEQUENCES, MOST_WIDTH, Json
 from dilated_factory.cli.output import plain_console, seconds, size
 from dilated_factory.cli.patterns import (
     Causal,
     DilationRates,
-    Json,
+    Dtype,
     Offsets,
     SegmentLengths,
     pattern_summary,
@@ -52,10 +47,7 @@ def attention(
     head_dim: Annotated[int, typer.Option(min=1, max=MOST_WIDTH, help="Width of a head.")] = 64,
     batch: Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences.")] = 1,
     causal: Causal = False,
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "float64"],
-        typer.Option(metavar="TYPE", help="Of all tensors: float16, bfloat16, float32 or float64."),
-    ] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     training: Annotated[bool, typer.Option("--training", help="Count the backward too.")] = False,
     tflops: Annotated[
         float | None,

@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from dilated_factory.cli.fields import given_fields, with_fields
-from dilated_factory.cli.options import MOST_HEADS, MOST_POSITIONS, MOST_SEQUENCES, MOST_WIDTH
+from dilated_factory.cli.options import MOST_HEADS, MOST_POSITIONS, MOST_SEQUENCES, MOST_WIDTH, Json
 from dilated_factory.cli.output import plain_console, seconds, size
-from dilated_factory.cli.patterns import Json, pattern_summary
+from dilated_factory.cli.patterns import pattern_summary
 from dilated_factory.configs.models import LongNetConfig, TrainConfig, parse_config
 from dilated_factory.errors import InputError
 from dilated_factory.training.parallel import DataParallel

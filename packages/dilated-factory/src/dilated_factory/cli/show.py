@@ -9,13 +9,12 @@ import typer
 
 from dilated_core import DilatedPattern
 from dilated_core.plot import block_counts, block_edges, plot_pattern
-from dilated_factory.cli.options import MOST_HEADS
+from dilated_factory.cli.options import MOST_HEADS, Json
 from dilated_factory.cli.output import plain_console
 from dilated_factory.cli.patterns import (
     Causal,
     DilationRates,
     Groups,
-    Json,
     Offsets,
     SegmentLengths,
     pattern_summary,

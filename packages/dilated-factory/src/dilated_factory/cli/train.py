@@ -17,13 +17,21 @@ from dilated_factory.cli.display import (
     training_display,
 )
 from dilated_factory.cli.fields import given_fields, with_fields
-from dilated_factory.cli.options import Cache, Device, sight_warning, unit
+from dilated_factory.cli.options import (
+    Cache,
+    CheckpointEvery,
+    Compiling,
+    Device,
+    Resume,
+    sight_warning,
+    unit,
+)
 from dilated_factory.cli.output import plain_console, silent_console
 from dilated_factory.cli.signals import StopRequest
 from dilated_factory.configs.models import LongNetConfig, TrainConfig, parse_config
 from dilated_factory.corpora.tokens import INEXACT, Tokenizer, load_tokenizer
 from dilated_factory.errors import InputError
-from dilated_factory.training.compiling import Compile, decide_compile
+from dilated_factory.training.compiling import decide_compile
 from dilated_factory.training.corpus import Corpus, corpus_of
 from dilated_factory.training.figures import save_loss_curve
 from dilated_factory.training.flops import flops_per_token, peak_flops
@@ -51,12 +59,7 @@ def train(
     out: Annotated[
         Path, typer.Option(help="Run folder; must be new, except with --resume.")
     ] = Path("runs/longnet"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the newest checkpoint in --out, with its settings."
-        ),
-    ] = False,
+    resume: Resume = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -76,10 +79,8 @@ def train(
     ] = None,
     cache: Cache = None,
     device: Device = "auto",
-    compiling: Annotated[
-        Compile, typer.Option("--compile", help="torch.compile for the blocks; auto: on CUDA.")
-    ] = "auto",
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    compiling: Compiling = "auto",
+    checkpoint_every: CheckpointEvery = 100,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write events for TensorBoard into --out too.")
     ] = False,
