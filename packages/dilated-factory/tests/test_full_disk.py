@@ -1,6 +1,6 @@
 """A disk that is full, stood for by a limit on the size of files: one line, and no tracebacks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from dilated_factory.training.run_folder import RunFolder
 from dilated_factory.training.shards import save_shards
 
 from .conftest import start
+from .test_run_folder import make_converted, make_genome, make_with_tokenizer
 
 resource = pytest.importorskip("resource", reason="this system has no limits on files")
 
@@ -46,6 +47,17 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_training_goes_on_later(
         assert trainer.run.checkpoints()[-1] == newest
     assert main(resume) == 0
     assert len(RunFolder.open(tmp_path / "run").read_metrics()) == tiny_train.steps
+
+
+@pytest.mark.parametrize("make", [make_genome, make_with_tokenizer, make_converted])
+def test_a_run_folder_that_does_not_fit_leaves_nothing(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "before")  # and what is read
+    largest = tmp_path / "before" / "config.json"
+    with full_after(largest.stat().st_size - 1), pytest.raises(OSError):  # noqa: PT011  # the system's own words
+        make(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])

@@ -120,11 +120,16 @@ class RunFolder:
             if not _is_torn(left):
                 _remove(left)  # it may be of a run of another kind
         run = cls(path, config)
-        if isinstance(tokenizer, FileTokenizer):
-            for name, content in tokenizer.files().items():
-                write_checked(path / name, content)
-        complete(run)
-        write_checked(path / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
+        try:
+            if isinstance(tokenizer, FileTokenizer):
+                for name, content in tokenizer.files().items():
+                    write_checked(path / name, content)
+            complete(run)
+            write_checked(path / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
+        except OSError:  # a full disk
+            for left in path.iterdir():
+                _remove(left)
+            raise
         return run
 
     @classmethod
