@@ -32,7 +32,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -181,7 +181,7 @@ def make_corpus(out: Path, scale: Scale) -> None:
     """A text for each package, in `train` or in `held out`; done once."""
     if (out / "corpus.json").exists():
         return
-    packages = {name: list(files) for name, files in find_packages()}
+    packages = find_packages()
     order = sorted(packages, key=lambda name: hashlib.sha256(name.encode()).digest())
     sizes = {name: sum(map(len, packages[name])) for name in order}
     wanted = HELD_OUT * min(sum(sizes.values()), scale.megabytes * 1e6)
@@ -193,10 +193,11 @@ def make_corpus(out: Path, scale: Scale) -> None:
         ):
             held.append(name)
     training, size = list[str](), 0.0
+    most = scale.megabytes * 1e6
     for name in sorted(set(order) - set(held), key=order.index):
-        if size < scale.megabytes * 1e6:
+        if size < most:
             training.append(name)
-            size += sizes[name]
+            size += min(sizes[name], most / 3)  # so that it is not one package alone
     known = {line for name in training for file in packages[name] for line in lines_of(file)}
     lengths: Found = {"train": {}, "held out": {}}
     for side, names in (("train", training), ("held out", held)):
@@ -206,7 +207,7 @@ def make_corpus(out: Path, scale: Scale) -> None:
             files = packages[name]
             if side == "held out":
                 files = [file for file in files if not is_near_copy(file, known)]
-            text = b"\n".join(files)[: int(2 * scale.megabytes * 1e6)]
+            text = b"\n".join(files)[: int(most / 3)]
             if text:
                 (out / side / name).write_bytes(text)
                 lengths[side][name] = len(text)
@@ -215,24 +216,26 @@ def make_corpus(out: Path, scale: Scale) -> None:
     (out / "corpus.json").write_text(json.dumps(lengths, indent=1), encoding="utf-8")
 
 
-def find_packages() -> Iterator[tuple[str, Iterable[bytes]]]:
-    """The name of each package, and its files in the order of their paths; no content twice."""
+def find_packages() -> dict[str, list[bytes]]:
+    """The files of each package in the order of their paths; no content twice."""
     seen: set[bytes] = set()
     standard = Path(sysconfig.get_path("stdlib"))
-    roots = [standard, *map(Path, {sysconfig.get_path(x) for x in ("purelib", "platlib")})]
+    roots = [standard, *(Path(sysconfig.get_path(x)) for x in ("purelib", "platlib"))]
     roots += [Path(x) for x in sys.path if x.endswith(("site-packages", "dist-packages"))]
-    names: set[str] = set()
+    packages: dict[str, list[bytes]] = {}
     for root in dict.fromkeys(roots):
         for top in sorted(root.iterdir()) if root.is_dir() else ():
-            name = f"stdlib.{top.name}" if root == standard else top.name
             passed = top.suffix == ".dist-info" or top.name in ("site-packages", "dist-packages")
-            if passed or top.name.startswith((".", "__")) or name in names:
+            if passed or top.name.startswith((".", "__")):
                 continue
-            names.add(name)
+            # Modules of one file are a package together.
+            name = f"{'stdlib' if root == standard else 'site'}.{top.name}"
+            name = name if top.is_dir() else f"{name.partition('.')[0]}.modules"
             paths = sorted(top.rglob("*")) if top.is_dir() else [top]
-            files = [content for path in paths if (content := code_of(path, seen))]
-            if files:
-                yield name, files
+            packages.setdefault(name, []).extend(
+                content for path in paths if (content := code_of(path, seen))
+            )
+    return {name: files for name, files in packages.items() if files}
 
 
 def code_of(path: Path, seen: set[bytes]) -> bytes | None:
@@ -425,10 +428,10 @@ def work(given: argparse.Namespace, scale: Scale, started: float) -> None:
         path = given.out / "rows" / file_of(row, given)
         path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
         path.with_suffix(".part").rename(path)
+        names = ", ".join(f"{d}: {x:.0%}" for d, x in found["recall"].items())
         print(
-            f"{row}: {found['bits']:.4f} ± {found['error']:.4f} bits a byte, "
-            f"{found['steps']} steps, {found['seconds']:.0f} + {found['scoring_seconds']:.0f} s; recall "
-            f"{ {d: round(x, 2) for d, x in found['recall'].items()} }",
+            f"{row}: {found['bits']:.4f} ± {found['error']:.4f} bits a byte, {found['steps']} "
+            f"steps, {found['seconds']:.0f} + {found['scoring_seconds']:.0f} s; names {names}",
             flush=True,
         )
 
