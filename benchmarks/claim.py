@@ -287,8 +287,20 @@ class Attention(NamedTuple):
 
 
 def dilated_pattern(context: int, heads: int) -> DilatedPattern:
-    """The pattern under test."""
-    return default_pattern(context)
+    """The pattern under test: a branch for each head, the last one over the whole context.
+
+    A branch of rate r shows a query only keys whose distance is a multiple of r, so what is to be
+    copied exactly from any distance needs one that keeps every row. One head of it costs as much as
+    all heads at the root of their number. Segments of the others are odd: their borders are apart.
+    Past 32,768 positions the last two heads thin out together, and the work a position stays.
+    """
+    far = max(1, context // 32768)
+    near = heads - (2 if far > 1 else 1)
+    longest = min(2048, context // 2)
+    ratio = (longest / 64) ** (1 / max(1, near - 1))
+    lengths = [round(64 * ratio**i) | 1 for i in range(near)]
+    lengths += [32768, context] if far > 1 else [context]
+    return DilatedPattern(lengths, [1] * (heads - 1) + [far], head_groups="split")
 
 
 def longnet_pattern(context: int) -> DilatedPattern:
