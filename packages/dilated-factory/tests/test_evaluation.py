@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_factory import CorpusError, InputError, LongNetConfig, LongNetLM
-from dilated_factory.training.evaluation import evaluate_contexts, fitting_contexts, scored_sections
+from dilated_factory.training.evaluation import (
+    ContextScore,
+    context_gain,
+    evaluate_contexts,
+    fitting_contexts,
+    scored_sections,
+)
 
 
 @given(st.integers(1, 64), st.integers(0, 5000), st.integers(1, 5000))
@@ -54,6 +60,32 @@ def test_the_score_is_the_mean_of_each_byte_after_its_own_window(
                 bits.append(-logits.log_softmax(-1)[int(data[position])].item() / math.log(2))
         assert score.scored_bytes == len(bits) == 64
         assert score.bits_per_byte == pytest.approx(sum(bits) / len(bits), rel=1e-5)
+        each = [sum(bits[i : i + 16]) / 16 for i in range(0, 64, 16)]
+        assert score.sections == pytest.approx(each, rel=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-9, 9), st.floats(-1, 1)), min_size=2, max_size=31),
+    st.floats(-5, 5),
+)
+def test_a_gain_is_that_of_the_sections_and_what_all_have_in_common_leaves_its_error(
+    sections: list[tuple[float, float]], common: float
+) -> None:
+    short = ContextScore(8, 0.0, 1, tuple(hard + saved + common for hard, saved in sections))
+    long = ContextScore(64, 0.0, 1, tuple(hard for hard, _ in sections))
+    saved = torch.tensor([saved for _, saved in sections], dtype=torch.float64)
+    error = saved.std() / math.sqrt(len(saved))
+    found = context_gain(short, long)
+    assert found == pytest.approx((saved.mean().item() + common, error.item()), abs=1e-9)
+
+
+@pytest.mark.parametrize("sections", [((), ()), ((1.0,), (2.0,)), ((1.0, 2.0), (1.0, 2.0, 3.0))])
+def test_a_gain_needs_the_same_sections(
+    sections: tuple[tuple[float, ...], tuple[float, ...]],
+) -> None:
+    short, long = (ContextScore(8, 1.0, 1, each) for each in sections)
+    with pytest.raises(ValueError, match=f"Got {len(short.sections)} and {len(long.sections)}"):
+        context_gain(short, long)
 
 
 def test_a_model_in_training_mode_stays_so_but_is_scored_without_dropout(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dilated_core import DilatedPattern
-from dilated_factory.configs.attention import HeadOffsets
+from dilated_factory.configs.attention import HeadGroups, HeadOffsets
 from dilated_factory.configs.base import KIND, FrozenConfig, describe_invalid, parse_config
 from dilated_factory.configs.pattern import default_pattern
 
@@ -46,6 +46,9 @@ class StackConfig(FrozenConfig):
         default=(), description="of each branch; given with segment_lengths"
     )
     head_offsets: HeadOffsets = Field(default="interleaved", description="which rows a head keeps")
+    head_groups: HeadGroups = Field(
+        default="shared", description="whether each head uses every branch, or groups one each"
+    )
     count_padding: bool = Field(default=False, description="torchscale's habit, not causal only")
     context: int = Field(default=8192, ge=1, description="length that the model is trained at")
     positions: Positions = Field(default="rotary", description="position embedding")
@@ -79,7 +82,7 @@ class StackConfig(FrozenConfig):
                 "embed_dim must be a multiple of 2 * num_heads, so that every head has an even "
                 f"width to rotate. Got embed_dim={self.embed_dim}, num_heads={self.num_heads}."
             )
-        _ = self.pattern  # raises its own message about lengths and rates
+        self.pattern.branch_heads(self.num_heads)  # raises its own message about all of these
         if self.context < min(self.segment_lengths):
             raise ValueError(
                 "context must not be shorter than the smallest segment. "
@@ -99,6 +102,7 @@ class StackConfig(FrozenConfig):
             self.segment_lengths,
             self.dilation_rates,
             head_offsets=self.head_offsets,
+            head_groups=self.head_groups,
             count_padding=self.count_padding,
         )
 

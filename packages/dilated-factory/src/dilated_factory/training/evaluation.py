@@ -7,8 +7,10 @@ at every context, which makes the numbers comparable with each other and with th
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +25,48 @@ _CALL_TOKENS = 16384
 
 @dataclass(frozen=True)
 class ContextScore:
-    """Mean bits per byte at one context, in tokens, over ``scored_bytes`` bytes."""
+    """Mean bits per byte at one context, in tokens, over ``scored_bytes`` bytes.
+
+    ``sections`` are the bits per byte of each of the sections that the bytes lie in, which are the
+    same at each context.
+    """
 
     context: int
     bits_per_byte: float
     scored_bytes: int
+    sections: tuple[float, ...] = ()
+
+
+class Gain(NamedTuple):
+    """Bits per byte that a longer context saves, the mean over sections and its standard error."""
+
+    bits_per_byte: float
+    error: float
+
+
+def context_gain(short: ContextScore, long: ContextScore) -> Gain:
+    """What the longer of two contexts saves, section by section: these are scored at both.
+
+    Sections are far apart, so their differences count as independent; that bytes differ in how
+    hard they are is in both scores and cancels.
+
+    Raises:
+        ValueError: there are fewer than two sections, or not the same at both.
+
+    Examples:
+        >>> short = ContextScore(512, 2.0, 3000, (1.0, 2.0, 3.0))
+        >>> long = ContextScore(4096, 1.5, 3000, (0.5, 1.25, 2.75))
+        >>> gain = context_gain(short, long)
+        >>> gain.bits_per_byte, round(gain.error, 3)
+        (0.5, 0.144)
+    """
+    if not 2 <= len(short.sections) == len(long.sections):
+        raise ValueError(
+            "scores must have the same two sections or more. "
+            f"Got {len(short.sections)} and {len(long.sections)}."
+        )
+    saved = [a - b for a, b in zip(short.sections, long.sections, strict=True)]
+    return Gain(statistics.fmean(saved), statistics.stdev(saved) / math.sqrt(len(saved)))
 
 
 def fitting_contexts(length: int, *, shortest: int = 512, longest: int = 16384) -> tuple[int, ...]:
@@ -97,7 +136,8 @@ def evaluate_contexts(
         if context < 2 or context % 2 or longest % context:
             raise InputError(f"contexts must be even and divide the longest. Got {context}.")
     sections = scored_sections(len(data), longest, max_tokens)
-    scored_bytes = sum(bytes_in(data[part.start : part.stop]) for part in sections)
+    sizes = [bytes_in(data[part.start : part.stop]) for part in sections]
+    scored_bytes = sum(sizes)
     training = model.training
     model.eval()
     scores = []
@@ -107,7 +147,9 @@ def evaluate_contexts(
             on_progress(f"scoring at context {context}", (done + share) / len(contexts))
 
         bits = _bits(model, data, sections, context, torch.device(device), show)
-        scores.append(ContextScore(context, bits / max(1.0, scored_bytes), round(scored_bytes)))
+        each = tuple(x / max(1.0, size) for x, size in zip(bits, sizes, strict=True))
+        mean = sum(bits) / max(1.0, scored_bytes)
+        scores.append(ContextScore(context, mean, round(scored_bytes), each))
     model.train(training)
     return scores
 
@@ -120,16 +162,18 @@ def _bits(
     context: int,
     device: torch.device,
     on_progress: Callable[[float], None],
-) -> float:
+) -> list[float]:
+    """The bits of each section."""
     half = context // 2
-    chunks = [start for section in sections for start in section[::half]]
-    starts = torch.tensor(chunks) - half - 1
-    total = 0.0
-    parts = torch.split(starts, max(1, _CALL_TOKENS // context))
-    for done, part in enumerate(parts):
-        on_progress(done / len(parts))
-        windows = data[part.unsqueeze(1) + torch.arange(context + 1)].to(device, torch.int64)
-        hidden = model.hidden_states(windows[:, :-1])[:, half:].flatten(0, 1)
-        total += head_loss(hidden, model.head.weight, windows[:, half + 1 :].flatten()).item()
+    most = max(1, _CALL_TOKENS // context)
+    found = []
+    for done, section in enumerate(sections):
+        on_progress(done / len(sections))
+        total = 0.0
+        for part in torch.split(torch.tensor(section[::half]) - half - 1, most):
+            windows = data[part.unsqueeze(1) + torch.arange(context + 1)].to(device, torch.int64)
+            hidden = model.hidden_states(windows[:, :-1])[:, half:].flatten(0, 1)
+            total += head_loss(hidden, model.head.weight, windows[:, half + 1 :].flatten()).item()
+        found.append(total / math.log(2))
     on_progress(1.0)
-    return total / math.log(2)
+    return found

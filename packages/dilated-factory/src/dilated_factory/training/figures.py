@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dilated_factory.training.atomic import replacing
-from dilated_factory.training.evaluation import ContextScore
+from dilated_factory.training.evaluation import ContextScore, context_gain
 
 _TITLE_CHARACTERS = 80  # in a line as wide as a figure
 
@@ -79,6 +79,26 @@ def save_context_curve(
     axes.minorticks_off()
     axes.set(xlabel=f"context, {units}", ylabel="held-out bits per byte")
     axes.legend()
+    _save(figure, path)
+
+
+def save_context_gain(path: Path, scores: Sequence[ContextScore]) -> None:
+    """Plot the bits per byte that each context saves over the shortest, with standard errors."""
+    figure, axes = _new_figure()
+    shortest, *longer = scores
+    gains = [context_gain(shortest, score) for score in longer]
+    contexts = [score.context for score in scores]
+    saved, errors = ([0.0, *values] for values in zip(*gains, strict=True))
+    axes.errorbar(contexts, saved, errors, marker="o", capsize=3, label="LongNet")
+    axes.axhline(0.0, color="0.75", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="context, bytes",
+        ylabel=f"held-out bits per byte saved, against context {shortest.context}",
+    )
+    axes.legend(loc="upper left")
     _save(figure, path)
 
 
