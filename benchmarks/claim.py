@@ -77,7 +77,7 @@ class Scale(NamedTuple):
     trials: int  # of each distance
 
 
-LARGE = Scale((2048, 8192, 32768, 131072), 6, 512, 8, 32768, 6e7, 96, 64, 48)
+LARGE = Scale((2048, 8192, 32768, 131072), 6, 512, 8, 32768, 6e7, 96, 64, 32)
 SMALL = Scale((256, 1024, 4096), 2, 96, 4, 4096, 8e5, 8, 24, 16)
 
 
@@ -145,33 +145,38 @@ def main() -> None:
         if folder != "rows":
             shutil.rmtree(given.out / folder, ignore_errors=True)
         (given.out / folder).mkdir(exist_ok=True)
-    if given.workers == 1:
-        work(given, scale, started)
-    else:
-        share_out(given, started)
+    processes = start_workers(given, started) if given.workers > 1 else []
+    if not processes:
+        work(given, scale, started, lambda: keep(given, scale, machine))
+    while any(process.poll() is None for process in processes):
+        time.sleep(2)
+        keep(given, scale, machine)
+    tell(keep(given, scale, machine))
+    if given.png:
+        draw(summary(done(given.out)), machine, given.png)
+
+
+def keep(given: argparse.Namespace, scale: Scale, machine: Found) -> list[Found]:
+    """Write what is done so far; return its table."""
     rows = done(given.out)
     table = summary(rows)
-    tell(table)
     if given.json:
         told = {"machine": machine, "scale": scale._asdict(), "table": table, "rows": rows}
         given.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
-    if given.png:
-        draw(table, machine, given.png)
+    return table
 
 
-def share_out(given: argparse.Namespace, started: float) -> None:
+def start_workers(given: argparse.Namespace, started: float) -> list[subprocess.Popen[bytes]]:
     """Processes that take rows until there are none, each with a GPU of its own."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = [*filter(None, visible)] or [str(i) for i in range(given.workers)]
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, *sys.argv, "--worker", str(started)],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": names[i % len(names)]},
         )
         for i in range(given.workers)
     ]
-    for process in processes:
-        process.wait()
 
 
 # Corpus
@@ -327,7 +332,7 @@ def attention_of(candidate: str, context: int, scale: Scale) -> Attention:
     keys = keys_of(dilated_pattern(context, heads), context, heads)
     if candidate == "window":
         width = min(context - 1, max(16, round(keys) - 1))
-        layout = layouts.sliding_window(context, width, block_size=64)
+        layout = layouts.sliding_window(context, width, block_size=min(128, context // 4))
     elif candidate == "block sparse":
         block = 64 if context >= 2048 else 16
         many = max(1, round(2 * (keys / block - 3)))
@@ -404,7 +409,12 @@ def file_of(row: Row, given: argparse.Namespace) -> str:
     return f"{row} {given.vocabulary}.json".replace(" ", "-")
 
 
-def work(given: argparse.Namespace, scale: Scale, started: float) -> None:
+def work(
+    given: argparse.Namespace,
+    scale: Scale,
+    started: float,
+    on_row: Callable[[], object] = lambda: None,
+) -> None:
     """Take rows that nobody has taken, until there are none or the time is over."""
     end = started + 60 * given.minutes
     parallel = Parallel(torch.device(given.device))
@@ -440,6 +450,7 @@ def work(given: argparse.Namespace, scale: Scale, started: float) -> None:
         path = given.out / "rows" / file_of(row, given)
         path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
         path.with_suffix(".part").rename(path)
+        on_row()
         names = ", ".join(f"{d}: {x:.0%}" for d, x in found["recall"].items())
         print(
             f"{row}: {found['bits']:.4f} ± {found['error']:.4f} bits a byte, {found['steps']} "
@@ -513,14 +524,17 @@ def run(
     shutil.rmtree(folder)
     if not finished:
         return None
-    seconds, started = time.time() - started, time.time()
-    model = trainer.model.eval()
+    steps, seconds, started = trainer.step, time.time() - started, time.time()
+    # As it is written: compiled, it would be compiled anew for each length.
+    model = initial_model(config, attention.make).to(parallel.device).eval()
+    model.load_state_dict(trainer.model.state_dict())
+    del trainer
     with torch.no_grad(), autocast(parallel.device, config.dtype):
         found = score(model, corpus, row.context, scale, parallel.device)
         found["recall"] = recall(model, corpus, row.context, scale, parallel.device)
     return {
-        **asdict(row), "kind": row.kind, "vocabulary": given.vocabulary, "steps": trainer.step,
-        "tokens": trainer.step * config.batch_size * row.context, "keys": attention.keys,
+        **asdict(row), "kind": row.kind, "vocabulary": given.vocabulary, "steps": steps,
+        "tokens": steps * config.batch_size * row.context, "keys": attention.keys,
         "flops_per_token": flops_of(row.candidate, row.context, scale, config.model.vocab_size),
         "parameters": sum(x.numel() for x in model.parameters()),
         "seconds": seconds, "scoring_seconds": time.time() - started, "compiled": compiled, **found,
@@ -565,7 +579,7 @@ def score(
     curves: dict[str, list[float]] = {}
     found: Found = {}
     for length in scale.contexts:
-        if length > 4 * context or (length > context and context < scale.contexts[0]):
+        if length > 4 * context:
             continue
         windows = torch.stack([window_before(data, end, length + 1) for end in ends])
         whole = length == context
