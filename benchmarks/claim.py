@@ -77,7 +77,7 @@ class Scale(NamedTuple):
     trials: int  # of each distance
 
 
-LARGE = Scale((2048, 8192, 32768, 131072), 6, 512, 8, 32768, 6e7, 96, 64, 32)
+LARGE = Scale((2048, 8192, 32768, 131072), 4, 512, 8, 32768, 1e8, 96, 64, 32)
 SMALL = Scale((256, 1024, 4096), 2, 96, 4, 4096, 8e5, 8, 24, 16)
 
 

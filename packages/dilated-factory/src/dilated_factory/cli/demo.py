@@ -26,9 +26,14 @@ from dilated_factory.training.trained import evaluate_run, load_trained
 # Small enough for two CPU cores. A head for each distance: three see what is near, the last one all
 # of the context, byte by byte, since what is copied may stand at any distance.
 DEMO_MODEL = LongNetConfig(
-    num_layers=2, context=2048, segment_lengths=(65, 129, 257, 2048), dilation_rates=(1, 1, 1, 1),
+    embed_dim=64,
+    num_layers=2,
+    context=2048,
+    segment_lengths=(65, 129, 257, 2048),
+    dilation_rates=(1, 1, 1, 1),
     head_groups="split",
-)  # fmt: skip
+)
+LEARNING_RATE = 1.6e-2
 CONTEXTS = (128, 256, 512, 1024, 2048)
 REQUIRED_ERRORS = 3.0  # standard errors of what the context saves
 SCORED_BYTES = 65536
@@ -61,7 +66,8 @@ def demo(
     write_revisions(standard_library(), texts, **sizes, seed=seed)
     dtype = automatic_dtype(torch.device("cpu"))
     config = TrainConfig(
-        model=DEMO_MODEL, minutes=minutes, seed=seed, dtype=dtype, paths=(str(texts / "train"),),
+        model=DEMO_MODEL, minutes=minutes, seed=seed, dtype=dtype,
+        learning_rate=LEARNING_RATE, paths=(str(texts / "train"),),
         validation=(str(texts / "held-out"),),
     )  # fmt: skip
     console.print(

@@ -1,4 +1,4 @@
-"""Code whose distant bytes are worth something: sources, and after them edited versions."""
+"""Code whose distant bytes are worth something: the history of sources, version by version."""
 
 import keyword
 import random
@@ -9,9 +9,10 @@ from pathlib import Path
 from dilated_factory.training.token_cache import hash_share
 
 HELD_OUT = 0.1  # share of the source files
-_SHORTEST, _LONGEST = 400, 1600  # bytes of a version, about
-_PIECE = 600  # bytes of one file at most, about
-_NAME = re.compile(rb"[A-Za-z_]{5,}")
+_SHORTEST, _LONGEST = 160, 640  # bytes of a version, about
+_PIECE = 240  # bytes of one file at most, about
+_VERSIONS = 5
+_NAME = re.compile(rb"\b[A-Za-z_]{5,}\b")
 _KEYWORDS = frozenset(word.encode() for word in keyword.kwlist)
 
 
@@ -20,10 +21,10 @@ def write_revisions(
 ) -> None:
     """Write the texts ``train`` and ``held-out`` into a folder: so many bytes of documents.
 
-    A document is pieces of some files that follow each other in the order of their paths, and then
-    the same pieces once more, edited: in each a name has become another, and a line has gone. What
-    an edited piece says stands from some hundred to some thousand bytes back. A source file is on
-    one side only.
+    A document is pieces of some files that follow each other in the order of their paths, in five
+    versions, one after the other: each has one piece edited, in which a name has become another and
+    a line has gone. So what a version says stands some hundred bytes back. A source file is on one
+    side only.
 
     Args:
         files: names and paths, in order, of sources.
@@ -47,20 +48,25 @@ def write_revisions(
 def _document(
     files: Sequence[tuple[str, Path]], texts: dict[str, bytes], generator: random.Random
 ) -> bytes:
-    """Pieces of files in the order of their paths, and their edited versions."""
-    before, after = bytearray(), bytearray()
-    wanted = generator.randint(_SHORTEST, _LONGEST)
+    """Versions of pieces of files in the order of their paths."""
+    wanted = _SHORTEST * (_LONGEST / _SHORTEST) ** generator.random()
     index = generator.randrange(len(files))
-    while len(before) < wanted:
+    pieces: list[tuple[bytes, bytes]] = []
+    while sum(len(piece) for _, piece in pieces) < wanted:
         name, path = files[index % len(files)]
         text = texts.setdefault(name, path.read_bytes())
         start = text.rfind(b"\n", 0, generator.randint(0, max(0, len(text) - _PIECE))) + 1
         stop = text.find(b"\n", start + generator.randint(_PIECE // 3, _PIECE)) + 1
         piece = text[start : stop or len(text)][: 2 * _PIECE].rstrip(b"\n") + b"\n"
-        before += b"# %b\n%b" % (name.encode(), piece)
-        after += b"# %b, edited\n%b" % (name.encode(), edited(piece, generator))
+        pieces.append((name.encode(), piece))
         index += 1
-    return bytes(before + after)
+    versions = []
+    for number in range(1, _VERSIONS + 1):
+        versions += [b"# %b, version %d\n%b" % (name, number, piece) for name, piece in pieces]
+        at = generator.randrange(len(pieces))
+        name, piece = pieces[at]
+        pieces[at] = name, edited(piece, generator)
+    return b"".join(versions)
 
 
 def edited(text: bytes, generator: random.Random) -> bytes:
