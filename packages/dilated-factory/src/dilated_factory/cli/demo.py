@@ -20,7 +20,7 @@ from dilated_factory.training.evaluation import ContextScore, context_gain
 from dilated_factory.training.figures import save_context_gain
 from dilated_factory.training.finding import standard_library
 from dilated_factory.training.precision import automatic_dtype
-from dilated_factory.training.revisions import write_revisions
+from dilated_factory.training.revisions import VERSIONS, write_revisions
 from dilated_factory.training.trained import evaluate_run, load_trained
 
 # Small enough for two CPU cores. A head for each distance: three see what is near, the last one all
@@ -49,12 +49,12 @@ def demo(
     minutes: Annotated[float, typer.Option(help="Time to train for.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
 ) -> int:
-    """Train a small LongNet on edited code, and see what a longer context is worth to it.
+    """Train a small LongNet on versions of code, and see what a longer context is worth to it.
 
-    The text is made of Python's standard library: pieces of its files, each followed some hundred
-    to some thousand bytes later by an edited version. Under five minutes on two CPU cores. Exits
-    with code 1 if the model does not beat the stronger of two byte Markov models on held-out files,
-    or if the longest context does not save more than three standard errors over the shortest.
+    The text is made of Python's standard library: pages of its files, of 256, 512 or 1024 bytes,
+    each in six versions, one after the other. Under five minutes on two CPU cores. Exits with
+    code 1 if the model does not beat the stronger of two byte Markov models on held-out files, or
+    if the longest context does not save more than three standard errors over the shortest.
 
     Example:
         dilated demo --out demo
@@ -71,8 +71,8 @@ def demo(
         validation=(str(texts / "held-out"),),
     )  # fmt: skip
     console.print(
-        f"training for {minutes:g} minutes on code of Python's standard library, each piece of "
-        "which comes again, edited",
+        f"training for {minutes:g} minutes on pages of Python's standard library, each in "
+        f"{VERSIONS} versions, one after the other",
         soft_wrap=True,
     )
     trainer = start_run(folder, config, console)

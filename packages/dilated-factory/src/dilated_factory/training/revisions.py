@@ -1,4 +1,4 @@
-"""Code whose distant bytes are worth something: the history of sources, version by version."""
+"""Code whose distant bytes are worth something: pages of files, version after version."""
 
 import keyword
 import random
@@ -9,9 +9,8 @@ from pathlib import Path
 from dilated_factory.training.token_cache import hash_share
 
 HELD_OUT = 0.1  # share of the source files
-_SHORTEST, _LONGEST = 160, 640  # bytes of a version, about
-_PIECE = 240  # bytes of one file at most, about
-_VERSIONS = 5
+PAGES = (256, 512, 1024)  # bytes
+VERSIONS = 6
 _NAME = re.compile(rb"\b[A-Za-z_]{5,}\b")
 _KEYWORDS = frozenset(word.encode() for word in keyword.kwlist)
 
@@ -21,13 +20,12 @@ def write_revisions(
 ) -> None:
     """Write the texts ``train`` and ``held-out`` into a folder: so many bytes of documents.
 
-    A document is pieces of some files that follow each other in the order of their paths, in five
-    versions, one after the other: each has one piece edited, in which a name has become another and
-    a line has gone. So what a version says stands some hundred bytes back. A source file is on one
-    side only.
+    A document is a page of a file, 256, 512 or 1024 bytes of it, in six versions one after the
+    other, as a store of versions keeps them: each is edited in place, so what it says stands one
+    page back. A source file is on one side only.
 
     Args:
-        files: names and paths, in order, of sources.
+        files: names and paths, in order, of sources; some of them longer than a page.
         folder: it must be new.
         train: bytes to train on, at least.
         held_out: bytes held out, at least.
@@ -35,48 +33,29 @@ def write_revisions(
     """
     folder.mkdir(parents=True)
     generator = random.Random(seed)
-    share = {name: hash_share(name.encode("utf-8", "surrogateescape")) for name, _ in files}
+    long = [(name, path) for name, path in files if path.stat().st_size > PAGES[-1]]
+    share = {name: hash_share(name.encode("utf-8", "surrogateescape")) for name, _ in long}
     for side, size in (("train", train), ("held-out", held_out)):
         wanted = side == "held-out"
-        chosen = [x for x in files if (share[x[0]] < HELD_OUT) == wanted] or list(files)
-        texts: dict[str, bytes] = {}
+        chosen = [path for name, path in long if (share[name] < HELD_OUT) == wanted]
+        texts: dict[Path, bytes] = {}
         with (folder / side).open("wb") as written:
             while written.tell() < size:
-                written.write(_document(chosen, texts, generator))
-
-
-def _document(
-    files: Sequence[tuple[str, Path]], texts: dict[str, bytes], generator: random.Random
-) -> bytes:
-    """Versions of pieces of files in the order of their paths."""
-    wanted = _SHORTEST * (_LONGEST / _SHORTEST) ** generator.random()
-    index = generator.randrange(len(files))
-    pieces: list[tuple[bytes, bytes]] = []
-    while sum(len(piece) for _, piece in pieces) < wanted:
-        name, path = files[index % len(files)]
-        text = texts.setdefault(name, path.read_bytes())
-        start = text.rfind(b"\n", 0, generator.randint(0, max(0, len(text) - _PIECE))) + 1
-        stop = text.find(b"\n", start + generator.randint(_PIECE // 3, _PIECE)) + 1
-        piece = text[start : stop or len(text)][: 2 * _PIECE].rstrip(b"\n") + b"\n"
-        pieces.append((name.encode(), piece))
-        index += 1
-    versions = []
-    for number in range(1, _VERSIONS + 1):
-        versions += [b"# %b, version %d\n%b" % (name, number, piece) for name, piece in pieces]
-        at = generator.randrange(len(pieces))
-        name, piece = pieces[at]
-        pieces[at] = name, edited(piece, generator)
-    return b"".join(versions)
+                path = generator.choice(chosen)
+                text = texts.setdefault(path, path.read_bytes())
+                # As many bytes of each size of page.
+                (page,) = generator.choices(PAGES, [1 / page for page in PAGES])
+                start = text.rfind(b"\n", 0, generator.randint(0, len(text) - page)) + 1
+                version = text[start : start + page]
+                for _ in range(VERSIONS):
+                    written.write(version)
+                    version = edited(version, generator)
 
 
 def edited(text: bytes, generator: random.Random) -> bytes:
-    """The text with one of its names changed wherever it stands, and one of its lines left out."""
-    lines = text.splitlines(keepends=True)
-    if len(lines) > 3:
-        del lines[generator.randrange(1, len(lines))]
-    text = b"".join(lines)
+    """The text with one of its names, wherever it stands, in the other case."""
     names = sorted(set(_NAME.findall(text)) - _KEYWORDS)
     if not names:
         return text
     name = generator.choice(names)
-    return re.sub(rb"\b%b\b" % re.escape(name), b"new_" + name, text)
+    return re.sub(rb"\b%b\b" % name, name.swapcase(), text)
