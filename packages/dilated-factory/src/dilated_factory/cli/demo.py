@@ -46,7 +46,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for everything; if taken, OUT-2, OUT-3, ... is used.")
     ] = Path("demo"),
-    minutes: Annotated[float, typer.Option(help="Time to train for.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Time to train for.")] = 3.5,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
 ) -> int:
     """Train a small LongNet on versions of code, and see what a longer context is worth to it.

@@ -43,8 +43,7 @@ def write_revisions(
             while written.tell() < size:
                 path = generator.choice(chosen)
                 text = texts.setdefault(path, path.read_bytes())
-                # As many bytes of each size of page.
-                (page,) = generator.choices(PAGES, [1 / page for page in PAGES])
+                page = generator.choice(PAGES)
                 start = text.rfind(b"\n", 0, generator.randint(0, len(text) - page)) + 1
                 version = text[start : start + page]
                 for _ in range(VERSIONS):
