@@ -8,7 +8,7 @@ differ. Each is scored on the same held-out bytes: by context, by position in th
 whether it completes a name that was defined so far back.
 
     python benchmarks/claim.py --json claim.json --png claim.png      # 30 minutes on an H200
-    python benchmarks/claim.py --minutes 8 --workers 2 --rates 4e-3   # a part of it, on two of them
+    python benchmarks/claim.py --minutes 8 --workers 2 --rates 8e-3   # a part of it, on two of them
     python benchmarks/claim.py --only 'dilated 32768'                 # one number again
     python benchmarks/claim.py --device cpu --small                   # two cores, 10 minutes
     python benchmarks/claim.py --paths                                # what patterns reach
@@ -130,7 +130,7 @@ def main() -> None:
         tell_paths(scale)
         return
     given.minutes = given.minutes or (9.0 if given.small else 30.0)
-    given.rates = [float(x) for x in (given.rates or "4e-3,8e-3,2e-3").split(",")]
+    given.rates = [float(x) for x in (given.rates or "8e-3,4e-3,1.6e-2").split(",")]
     if given.worker is not None:
         work(given, scale, given.worker)
         return
@@ -763,8 +763,10 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
 def tell_paths(scale: Scale) -> None:
     """For each pattern: how much of what is before a query it reaches, and on how many paths."""
     print("Of 16 queries in the last quarter of the context: the share of all earlier positions")
-    print("that is reached, the farthest of them, and the median number of paths to those that are")
-    print("farther back than half a context (the heads of a layer are ways of their own).")
+    print(
+        "that is reached, how far back at the least, and the median number of paths to those that"
+    )
+    print("are farther back than half a context (the heads of a layer are ways of their own).")
     for context in scale.contexts:
         for name in ("dilated", "default", "longnet"):
             pattern = {
