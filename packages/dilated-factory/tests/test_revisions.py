@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dilated_factory.training.revisions import PAGES, VERSIONS, edited, write_revisions
+from dilated_factory.training.revisions import PAGE, VERSIONS, edited, write_revisions
 from dilated_factory.training.token_cache import hash_share
 
 
@@ -17,26 +17,18 @@ def test_versions_of_a_page_follow_each_other_and_a_file_is_on_one_side(tmp_path
         path.write_text("".join(f"v{number} = name_{chr(97 + i % 26)} + {i}\n" for i in range(150)))
         files.append((f"sources/{number}.py", path))
     write_revisions(files, tmp_path / "out", train=60_013, held_out=5003, seed=5)
-    sizes = set()
     for side, least in (("train", 60_013), ("held-out", 5003)):
         text = (tmp_path / "out" / side).read_bytes()
-        assert least <= len(text) < least + VERSIONS * PAGES[-1]
+        assert least <= len(text) < least + VERSIONS * PAGE
         for number in range(43):
             is_held_out = hash_share(f"sources/{number}.py".encode()) < 0.1
             assert (f"v{number} = ".encode() in text) <= (is_held_out == (side == "held-out"))
         while text:
-            alike = [
-                page
-                for page in PAGES
-                if len(text) >= VERSIONS * page
-                and len({text[i * page :][:page].lower() for i in range(VERSIONS)}) == 1
-            ]
-            assert alike
-            sizes.add(page := alike[0])
-            versions = [text[i * page :][:page] for i in range(VERSIONS)]
+            versions = [text[i * PAGE :][:PAGE] for i in range(VERSIONS)]
+            assert {len(version) for version in versions} == {PAGE}
+            assert len({version.lower() for version in versions}) == 1
             assert all(a != b for a, b in pairwise(versions))
-            text = text[VERSIONS * page :]
-    assert sizes == set(PAGES)
+            text = text[VERSIONS * PAGE :]
     write_revisions(files, tmp_path / "again", train=60_013, held_out=5003, seed=5)
     for side in ("train", "held-out"):
         assert (tmp_path / "again" / side).read_bytes() == (tmp_path / "out" / side).read_bytes()

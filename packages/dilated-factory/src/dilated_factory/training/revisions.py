@@ -9,7 +9,7 @@ from pathlib import Path
 from dilated_factory.training.token_cache import hash_share
 
 HELD_OUT = 0.1  # share of the source files
-PAGES = (256, 512, 1024)  # bytes
+PAGE = 1024  # bytes
 VERSIONS = 6
 _NAME = re.compile(rb"\b[A-Za-z_]{5,}\b")
 _KEYWORDS = frozenset(word.encode() for word in keyword.kwlist)
@@ -20,9 +20,9 @@ def write_revisions(
 ) -> None:
     """Write the texts ``train`` and ``held-out`` into a folder: so many bytes of documents.
 
-    A document is a page of a file, 256, 512 or 1024 bytes of it, in six versions one after the
-    other, as a store of versions keeps them: each is edited in place, so what it says stands one
-    page back. A source file is on one side only.
+    A document is a page of a file, 1024 bytes of it, in six versions one after the other, as a
+    store of versions keeps them: each is edited in place, so what it says stands one page back. A
+    source file is on one side only.
 
     Args:
         files: names and paths, in order, of sources; some of them longer than a page.
@@ -33,7 +33,7 @@ def write_revisions(
     """
     folder.mkdir(parents=True)
     generator = random.Random(seed)
-    long = [(name, path) for name, path in files if path.stat().st_size > PAGES[-1]]
+    long = [(name, path) for name, path in files if path.stat().st_size > PAGE]
     share = {name: hash_share(name.encode("utf-8", "surrogateescape")) for name, _ in long}
     for side, size in (("train", train), ("held-out", held_out)):
         wanted = side == "held-out"
@@ -43,9 +43,8 @@ def write_revisions(
             while written.tell() < size:
                 path = generator.choice(chosen)
                 text = texts.setdefault(path, path.read_bytes())
-                page = generator.choice(PAGES)
-                start = text.rfind(b"\n", 0, generator.randint(0, len(text) - page)) + 1
-                version = text[start : start + page]
+                start = text.rfind(b"\n", 0, generator.randint(0, len(text) - PAGE)) + 1
+                version = text[start : start + PAGE]
                 for _ in range(VERSIONS):
                     written.write(version)
                     version = edited(version, generator)
