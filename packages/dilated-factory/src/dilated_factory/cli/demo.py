@@ -52,8 +52,9 @@ def demo(
     """Train a small LongNet on versions of code, and see what a longer context is worth to it.
 
     The text is made of Python's standard library: pages of 1024 bytes of its files, each in six
-    versions, one after the other. Under five minutes on two CPU cores. Exits with code 1 if the model does not beat the stronger of two byte Markov models on held-out files, or
-    if the longest context does not save more than three standard errors over the shortest.
+    versions, one after the other. Under five minutes on two CPU cores. Exits with code 1 if the
+    model does not beat the stronger of two byte Markov models on held-out files, or if the longest
+    context does not save more than three standard errors over the shortest.
 
     Example:
         dilated demo --out demo
