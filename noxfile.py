@@ -241,7 +241,7 @@ def frameworks(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """Train a small LongNet on the standard library and evaluate it."""
+    """Train a small LongNet on versions of the standard library; see what its context is worth."""
     install(session, *editable("dilated-factory", *declared_siblings("dilated-factory")))
     # Waiting threads sleep: spinning ones would slow each other down on a machine that is shared.
     env = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -20,7 +20,7 @@ from dilated_factory.training.evaluation import ContextScore, context_gain
 from dilated_factory.training.figures import save_context_gain
 from dilated_factory.training.finding import standard_library
 from dilated_factory.training.precision import automatic_dtype
-from dilated_factory.training.revisions import VERSIONS, write_revisions
+from dilated_factory.training.revisions import PAGE, VERSIONS, write_revisions
 from dilated_factory.training.trained import evaluate_run, load_trained
 
 # Small enough for two CPU cores. A head for each distance: three see what is near, the last one all
@@ -39,7 +39,7 @@ REQUIRED_ERRORS = 3.0  # standard errors of what the context saves
 SCORED_BYTES = 65536
 TRAIN_BYTES, HELD_OUT_BYTES = 8_000_000, 400_000
 EXIT_BAD_NEWS = 1
-_PROMPT = "import os\nimport sys\n\n\ndef "
+_BEGUN = 32
 
 
 def demo(
@@ -89,10 +89,11 @@ def demo(
     console.print(evaluation_table(evaluation))
     console.print(f"loss curve: {trained.run.curves_path}", soft_wrap=True)
     console.print(f"bits per byte saved by context: {picture}", soft_wrap=True)
-    prompt = _PROMPT.encode()
-    sample = generate(trained.model, prompt, max_bytes=240, temperature=0.7, seed=seed)
-    console.print("sample, after a prompt of four lines:")
-    console.print(printable((prompt + sample).decode("utf-8", "replace")), soft_wrap=True)
+    prompt = (texts / "held-out").read_bytes()[: PAGE + _BEGUN]
+    sample = generate(trained.model, prompt, max_bytes=240, temperature=0.5, seed=seed)
+    console.print(f"sample, after a held-out page and {_BEGUN} bytes of its next version:")
+    begun = prompt[PAGE:]
+    console.print(printable((begun + sample).decode("utf-8", "replace")), soft_wrap=True)
     return _verdict(evaluation.scores, evaluation.baselines, console)
 
 
