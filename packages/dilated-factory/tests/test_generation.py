@@ -23,12 +23,13 @@ def model(tiny_model: LongNetConfig) -> LongNetLM:
 @given(
     length=st.integers(1, 60),
     positions=st.sampled_from(["rotary", "xpos", "none"]),
+    head_groups=st.sampled_from(["shared", "split"]),
     temperature=st.sampled_from([0.0, 1.3]),
     chunk=st.sampled_from([7, 65536]),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_the_cache_changes_no_token(
-    length: int, positions: str, temperature: float, chunk: int, seed: int
+    length: int, positions: str, head_groups: str, temperature: float, chunk: int, seed: int
 ) -> None:
     torch.manual_seed(seed % 997)
     config = LongNetConfig.model_validate(
@@ -41,6 +42,7 @@ def test_the_cache_changes_no_token(
             "dilation_rates": (1, 2, 3),
             "context": 37,
             "positions": positions,
+            "head_groups": head_groups,
         }
     )
     model = LongNetLM(config, dtype=torch.float64)

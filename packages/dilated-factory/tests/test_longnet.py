@@ -32,10 +32,11 @@ def tokens(length: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
     length=st.integers(2, 70),
     positions=st.sampled_from(["rotary", "xpos"]),
     head_offsets=st.sampled_from(["interleaved", "blocked"]),
+    head_groups=st.sampled_from(["shared", "split"]),
     data=st.data(),
 )
 def test_the_future_never_leaks(
-    length: int, positions: str, head_offsets: str, data: st.DataObject
+    length: int, positions: str, head_offsets: str, head_groups: str, data: st.DataObject
 ) -> None:
     config = LongNetConfig.model_validate(
         {
@@ -47,6 +48,7 @@ def test_the_future_never_leaks(
             "context": 64,
             "positions": positions,
             "head_offsets": head_offsets,
+            "head_groups": head_groups,
         }
     )
     changed = data.draw(st.integers(1, length - 1))

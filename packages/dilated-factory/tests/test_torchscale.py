@@ -205,6 +205,7 @@ def test_all_that_does_not_fit_is_listed_at_once() -> None:
     ("name", "fields", "says"),
     [
         (NAMES[0], {"head_offsets": "interleaved"}, "config.head_offsets must be 'blocked'"),
+        (NAMES[0], {"head_groups": "split"}, "config.head_groups must be 'shared'"),
         (NAMES[0], {"positions": "rotary"}, "config.positions must be 'none'.*'rotary'"),
         (NAMES[1], {"positions": "none"}, "config.positions must be 'xpos'"),
         (NAMES[0], {"tie_embeddings": True}, "config.tie_embeddings must be False"),

@@ -285,6 +285,7 @@ def _completed(
     """The configuration with what the checkpoint tells, else torchscale's habits, where not set."""
     told: dict[str, object] = {
         "head_offsets": "blocked",
+        "head_groups": "shared",
         "float32_gelu": True,
         "embedding_norm": "layernorm_embedding.weight" in state,
         **_told_positions(config, state),
