@@ -153,12 +153,12 @@ def main() -> None:
         keep(given, scale, machine)
     tell(keep(given, scale, machine))
     if given.png:
-        draw(summary(done(given.out)), machine, given.png)
+        draw(summary(done(given.out, scale)), machine, given.png)
 
 
 def keep(given: argparse.Namespace, scale: Scale, machine: Found) -> list[Found]:
     """Write what is done so far; return its table."""
-    rows = done(given.out)
+    rows = done(given.out, scale)
     table = summary(rows)
     if given.json:
         told = {"machine": machine, "scale": scale._asdict(), "table": table, "rows": rows}
@@ -399,14 +399,16 @@ def wanted(given: argparse.Namespace, scale: Scale, rows: Sequence[Found]) -> It
     yield from (Row(*kind, "tokens", first, 0) for kind in more + rest)
 
 
-def done(out: Path) -> list[Found]:
-    """The rows that there are."""
-    return [json.loads(x.read_text()) for x in sorted((out / "rows").glob("*.json"))]
+def done(out: Path, scale: Scale) -> list[Found]:
+    """The rows that there are at a scale."""
+    rows = [json.loads(x.read_text()) for x in sorted((out / "rows").glob("*.json"))]
+    return [row for row in rows if row["scale"] == json.loads(json.dumps(scale))]
 
 
-def file_of(row: Row, given: argparse.Namespace) -> str:
+def file_of(row: Row, given: argparse.Namespace, scale: Scale) -> str:
     """The name of a row's file."""
-    return f"{row} {given.vocabulary}.json".replace(" ", "-")
+    name = f"{row} {given.vocabulary} {scale.tokens:g} tokens width {scale.embed_dim}"
+    return f"{name}.json".replace(" ", "-")
 
 
 def work(
@@ -424,12 +426,12 @@ def work(
     corpus: Corpus | None = None
     longest = 0.0
     while True:
-        rows = [x for x in done(given.out) if x["vocabulary"] == given.vocabulary]
+        rows = [x for x in done(given.out, scale) if x["vocabulary"] == given.vocabulary]
         row = next(
             (
                 row
                 for row in wanted(given, scale, rows)
-                if re.search(given.only, str(row)) and take(given.out, file_of(row, given))
+                if re.search(given.only, str(row)) and take(given.out, file_of(row, given, scale))
             ),
             None,
         )
@@ -447,7 +449,7 @@ def work(
             print(f"{row}: not in time", flush=True)
             return
         longest = max(longest, time.time() - begun)
-        path = given.out / "rows" / file_of(row, given)
+        path = given.out / "rows" / file_of(row, given, scale)
         path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
         path.with_suffix(".part").rename(path)
         on_row()
@@ -513,7 +515,7 @@ def run(
     """Train and score; None where the time was over before."""
     attention = attention_of(row.candidate, row.context, scale)
     kind = type("OfRow", (RowTrainer,), {"make_attention": staticmethod(attention.make)})
-    folder = given.out / "runs" / file_of(row, given)
+    folder = given.out / "runs" / file_of(row, given, scale)
     compiled = decide_compile(given.compile, parallel, print)
     torch._dynamo.reset()
     started = time.time()
@@ -533,7 +535,7 @@ def run(
         found = score(model, corpus, row.context, scale, parallel.device)
         found["recall"] = recall(model, corpus, row.context, scale, parallel.device)
     return {
-        **asdict(row), "kind": row.kind, "vocabulary": given.vocabulary, "steps": steps,
+        **asdict(row), "kind": row.kind, "scale": scale, "vocabulary": given.vocabulary, "steps": steps,
         "tokens": steps * config.batch_size * row.context, "keys": attention.keys,
         "flops_per_token": flops_of(row.candidate, row.context, scale, config.model.vocab_size),
         "parameters": sum(x.numel() for x in model.parameters()),
