@@ -535,7 +535,8 @@ def run(
         found = score(model, corpus, row.context, scale, parallel.device)
         found["recall"] = recall(model, corpus, row.context, scale, parallel.device)
     return {
-        **asdict(row), "kind": row.kind, "scale": scale, "vocabulary": given.vocabulary, "steps": steps,
+        **asdict(row), "kind": row.kind, "vocabulary": given.vocabulary, "scale": scale,
+        "steps": steps,
         "tokens": steps * config.batch_size * row.context, "keys": attention.keys,
         "flops_per_token": flops_of(row.candidate, row.context, scale, config.model.vocab_size),
         "parameters": sum(x.numel() for x in model.parameters()),
