@@ -10,7 +10,7 @@ whether it completes a name that was defined so far back.
     python benchmarks/claim.py --json claim.json --png claim.png      # 30 minutes on an H200
     python benchmarks/claim.py --minutes 8 --workers 2 --rates 8e-3   # a part of it, on two of them
     python benchmarks/claim.py --only 'dilated 32768'                 # one number again
-    python benchmarks/claim.py --device cpu --small                   # two cores, 10 minutes
+    python benchmarks/claim.py --device cpu --small --workers 2       # two cores, 10 minutes
     python benchmarks/claim.py --paths                                # what patterns reach
 
 A row that is done is a file in the folder, and is not run again.
@@ -78,7 +78,7 @@ class Scale(NamedTuple):
 
 
 LARGE = Scale((2048, 8192, 32768, 131072), 4, 512, 8, 32768, 1e8, 96, 64, 32)
-SMALL = Scale((256, 1024, 4096), 2, 96, 4, 4096, 8e5, 8, 24, 16)
+SMALL = Scale((256, 1024, 4096), 2, 96, 4, 4096, 2e6, 8, 24, 16)
 
 
 @dataclass(frozen=True)
