@@ -23,8 +23,8 @@ from dilated_factory.training.precision import automatic_dtype
 from dilated_factory.training.revisions import PAGE, VERSIONS, write_revisions
 from dilated_factory.training.trained import evaluate_run, load_trained
 
-# Small enough for two CPU cores. A head for each distance: three see what is near, the last one all
-# of the context, byte by byte, since what is copied may stand at any distance.
+# Small enough for two CPU cores. Three heads see what is near, the last one all of the context: to be
+# copied, what stands far back must be seen byte by byte.
 DEMO_MODEL = LongNetConfig(
     embed_dim=64,
     num_layers=2,
@@ -47,7 +47,7 @@ def demo(
         Path, typer.Option(help="Folder for everything; if taken, OUT-2, OUT-3, ... is used.")
     ] = Path("demo"),
     minutes: Annotated[float, typer.Option(help="Time to train for.")] = 3.5,
-    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of text, weights and batches.")] = 0,
 ) -> int:
     """Train a small LongNet on versions of code, and see what a longer context is worth to it.
 
@@ -61,15 +61,18 @@ def demo(
     """
     console = plain_console()
     folder = _free(out)
-    texts = folder.with_name(f"{folder.name}-corpus")
+    texts = folder.with_name(f"{folder.name}-corpus").resolve()
+    config = TrainConfig(
+        model=DEMO_MODEL,
+        paths=(str(texts / "train"),),
+        validation=(str(texts / "held-out"),),
+        minutes=minutes,
+        learning_rate=LEARNING_RATE,
+        dtype=automatic_dtype(torch.device("cpu")),
+        seed=seed,
+    )
     sizes = {"train": TRAIN_BYTES, "held_out": HELD_OUT_BYTES}
     write_revisions(standard_library(), texts, **sizes, seed=seed)
-    dtype = automatic_dtype(torch.device("cpu"))
-    config = TrainConfig(
-        model=DEMO_MODEL, minutes=minutes, seed=seed, dtype=dtype,
-        learning_rate=LEARNING_RATE, paths=(str(texts / "train"),),
-        validation=(str(texts / "held-out"),),
-    )  # fmt: skip
     console.print(
         f"training for {minutes:g} minutes on pages of Python's standard library, each in "
         f"{VERSIONS} versions, one after the other",
