@@ -23,8 +23,8 @@ from dilated_factory.training.precision import automatic_dtype
 from dilated_factory.training.revisions import PAGE, VERSIONS, write_revisions
 from dilated_factory.training.trained import evaluate_run, load_trained
 
-# Small enough for two CPU cores. Three heads see what is near, the last one all of the context: to be
-# copied, what stands far back must be seen byte by byte.
+# Small enough for two CPU cores. Three heads see what is near, the last one all of the context: to
+# copy from far back it has to see every byte.
 DEMO_MODEL = LongNetConfig(
     embed_dim=64,
     num_layers=2,
