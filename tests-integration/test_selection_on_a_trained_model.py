@@ -19,7 +19,7 @@ def source_bytes(module):
 
 @pytest.fixture(scope="module")
 def trained():
-    """The demo's model after 60 short steps on Python sources, and its first and last loss."""
+    """A small model after 60 short steps on Python sources, and its first and last loss."""
     torch.manual_seed(0)
     model = LongNetLM(LongNetConfig())
     text = torch.cat([source_bytes(module) for module in (inspect, json, pytest, textwrap)])
