@@ -249,13 +249,13 @@ def code_of(path: Path, seen: set[bytes]) -> bytes | None:
         return None
     if not 64 <= path.stat().st_size <= LONGEST_FILE:
         return None
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+        content.decode()
+    except (OSError, UnicodeDecodeError):
+        return None
     digest = hashlib.sha256(content).digest()
     if digest in seen or b"\0" in content or max(map(len, content.splitlines())) > LONGEST_LINE:
-        return None
-    try:
-        content.decode()
-    except UnicodeDecodeError:
         return None
     seen.add(digest)
     return content
