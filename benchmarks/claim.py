@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--rates", help="learning rates, the likeliest first")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=float, help="of the dense model of the shortest context")
+    parser.add_argument("--batch-tokens", type=int, help="of a step, of one sequence at least")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--workers", type=int, default=1, help="processes, one GPU each")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
@@ -124,8 +125,9 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="draw them to this file")
     given = parser.parse_args()
     scale = SMALL if given.small else LARGE
-    if given.tokens:
-        scale = scale._replace(tokens=given.tokens)
+    scale = scale._replace(
+        tokens=given.tokens or scale.tokens, batch_tokens=given.batch_tokens or scale.batch_tokens
+    )
     if given.paths:
         tell_paths(scale)
         return
@@ -407,8 +409,8 @@ def done(out: Path, scale: Scale) -> list[Found]:
 
 def file_of(row: Row, given: argparse.Namespace, scale: Scale) -> str:
     """The name of a row's file."""
-    name = f"{row} {given.vocabulary} {scale.tokens:g} tokens width {scale.embed_dim}"
-    return f"{name}.json".replace(" ", "-")
+    of = hashlib.sha256(json.dumps(scale).encode()).hexdigest()[:8]
+    return f"{row} {given.vocabulary} {of}.json".replace(" ", "-")
 
 
 def work(
