@@ -78,6 +78,10 @@ def measured(arguments: argparse.Namespace, config: SlideEncoderConfig) -> Itera
         models["ours, compiled"] = compiled = SlideEncoder(config).to(device)
         compiled.load_state_dict(models["ours"].state_dict())
         compiled.encoder.compile_blocks()
+        models["ours, compiled, selective"] = frugal = SlideEncoder(config).to(device)
+        frugal.load_state_dict(models["ours"].state_dict())
+        frugal.encoder.activation_checkpointing = "selective"
+        frugal.encoder.compile_blocks()
     for tiles in map(int, arguments.tiles.split(",")):
         inputs = slide(tiles, config, device)
         for name, dtype in (
@@ -87,6 +91,8 @@ def measured(arguments: argparse.Namespace, config: SlideEncoderConfig) -> Itera
         ):
             outputs = {}
             for who, model in models.items():
+                if name == "inference" and who.endswith("selective"):
+                    continue  # nothing is kept for a backward
                 row = {"what": name, "dtype": dtype, "tiles": tiles, "who": who}
                 work = partial(infer if name == "inference" else step, model, inputs, dtype)
                 yield row | time_of(work, device)
