@@ -19,16 +19,16 @@ def test_versions_of_a_page_follow_each_other_and_a_file_is_on_one_side(tmp_path
     write_revisions(files, tmp_path / "out", train=60_013, held_out=5003, seed=5)
     for side, least in (("train", 60_013), ("held-out", 5003)):
         text = (tmp_path / "out" / side).read_bytes()
-        assert least <= len(text) < least + VERSIONS * PAGE
+        assert least <= len(text) < least + VERSIONS * (PAGE + 1)
         for number in range(43):
             is_held_out = hash_share(f"sources/{number}.py".encode()) < 0.1
             assert (f"v{number} = ".encode() in text) <= (is_held_out == (side == "held-out"))
         while text:
-            versions = [text[i * PAGE :][:PAGE] for i in range(VERSIONS)]
-            assert {len(version) for version in versions} == {PAGE}
-            assert len({version.lower() for version in versions}) == 1
-            assert all(a != b for a, b in pairwise(versions))
-            text = text[VERSIONS * PAGE :]
+            pages = [text[i * (PAGE + 1) :][: PAGE + 1] for i in range(VERSIONS)]
+            assert {(len(page), page[PAGE:]) for page in pages} == {(PAGE + 1, b"\n")}
+            assert len({page.lower() for page in pages}) == 1
+            assert all(a != b for a, b in pairwise(pages))
+            text = text[VERSIONS * (PAGE + 1) :]
     write_revisions(files, tmp_path / "again", train=60_013, held_out=5003, seed=5)
     for side in ("train", "held-out"):
         assert (tmp_path / "again" / side).read_bytes() == (tmp_path / "out" / side).read_bytes()

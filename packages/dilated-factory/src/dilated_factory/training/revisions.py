@@ -20,9 +20,9 @@ def write_revisions(
 ) -> None:
     """Write the texts ``train`` and ``held-out`` into a folder: so many bytes of documents.
 
-    A document is a page of a file, 1024 bytes of it, in six versions one after the other, as a
-    store of versions keeps them: each is edited in place, so what it says stands one page back. A
-    source file is on one side only.
+    A document is a page of a file, 1024 bytes of it, in six versions one after the other, each with
+    a newline at its end, as a store of versions keeps them. A version is edited in place: what it
+    says next stands 1024 bytes before the byte that it follows. A source file is on one side only.
 
     Args:
         files: names and paths, in order, of sources; some of them longer than a page.
@@ -46,7 +46,7 @@ def write_revisions(
                 start = text.rfind(b"\n", 0, generator.randint(0, len(text) - PAGE)) + 1
                 version = text[start : start + PAGE]
                 for _ in range(VERSIONS):
-                    written.write(version)
+                    written.write(version + b"\n")
                     version = edited(version, generator)
 
 
