@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dilated_factory.errors import CorpusError
 from dilated_factory.training.revisions import PAGE, VERSIONS, edited, write_revisions
 from dilated_factory.training.token_cache import hash_share
 
@@ -32,6 +33,18 @@ def test_versions_of_a_page_follow_each_other_and_a_file_is_on_one_side(tmp_path
     write_revisions(files, tmp_path / "again", train=60_013, held_out=5003, seed=5)
     for side in ("train", "held-out"):
         assert (tmp_path / "again" / side).read_bytes() == (tmp_path / "out" / side).read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, PAGE])
+def test_files_without_a_page_are_refused_before_anything_is_written(
+    tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "short.py"
+    path.write_bytes(b"#" * size)
+    files = [(f"{number}.py", path) for number in range(43)]
+    with pytest.raises(CorpusError, match="more than 1024 bytes, .* Got 0 and 0"):
+        write_revisions(files, tmp_path / "out", train=1, held_out=1, seed=0)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", [b"", b"x = 1\n", b"while False:\n    break\n"])

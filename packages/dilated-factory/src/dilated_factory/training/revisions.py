@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dilated_factory.errors import CorpusError
 from dilated_factory.training.token_cache import hash_share
 
 HELD_OUT = 0.1  # share of the source files
@@ -30,18 +31,27 @@ def write_revisions(
         train: bytes to train on, at least.
         held_out: bytes held out, at least.
         seed: of all that is drawn.
+
+    Raises:
+        CorpusError: on one side there is no file that is longer than a page.
     """
+    sides: dict[str, list[Path]] = {"train": [], "held-out": []}
+    for name, path in files:
+        if path.stat().st_size > PAGE:
+            share = hash_share(name.encode("utf-8", "surrogateescape"))
+            sides["held-out" if share < HELD_OUT else "train"].append(path)
+    if not all(sides.values()):
+        raise CorpusError(
+            f"files must be sources of more than {PAGE} bytes, some to train on and some to hold "
+            f"out. Got {len(sides['train'])} and {len(sides['held-out'])}."
+        )
     folder.mkdir(parents=True)
     generator = random.Random(seed)
-    long = [(name, path) for name, path in files if path.stat().st_size > PAGE]
-    share = {name: hash_share(name.encode("utf-8", "surrogateescape")) for name, _ in long}
     for side, size in (("train", train), ("held-out", held_out)):
-        wanted = side == "held-out"
-        chosen = [path for name, path in long if (share[name] < HELD_OUT) == wanted]
         texts: dict[Path, bytes] = {}
         with (folder / side).open("wb") as written:
             while written.tell() < size:
-                path = generator.choice(chosen)
+                path = generator.choice(sides[side])
                 text = texts.setdefault(path, path.read_bytes())
                 start = text.rfind(b"\n", 0, generator.randint(0, len(text) - PAGE)) + 1
                 version = text[start : start + PAGE]
