@@ -42,7 +42,7 @@ def test_files_without_a_page_are_refused_before_anything_is_written(
     path = tmp_path / "short.py"
     path.write_bytes(b"#" * size)
     files = [(f"{number}.py", path) for number in range(43)]
-    with pytest.raises(CorpusError, match="more than 1024 bytes, .* Got 0 and 0"):
+    with pytest.raises(CorpusError, match=r"more than 1024 bytes, .* Got 0 and 0\."):
         write_revisions(files, tmp_path / "out", train=1, held_out=1, seed=0)
     assert not (tmp_path / "out").exists()
 
