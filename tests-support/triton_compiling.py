@@ -19,6 +19,7 @@ def kernels_are_compiled() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
     Nothing runs, so outputs stay as they are. Collected are the kernels' names, with what they were
     given by name. Types and shapes are checked by then; the rest takes seconds. For triton 3.6.
+    Skips the test where there is no triton.
     """
     jit = pytest.importorskip("triton.runtime.jit", reason="triton is not installed")
     launched: list[tuple[str, dict[str, Any]]] = []

@@ -7,7 +7,6 @@ import torch
 
 from dilated_core import DilatedKVCache, DilatedPattern
 from dilated_core._call import DilatedCall, Scores, Upstream
-from dilated_core._triton import _launch, _triton_internals
 from triton_compiling import kernels_are_compiled
 
 LENGTH = 2048
@@ -36,15 +35,17 @@ CASES: dict[str, tuple[DilatedPattern, int, torch.dtype, int, dict[str, Any]]] =
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_pass_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton_internals, "can_relaunch", lambda: False)
     pattern, head_dim, dtype, mask_kind, options = CASES[name]
     query, key, value = (torch.zeros(1, LENGTH, h, head_dim, dtype=dtype) for h in (4, 2, 2))
     mask = torch.zeros(1, LENGTH, dtype=torch.bool) if "padded" in options else None
     drop = (0.1, torch.tensor(7)) if "dropout" in options else (0.0, None)
     scores = Scores(options.get("is_causal", False), options.get("scale", 0.125), mask, *drop)
     ends = torch.tensor([0, 100, LENGTH], dtype=torch.int32) if "packed" in options else None
-    call = _launch.pattern_call(DilatedCall(pattern, scores, ends), query, key, value)
     with kernels_are_compiled() as launched:
+        from dilated_core._triton import _launch, _triton_internals
+
+        monkeypatch.setattr(_triton_internals, "can_relaunch", lambda: False)
+        call = _launch.pattern_call(DilatedCall(pattern, scores, ends), query, key, value)
         total = _launch.forward(call)
         for grad_lse in (None, torch.zeros_like(total.lse)):
             upstream = Upstream(torch.zeros_like(total.out), grad_lse, query, key, value, total)

@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": "Score held-out bytes at several contexts, beside byte Markov models.",
     "generate": "Continue prompts; print prompts and continuations as they come.",
     "export": "Write a trained model as a folder that Hugging Face transformers loads.",
-    "demo": "Train a small LongNet on Python's standard library, evaluate it and let it write.",
+    "demo": "Train a small LongNet on versions of code, and see what a longer context is worth.",
     "slides": "From features of tiles to embeddings, trained classifiers and heat maps of slides.",
     "genomes": "Train on genomes in FASTA files, score bits per base, embed intervals.",
     "convert": "Make a run folder of a checkpoint of torchscale's LongNet recipe for fairseq.",

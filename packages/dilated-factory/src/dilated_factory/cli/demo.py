@@ -49,7 +49,7 @@ def demo(
     minutes: Annotated[float, typer.Option(help="Time to train for.")] = 3.5,
     seed: Annotated[int, typer.Option(help="Of text, weights and batches.")] = 0,
 ) -> int:
-    """Train a small LongNet on versions of code, and see what a longer context is worth to it.
+    """Train a small LongNet on versions of code, and see what a longer context is worth.
 
     The text is made of Python's standard library: pages of 1024 bytes of its files, each in six
     versions, one after the other. Under five minutes on two CPU cores. Exits with code 1 if the
