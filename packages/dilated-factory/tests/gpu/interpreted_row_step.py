@@ -33,7 +33,7 @@ def largest_error(name: str) -> float:
     rows = torch.randn(batch, 1, heads + 2 * kv_heads, head_dim).to(dtype)
     query, key, value = rows.double().split((heads, kv_heads, kv_heads), 2)
     expected = torch.cat((*embedding(query, key, positions, positions), value), 2)
-    kernels.turn(rows, positions, embedding.turns(rows.device), heads, kv_heads)
+    kernels.turn(rows.view(batch, -1), positions, embedding.turns(rows.device), heads, kv_heads)
     width = heads * head_dim
     hidden, added = torch.randn(2, batch, width).to(dtype)
     weight, bias = torch.randn(2, width)

@@ -24,7 +24,7 @@ def test_a_step_of_generation_compiles(dtype: torch.dtype) -> None:
     with kernels_are_compiled() as launched:
         from dilated_factory.models import _row_kernels as kernels
 
-        rows = torch.zeros(3, 1, 8, 10, dtype=dtype)
+        rows = torch.zeros(3, 80, dtype=dtype)
         for positions in (torch.zeros(3, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)):
             kernels.turn(rows, positions, torch.zeros(5, dtype=torch.int64), 4, 2)
         hidden, weight = torch.zeros(3, 40, dtype=dtype), torch.ones(40, dtype=dtype)

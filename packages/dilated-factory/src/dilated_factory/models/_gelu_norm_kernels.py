@@ -4,7 +4,8 @@
 # mypy: ignore-errors
 
 # A program serves one row after another, reads rows ahead, and holds a row in two blocks where one
-# would be filled by three quarters or less.
+# would be filled by three quarters or less. How many run, and with how many registers, was measured
+# on an H200 (benchmarks/NOTES.md).
 
 import torch
 import triton

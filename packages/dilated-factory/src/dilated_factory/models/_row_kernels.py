@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def turn(rows: Tensor, positions: Tensor, turns: Tensor, heads: int, kv_heads: int) -> None:
-    """Turn the queries and keys of rows (B, 1, H + 2 * H_kv, D), where they are.
+    """Turn the queries and keys of rows (B, (H + 2 * H_kv) * D), where they are.
 
     Args:
         rows: contiguous; the H queries come first, then H_kv keys.

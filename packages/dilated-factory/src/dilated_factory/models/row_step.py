@@ -83,20 +83,18 @@ class RowStep:
         """What enters the first layer (B, E), and what divides and turns rows of all of them."""
         heads, kv_heads = self.layers[0].heads
         embedding = next(self.model.layers()).attention.position_embedding
-        if type(embedding) is not RotaryEmbedding or not _narrow(self.model.head.weight):
+        if type(embedding) is not RotaryEmbedding or not _fits_kernels(self.model.head.weight):
             hidden, table = self.model.entrance(tokens, None, caches)
             return hidden[:, 0], _turner(table, heads, kv_heads)
         from dilated_factory.models import _row_kernels
 
-        hidden, _ = self.model.entering(tokens, None, caches)
+        hidden, _ = self.model.embedded(tokens, None, caches)
         positions = caches[0].next_positions(1, hidden.device)
-        turns, sizes = embedding.turns(hidden.device), (heads, kv_heads, kv_heads)
+        turns, split = embedding.turns(hidden.device), _turner(None, heads, kv_heads)
 
         def turn(rows: Tensor) -> tuple[Tensor, ...]:
-            apart = rows.view(len(rows), 1, sum(sizes), -1)
-            _row_kernels.turn(apart, positions, turns, heads, kv_heads)
-            parts: tuple[Tensor, ...] = apart.split(sizes, 2)
-            return parts
+            _row_kernels.turn(rows, positions, turns, heads, kv_heads)
+            return split(rows)
 
         return hidden[:, 0], turn
 
@@ -154,7 +152,7 @@ def _add_norm(norm: nn.Module) -> AddNorm:
         total = hidden if added is None else hidden + added
         return total, normed(total)
 
-    if not isinstance(norm, nn.LayerNorm) or not _narrow(norm.weight):
+    if not isinstance(norm, nn.LayerNorm) or not _fits_kernels(norm.weight):
         return plain
     from dilated_factory.models import _row_kernels
 
@@ -178,7 +176,7 @@ def _inner(feed_forward: FeedForward) -> Part:
     return lambda wide: normed(activated(wide))
 
 
-def _narrow(weight: Tensor) -> bool:
+def _fits_kernels(weight: Tensor) -> bool:
     """Whether kernels, which compute in float32, serve rows of a weight's width and dtype."""
     return has_kernels(weight) and weight.dtype != torch.float64
 

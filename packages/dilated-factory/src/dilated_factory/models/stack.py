@@ -212,10 +212,10 @@ class LongNetStack(nn.Module, Generic[ConfigT]):
         caches: Sequence[DecodingState] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """What enters the first layer (B, N, E), and the positions that all layers are given."""
-        hidden, positions = self.entering(inputs, positions, caches)
+        hidden, positions = self.embedded(inputs, positions, caches)
         return hidden, self._position_table(hidden, positions, caches)
 
-    def entering(
+    def embedded(
         self,
         inputs: Tensor,
         positions: Tensor | None,
