@@ -60,6 +60,7 @@ NEAR_COPY = 0.5  # share of a held-out file's lines that are in training
 SCORED = 1024  # bytes at the end of a window
 CUE, ANSWER = 6, 8  # letters of a name
 CURVES = ("by_context", "by_position", "recall")
+GROWN = ", grown"  # of a candidate whose training begins with sequences of the shortest context
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -75,9 +76,11 @@ class Scale(NamedTuple):
     megabytes: float
     sections: int
     trials: int  # of each distance
+    short_share: float = 0.75  # of the steps of those that grow
+    rotary_base: float = 10000.0
 
 
-LARGE = Scale((2048, 8192, 32768, 131072), 4, 512, 8, 32768, 1e8, 96, 64, 32)
+LARGE = Scale((2048, 8192, 32768, 131072), 4, 512, 8, 65536, 1e8, 96, 64, 32)
 SMALL = Scale((256, 1024, 4096), 2, 96, 4, 4096, 2e6, 8, 24, 16)
 
 
@@ -117,6 +120,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=float, help="of the dense model of the shortest context")
     parser.add_argument("--batch-tokens", type=int, help="of a step, of one sequence at least")
+    parser.add_argument("--short-share", type=float, help="of the steps of those that grow")
+    parser.add_argument("--rotary-base", type=float)
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--workers", type=int, default=1, help="processes, one GPU each")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
@@ -125,9 +130,8 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="draw them to this file")
     given = parser.parse_args()
     scale = SMALL if given.small else LARGE
-    scale = scale._replace(
-        tokens=given.tokens or scale.tokens, batch_tokens=given.batch_tokens or scale.batch_tokens
-    )
+    changes = ("tokens", "batch_tokens", "short_share", "rotary_base")
+    scale = scale._replace(**{x: y for x in changes if (y := getattr(given, x)) is not None})
     if given.paths:
         tell_paths(scale)
         return
@@ -315,19 +319,22 @@ def longnet_pattern(context: int) -> DilatedPattern:
     return DilatedPattern.longnet(context, segment_length=context // 16)
 
 
-def attention_of(candidate: str, context: int, scale: Scale) -> Attention:
-    """The attention of a candidate at a context."""
+def attention_of(
+    candidate: str, context: int, scale: Scale, length: int | None = None
+) -> Attention:
+    """The attention of a candidate at a context, in sequences of a length; of that by default."""
     heads = scale.num_heads
+    candidate, length = candidate.removesuffix(GROWN), length or context
     patterns: dict[str, Callable[[], DilatedPattern]] = {
         "dilated": lambda: dilated_pattern(context, heads),
         "default": lambda: default_pattern(context),
         "longnet": lambda: longnet_pattern(context),
     }
     if candidate == "dense":
-        return Attention(Dense, (context + 1) / 2)
+        return Attention(Dense, (length + 1) / 2)
     if candidate in patterns:
         pattern = patterns[candidate]()
-        return Attention(lambda: DilatedAttention(pattern), keys_of(pattern, context, heads))
+        return Attention(lambda: DilatedAttention(pattern), keys_of(pattern, length, heads))
     from dilated_sparse import BlockSparseAttention, layouts
 
     # The others are given what the dilated pattern costs.
@@ -348,7 +355,10 @@ def attention_of(candidate: str, context: int, scale: Scale) -> Attention:
     return Attention(lambda: BlockSparseAttention(layout), pairs / context)
 
 
-CANDIDATES = ("dilated", "dense", "window", "block sparse", "longnet", "default")
+CANDIDATES = (
+    "dilated", "dense", "window", "block sparse", "longnet", "default", f"dilated{GROWN}",
+    f"dense{GROWN}", f"longnet{GROWN}",
+)  # fmt: skip
 
 
 def keys_of(pattern: DilatedPattern, context: int, heads: int) -> float:
@@ -357,8 +367,14 @@ def keys_of(pattern: DilatedPattern, context: int, heads: int) -> float:
 
 
 def flops_of(candidate: str, context: int, scale: Scale, vocab_size: int) -> float:
-    """Operations of forward and backward for a token: six a weight, and thrice the attention."""
+    """Operations of forward and backward for a token: six a weight, and thrice the attention.
+
+    The mean over a run, where sequences grow.
+    """
     width, keys = scale.embed_dim, attention_of(candidate, context, scale).keys
+    if candidate.endswith(GROWN):
+        short = attention_of(candidate, context, scale, scale.contexts[0]).keys
+        keys += scale.short_share * (short - keys)
     weights = scale.num_layers * 12 * width**2 + vocab_size * width
     return 6 * weights + 3 * scale.num_layers * 4 * width * keys
 
@@ -370,10 +386,11 @@ def wanted(given: argparse.Namespace, scale: Scale, rows: Sequence[Found]) -> It
     """All rows, in the order of what they are worth: the claim, rates, seeds, all else."""
     short, *_ = contexts = list(scale.contexts)
     long = contexts[min(2, len(contexts) - 1)]
-    claim = [("dilated", long), ("dense", short), ("dilated", short)]
-    claim += [("dilated", c) for c in contexts if short < c < long] + [("window", short)]
-    more = [("window", long), ("dense", contexts[1]), ("block sparse", long), ("longnet", long)]
-    more += [("dilated", c) for c in contexts if c > long]
+    claim = [(f"dilated{GROWN}", long), ("dense", short), ("dilated", short)]
+    claim += [(f"dilated{GROWN}", c) for c in contexts if short < c < long] + [("window", short)]
+    more = [("dilated", long), (f"dense{GROWN}", long), ("window", long), ("block sparse", long)]
+    more += [(f"longnet{GROWN}", long), ("dense", contexts[1])]
+    more += [(f"dilated{GROWN}", c) for c in contexts if c > long]
     more += (
         [("default", long)]
         if dilated_pattern(long, scale.num_heads) != default_pattern(long)
@@ -485,8 +502,9 @@ def config_of(row: Row, given: argparse.Namespace, scale: Scale, vocab_size: int
     pattern: Found = {"segment_lengths": (row.context,), "dilation_rates": (1,)}
     model = LongNetConfig(
         embed_dim=scale.embed_dim, num_heads=scale.num_heads, num_layers=scale.num_layers,
-        context=row.context, vocab_size=vocab_size, **pattern,
+        context=row.context, vocab_size=vocab_size, rotary_base=scale.rotary_base, **pattern,
     )  # fmt: skip
+    grows: Found = {"short_context": scale.contexts[0], "short_share": scale.short_share}
     return TrainConfig(
         model=model,
         paths=(str(given.out / "train"),),
@@ -494,6 +512,7 @@ def config_of(row: Row, given: argparse.Namespace, scale: Scale, vocab_size: int
         tokenizer=str(given.out / "tokenizer.json") if given.vocabulary == "bpe" else None,
         steps=max(1, round(scale.tokens * base / cost / (batch * row.context))),
         batch_size=batch,
+        **(grows if row.candidate.endswith(GROWN) else {}),
         learning_rate=row.rate,
         dtype="float32" if given.device == "cpu" else "bfloat16",
         seed=row.seed,

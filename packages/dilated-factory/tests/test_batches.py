@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from dilated_factory import CorpusError
-from dilated_factory.training.batches import batch_offsets, gather_windows, step_seed, windows_seen
+from dilated_factory import CorpusError, LongNetConfig, TrainConfig
+from dilated_factory.training.batches import (
+    batch_offsets,
+    gather_windows,
+    offsets_of,
+    step_seed,
+    windows_seen,
+)
 
 
 def test_offsets_depend_on_seed_and_step_alone() -> None:
@@ -46,11 +52,28 @@ def test_windows_are_the_bytes_at_the_offsets() -> None:
 
 def test_windows_seen_are_the_windows_of_all_steps_or_else_the_corpus() -> None:
     data = torch.randint(256, (1009,), dtype=torch.uint8)
-    seen = windows_seen(data, context=13, batch_size=3, seed=5, steps=4)
+    shape = LongNetConfig(context=13)
+    config = TrainConfig(model=shape, steps=30, batch_size=3, seed=5)
+    seen = windows_seen(data, config, 4)
     expected = [
         gather_windows(data, batch_offsets(1009, context=13, batch_size=3, seed=5, step=step), 14)
         for step in range(4)
     ]
-    assert torch.equal(seen.to(torch.int64), torch.cat(expected))
-    everything = windows_seen(data, context=13, batch_size=3, seed=5, steps=26)
-    assert torch.equal(everything, data.unsqueeze(0))
+    assert torch.equal(torch.stack(seen).to(torch.int64), torch.cat(expected))
+    (everything,) = windows_seen(data, config, 26)
+    assert torch.equal(everything, data)
+
+
+def test_windows_seen_of_a_run_that_begins_with_a_short_context_are_of_both_lengths() -> None:
+    data = torch.arange(1009)
+    shape = LongNetConfig(context=12)
+    config = TrainConfig(
+        model=shape, steps=4, batch_size=2, seed=5, short_context=4, short_share=0.5
+    )
+    seen = windows_seen(data, config, 3)
+    assert [len(window) for window in seen] == [5] * 12 + [13] * 2
+    for step, (many, context) in enumerate([(6, 4), (6, 4), (2, 12), (2, 12)]):
+        offsets, size = offsets_of(config, 1009, step)
+        assert size == context
+        expected = batch_offsets(1009, context=context, batch_size=many, seed=5, step=step)
+        assert torch.equal(offsets, expected)

@@ -142,6 +142,18 @@ def test_a_bad_file_is_one_line(capsys: Captured, tmp_path: Path, text: str, say
         (["--recompute", "some"], "'--recompute'"),
         (["--compile", "maybe"], "'--compile'"),
         (["--steps", "3", "--warmup-steps", "3"], "warmup_steps must be less than steps (3)"),
+        (
+            ["--steps", "3", "--context", "32", "--short-context", "5"],
+            "short_context must be a part of context (32) that divides it. Got 5.",
+        ),
+        (
+            ["--steps", "3", "--context", "32", "--short-context", "32"],
+            "short_context must be a part of context (32) that divides it. Got 32.",
+        ),
+        (
+            ["--minutes", "1", "--context", "32", "--short-context", "16"],
+            "short_context must be none without steps. Got 16.",
+        ),
         (["--validate-every", "0"], "validate_every"),
         (["--config", "x.toml", "--from", "y"], "--config and --from must not be given together"),
         (["--from", "nowhere"], "'nowhere' is not a run folder"),

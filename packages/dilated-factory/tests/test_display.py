@@ -88,7 +88,7 @@ def test_held_out_loss_and_the_share_of_the_peak_are_shown_where_they_are_known(
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=140, color_system=None)
     # 500 bytes a second of 60 operations each.
-    with training_display(console, flops_per_token=60.0, peak=75_000.0) as display:
+    with training_display(console, flops_per_token=lambda step: 60.0, peak=75_000.0) as display:
         for step in range(1, 101):
             held_out = 3.25 if step == 50 else None
             display.show(replace(metrics(step, 2.0), validation_bits_per_byte=held_out))

@@ -329,7 +329,11 @@ def test_compiled_blocks_train_like_eager_ones(
 def test_accumulated_and_validated_steps_are_those_of_one_process(
     config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path, data_parallel: str
 ) -> None:
-    fields = {"micro_batch_size": 1, "validate_every": 3, "validation_bytes": 192}
+    fields = {
+        "micro_batch_size": 1, "validate_every": 3, "validation_bytes": 192,
+        "short_context": config.model.context // 2, "short_share": 0.5,
+    }  # fmt: skip
+    config = config.model_copy(update=fields | {"micro_batch_size": None, "validate_every": None})
     both = config.model_copy(update=fields)
     runs = []
     for world_size, kind, each in ((1, "ddp", config), (2, data_parallel, both)):
@@ -418,6 +422,11 @@ def test_what_cannot_be_shared_evenly_is_refused(
     outcomes = four.outcomes(programs.train, tmp_path / "b", odd, 4)
     assert {str(outcome.error) for outcome in outcomes} == {
         "context must be a multiple of --sequence-parallel (4). Got 46."
+    }
+    odd = config.model_copy(update={"short_context": 2})
+    outcomes = four.outcomes(programs.train, tmp_path / "s", odd, 4)
+    assert {str(outcome.error) for outcome in outcomes} == {
+        "short_context must be a multiple of --sequence-parallel (4). Got 2."
     }
     outcomes = four.outcomes(programs.train, tmp_path / "c", config, 3)
     assert {str(outcome.error) for outcome in outcomes} == {

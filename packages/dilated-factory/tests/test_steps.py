@@ -52,14 +52,41 @@ def metrics(config: TrainConfig, path: Path, **options: Any) -> list[dict[str, f
     ],
     ids=str,
 )
+@pytest.mark.parametrize("short_context", [None, 16])
 def test_other_ways_to_take_a_step_take_the_same(
-    tiny_train: TrainConfig, tmp_path: Path, fields: dict[str, Any]
+    tiny_train: TrainConfig, tmp_path: Path, fields: dict[str, Any], short_context: int | None
 ) -> None:
-    config = tiny_train.model_copy(update={"batch_size": 4, "steps": 5})
+    config = tiny_train.model_copy(
+        update={"batch_size": 4, "steps": 5, "short_context": short_context}
+    )
     plain = metrics(config, tmp_path / "plain")
     other = metrics(config.model_copy(update=fields), tmp_path / "other")
     for name in ("loss", "gradient_norm", "bytes_read", "learning_rate"):
         assert [x[name] for x in other] == pytest.approx([x[name] for x in plain], rel=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_short_sequences_come_first_as_many_tokens_of_them(
+    tiny_train: TrainConfig, tmp_path: Path
+) -> None:
+    context = tiny_train.model.context
+    config = tiny_train.model_copy(
+        update={"steps": 5, "short_context": context // 4, "short_share": 0.6}
+    )
+    trainer = start(config, tmp_path / "run")
+    shapes = list[tuple[int, ...]]()
+    trainer.model.blocks[0].register_forward_pre_hook(
+        lambda block, inputs: shapes.append(tuple(inputs[0].shape[:2]))
+    )
+    trainer.train()
+    assert shapes == [(12, context // 4)] * 3 + [(3, context)] * 2
+    read = [record["bytes_read"] for record in trainer.run.read_metrics()]
+    assert read == [3 * context * step for step in range(1, 6)]
+    # What is drawn then is drawn as in a run of that context.
+    shape = config.model.model_copy(update={"context": context // 4})
+    short = config.model_copy(update={"model": shape, "batch_size": 12, "short_context": None})
+    drawn = [x._draw(2).shares[0].tokens for x in (trainer, start(short, tmp_path / "short"))]
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize(("recompute", "calls"), [("none", 1), ("feed_forward", 2), ("all", 2)])
@@ -89,6 +116,8 @@ def test_recomputing_calls_again_what_it_says(
         {"micro_batch_size": 1},
         {"optimizer": "adamw", "schedule": "cosine", "warmup_steps": 3},
         {"schedule": "wsd", "validate_every": 3, "recompute": "feed_forward"},
+        {"short_context": 16, "short_share": 0.42, "micro_batch_size": 1},
+        {"short_context": 8, "short_share": 0.6, "documents": "separate"},
     ],
     ids=str,
 )

@@ -31,7 +31,7 @@ class TrainingDisplay(Protocol):
 def training_display(
     console: Console,
     *,
-    flops_per_token: float = 0.0,
+    flops_per_token: Callable[[int], float] = lambda step: 0.0,
     peak: float | None = None,
     unit: str = "byte",
 ) -> TrainingDisplay:
@@ -39,18 +39,18 @@ def training_display(
 
     Args:
         console: where to show.
-        flops_per_token: operations of a model for each token.
+        flops_per_token: operations of a model for each token of a step.
         peak: operations a second that the devices could do; None where that is not known.
         unit: what the loss is per.
     """
-    smoothed = _Smoothed(flops_per_token / peak if peak else 0.0, unit)
+    smoothed = _Smoothed(lambda step: flops_per_token(step) / peak if peak else 0.0, unit)
     return (_Bar if console.is_terminal else _Lines)(console, smoothed)
 
 
 class _Smoothed:
     """Loss and speed over recent steps, since a single step is noisy."""
 
-    def __init__(self, share_per_speed: float, unit: str) -> None:
+    def __init__(self, share_per_speed: Callable[[int], float], unit: str) -> None:
         self._share_per_speed, self.unit = share_per_speed, unit
         self.validation: float | None = None
         self.bits = 0.0
@@ -85,7 +85,7 @@ class _Smoothed:
     @property
     def speed(self) -> str:
         """Tokens a second, and the share of what the devices could do, where that is known."""
-        share = self._share_per_speed * self.tokens_per_second
+        share = self._share_per_speed(self._last.step if self._last else 1) * self.tokens_per_second
         return f"{self.tokens_per_second:,.0f} tokens/s" + (f", MFU {share:.0%}" if share else "")
 
 

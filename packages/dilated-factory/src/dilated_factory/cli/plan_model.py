@@ -38,7 +38,8 @@ _MOST = {
 }
 _CURVE = (
     "kind", "model", "paths", "parent", "minutes", "learning_rate", "weight_decay", "schedule",
-    "decay", "warmup", "warmup_steps", "gradient_clip", "validation_fraction", "validate_every",
+    "decay", "warmup", "warmup_steps", "short_context", "short_share", "gradient_clip",
+    "validation_fraction", "validate_every",
     "validation_bytes", "documents", "seed", "count_padding", "rotary_base", "xpos_scale_base",
     "layer_norm_eps", "scale_embedding", "float32_gelu", "drop_path",
 )  # fmt: skip

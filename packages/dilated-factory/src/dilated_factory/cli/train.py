@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -225,6 +226,7 @@ def run_training(
     if warning := sight_warning(config.model, config.model.context, unit(config)):
         console.print(warning, soft_wrap=True)
     peak = peak_flops(parallel.device, config.dtype)
+    operations = cache(partial(flops_per_token, trainer.model))
     with StopRequest() as stop, ExitStack() as stack:
         told: list[Callable[[StepMetrics], None]] = []
         if tensorboard and parallel.is_main:
@@ -237,7 +239,7 @@ def run_training(
             stack.enter_context(
                 training_display(
                     console,
-                    flops_per_token=flops_per_token(trainer.model),
+                    flops_per_token=lambda step: operations(config.context_at(step - 1)),
                     peak=peak and peak * parallel.ranks,
                     unit=bits_per,
                 )

@@ -236,6 +236,15 @@ class TrainConfig(FrozenConfig):
         ge=1,
         description="sequences at once in a process; none means all of its share",
     )
+    short_context: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of the sequences that the first steps have, more of them; "
+        "none means context",
+    )
+    short_share: float = Field(
+        default=0.75, gt=0, lt=1, description="share of the steps that have short_context"
+    )
     optimizer: Literal["muon", "adamw"] = Field(
         default="muon", description="of the matrices in the blocks; all else has adamw"
     )
@@ -275,8 +284,25 @@ class TrainConfig(FrozenConfig):
                 f"micro_batch_size must divide batch_size ({self.batch_size}). "
                 f"Got {self.micro_batch_size}."
             )
+        if self.short_context is not None:
+            if self.model.context % self.short_context or self.short_context == self.model.context:
+                raise ValueError(
+                    f"short_context must be a part of context ({self.model.context}) that divides "
+                    f"it. Got {self.short_context}."
+                )
+            if self.steps is None:
+                raise ValueError(
+                    f"short_context must be none without steps. Got {self.short_context}."
+                )
         if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
             raise ValueError(
                 f"warmup_steps must be less than steps ({self.steps}). Got {self.warmup_steps}."
             )
         return self
+
+    def context_at(self, step: int) -> int:
+        """Tokens of the sequences that a step has; of all together it has as many as any other."""
+        if self.short_context is None or self.steps is None:
+            return self.model.context
+        is_short = step < self.short_share * self.steps
+        return self.short_context if is_short else self.model.context

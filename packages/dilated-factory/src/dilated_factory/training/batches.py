@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from dilated_factory.configs.models import TrainConfig
 from dilated_factory.errors import CorpusError
 
 
@@ -22,13 +23,18 @@ def batch_offsets(length: int, *, context: int, batch_size: int, seed: int, step
     Raises:
         CorpusError: the corpus of ``length`` tokens is shorter than one window.
     """
+    require_window(length, context)
+    generator = torch.Generator().manual_seed(step_seed(seed, step, "batch"))
+    return torch.randint(length - context, (batch_size,), generator=generator)
+
+
+def require_window(length: int, context: int) -> None:
+    """Raise CorpusError unless a window fits into a corpus of ``length`` tokens."""
     if length < context + 1:
         raise CorpusError(
             f"the training corpus must hold at least context + 1 = {context + 1} tokens. "
             f"Got {length}."
         )
-    generator = torch.Generator().manual_seed(step_seed(seed, step, "batch"))
-    return torch.randint(length - context, (batch_size,), generator=generator)
 
 
 def gather_windows(data: Tensor, offsets: Tensor, size: int) -> Tensor:
@@ -54,16 +60,23 @@ def document_starts(ends: Tensor, offsets: Tensor, size: int) -> list[Tensor]:
     return [(ends[i:j] - offset).unique() for offset, i, j in parts]
 
 
-def windows_seen(data: Tensor, *, context: int, batch_size: int, seed: int, steps: int) -> Tensor:
-    """The windows that the first ``steps`` steps trained on: data's dtype (windows, context + 1).
+def offsets_of(config: TrainConfig, length: int, step: int) -> tuple[Tensor, int]:
+    """Where the windows of a step of a run start, as `batch_offsets`, and their context."""
+    context = config.context_at(step)
+    many = config.batch_size * (config.model.context // context)
+    return batch_offsets(
+        length, context=context, batch_size=many, seed=config.seed, step=step
+    ), context
 
-    Once they would amount to more than the corpus, the corpus itself is returned, as (1, length).
+
+def windows_seen(data: Tensor, config: TrainConfig, steps: int) -> list[Tensor]:
+    """The windows that the first ``steps`` steps trained on, each of data's dtype.
+
+    Once they would amount to more than the corpus, the corpus itself is the only one.
     """
-    if steps * batch_size * context >= len(data):
-        return data.unsqueeze(0)
-    offsets = [
-        batch_offsets(len(data), context=context, batch_size=batch_size, seed=seed, step=step)
-        for step in range(steps)
+    if steps * config.batch_size * config.model.context >= len(data):
+        return [data]
+    drawn = (offsets_of(config, len(data), step) for step in range(steps))
+    return [
+        data[start : start + context + 1] for starts, context in drawn for start in starts.tolist()
     ]
-    starts = torch.cat(offsets) if offsets else torch.empty(0, dtype=torch.int64)
-    return data[starts.unsqueeze(1) + torch.arange(context + 1)]

@@ -17,12 +17,15 @@ _PEAKS = {
 }
 
 
-def flops_per_token(model: LongNetLM) -> float:
-    """Operations of forward and backward for one token, by the definition of the pattern."""
+def flops_per_token(model: LongNetLM, context: int | None = None) -> float:
+    """Operations of forward and backward for one token, by the definition of the pattern.
+
+    In sequences of a context; by default that of the model.
+    """
     weights = model.head.weight.numel() + sum(
         parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2
     )
-    return model_flops(model.config, weights, attention_flops(model.config))
+    return model_flops(model.config, weights, attention_flops(model.config, context))
 
 
 def model_flops(shape: LongNetConfig, weights: int, attention: float) -> float:
@@ -34,9 +37,9 @@ def model_flops(shape: LongNetConfig, weights: int, attention: float) -> float:
     return 6 * weights + 3 * shape.num_layers * attention
 
 
-def attention_flops(shape: LongNetConfig) -> float:
+def attention_flops(shape: LongNetConfig, context: int | None = None) -> float:
     """Operations of the forward of one layer's attention, for each token."""
-    pattern, length = shape.pattern, shape.context
+    pattern, length = shape.pattern, context or shape.context
     return pattern.flops(length, shape.num_heads, shape.head_dim, is_causal=True) / length
 
 

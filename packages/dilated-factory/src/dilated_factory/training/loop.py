@@ -17,9 +17,10 @@ from dilated_factory.errors import InputError, RunError
 from dilated_factory.models.longnet import LongNetLM
 from dilated_factory.training.background import Ahead, Beside
 from dilated_factory.training.batches import (
-    batch_offsets,
     document_starts,
     gather_windows,
+    offsets_of,
+    require_window,
     step_seed,
 )
 from dilated_factory.training.checkpoints import RunState, read_tensors, tensor_folder
@@ -244,14 +245,7 @@ class Trainer:
         cls._require_tokens(config, corpus)
         if config.validate_every is not None:
             validation_starts(len(corpus.validation), config.model.context, 1, 1)
-        first_batch = batch_offsets(
-            len(corpus.train),
-            context=config.model.context,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            step=0,
-        )
-        assert len(first_batch) == config.batch_size
+        require_window(len(corpus.train), config.model.context)
         parallel.require_fit(config)
         RunFolder.require_new(path)
         parallel.barrier()
@@ -432,15 +426,14 @@ class Trainer:
         starts = validation_starts(len(data), context, most, rows * ranks)
         total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
         targets = len(starts) * context - sum(
-            map(len, self._document_starts(starts, held_out=True) or [])
+            map(len, self._document_starts(starts, context, held_out=True) or [])
         )
         scored_bytes = 0.0
         was_training = self.model.training
         self.model.eval()
         for part in starts.split(rows * ranks):
-            windows, begins = (
-                gather_windows(data, part, context + 1), self._document_starts(part, held_out=True)
-            )  # fmt: skip
+            windows = gather_windows(data, part, context + 1)
+            begins = self._document_starts(part, context, held_out=True)
             scored_bytes += self._scored(windows, begins)[1]
             share_of_all = (len(part) * context - sum(map(len, begins or []))) / max(1, targets)
             for share in self.parallel.shares(windows, starts=begins):
@@ -580,12 +573,13 @@ class Trainer:
     def _draw(self, step: int) -> Drawn:
         """This rank's part of the batch of a step."""
         config = self.run.config
-        data, context = self.corpus.train, config.model.context
-        offsets = batch_offsets(
-            len(data), context=context, batch_size=config.batch_size, seed=config.seed, step=step
-        )
+        data = self.corpus.train
+        offsets, context = offsets_of(config, len(data), step)
         windows = gather_windows(data, offsets, context + 1)
-        begins = self._document_starts(offsets)
+        begins = self._document_starts(offsets, context)
+        rows = config.micro_batch_size
+        if rows is not None:
+            rows *= len(offsets) // config.batch_size
         tokens, scored_bytes = self._scored(windows, begins)
         # The pages of the map that were read count as memory of this process until it lets go.
         self._touched += len(offsets) * ((context + 1) * data.element_size() + _AROUND)
@@ -593,19 +587,19 @@ class Trainer:
             self.corpus.drop_pages()
             self._touched = 0
         return Drawn(
-            self.parallel.shares(windows, config.micro_batch_size, begins),
+            self.parallel.shares(windows, rows, begins),
             self.corpus.bytes_in(windows[:, 1:]),
             tokens / max(1.0, scored_bytes),
         )
 
     def _document_starts(
-        self, offsets: torch.Tensor, *, held_out: bool = False
+        self, offsets: torch.Tensor, context: int, *, held_out: bool = False
     ) -> list[torch.Tensor] | None:
-        """Where separate documents begin in windows; None where they are joined."""
+        """Where separate documents begin in windows of a context; None where they are joined."""
         if self.run.config.documents == "joined":
             return None
         offsets = offsets + len(self.corpus.train) if held_out else offsets
-        return document_starts(self.corpus.ends, offsets, self.run.config.model.context + 1)
+        return document_starts(self.corpus.ends, offsets, context + 1)
 
     def _take_step(self) -> _Launched:
         """Have the device take a step, and do not wait for it."""

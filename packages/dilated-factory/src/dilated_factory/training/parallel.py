@@ -85,11 +85,11 @@ def require_shares(config: TrainConfig, data: int, sequence: int) -> None:
             "micro_batch_size must divide the sequences of a process "
             f"({config.batch_size // data}). Got {config.micro_batch_size}."
         )
-    if config.model.context % sequence:
-        raise InputError(
-            f"context must be a multiple of --sequence-parallel ({sequence}). "
-            f"Got {config.model.context}."
-        )
+    for name, length in ("context", config.model.context), ("short_context", config.short_context):
+        if (length or 0) % sequence:
+            raise InputError(
+                f"{name} must be a multiple of --sequence-parallel ({sequence}). Got {length}."
+            )
 
 
 @dataclass(frozen=True)

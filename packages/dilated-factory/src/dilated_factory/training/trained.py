@@ -196,17 +196,10 @@ def _baselines(
     trained: TrainedModel, corpus: Corpus, held_out: Corpus, sections: list[range]
 ) -> dict[str, float]:
     config = trained.run.config
-    windows = windows_seen(
-        corpus.train,
-        context=config.model.context,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        steps=trained.state.step,
-    )
-    seen: Tensor | list[Tensor] = windows
+    seen = windows_seen(corpus.train, config, trained.state.step)
     data, share = held_out.validation, 1.0
     if not isinstance(corpus.tokenizer, Bytes):
-        seen = [_text(corpus, window) for window in windows]
+        seen = [_text(corpus, window) for window in seen]
         data, sections = _texts(held_out, sections)
         share = held_out.bytes_share
     return {
