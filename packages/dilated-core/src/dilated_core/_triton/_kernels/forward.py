@@ -92,8 +92,9 @@ def _walk(
                 bounded = between(rows, first_row, end_row)
             new_high = high
             shift = high
-            # What costs least depends on how long a mask is kept.
-            if PADDED or (phase == 1 and (CAREFUL or MASK == 2)):
+            # What costs least depends on how long a mask is kept. With care a row's greatest weight
+            # is 1: by one rounding more or less it is not, and is rounded where scores are large.
+            if PADDED or CAREFUL or (phase == 1 and MASK == 2):
                 if PADDED:
                     ignored = tl.load(padding + positions, mask=present, other=0)
                     s = s * scale + tl.where(ignored != 0, float("-inf"), weight)[None, :]
@@ -108,15 +109,8 @@ def _walk(
                     shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                 p = tl.exp2(s - shift[:, None])  # (ROWS, COLUMNS)
             else:
-                if CAREFUL:
-                    highest = tl.max(s, 1) * scale + weight
-                    if MASK == 2:
-                        highest = tl.where(bounded, highest, float("-inf"))
-                    new_high = tl.maximum(high, highest)
-                    shift = new_high
-                from_row = new_high - weight
+                from_row = high - weight
                 if MASK == 2:
-                    shift = tl.where(new_high == float("-inf"), 0.0, new_high)
                     from_row = tl.where(bounded, from_row, float("inf"))
                 p = tl.exp2(s * scale - from_row[:, None])  # (ROWS, COLUMNS)
                 if phase == 1:

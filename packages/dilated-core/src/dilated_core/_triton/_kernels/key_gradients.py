@@ -163,7 +163,13 @@ def key_gradient_kernel(
             if TAIL:
                 dk_tail = add_product(ds.to(q.dtype), q_tail, dk_tail, IEEE)
             run, now, then = next_columns(
-                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, CARRIED, True
+                run,
+                now,
+                then,
+                FULL_COLUMNS if phase == 0 else MASKED_COLUMNS,
+                phase,
+                CARRIED,
+                BLOCK_D + TAIL <= 64,
             )
 
     rows, inside = reload_rows(tile, offsets)
