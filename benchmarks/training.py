@@ -43,7 +43,7 @@ SECONDS = 2.0  # of measuring a row, about
 IN_A_ROW = 3  # steps without waiting for the device, as trainers take them
 # What the name of a kernel says; the first that fits.
 KINDS = {
-    "gelu and norm": r"^_forward_kernel|^_backward_kernel",
+    "norms, fused": r"^_norm_(backward_)?kernel",
     "attention": r"forward_kernel|query_gradient|key_gradient|flash|fmha|sdpa|attention|triton::",
     "products": r"gemm|cutlass|nvjet|cublas|xmma|splitk|addmm|aten::mm|aten::bmm",
     "fused, rows": r"^triton_(red|per)_",

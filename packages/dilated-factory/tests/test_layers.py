@@ -129,7 +129,7 @@ def test_cross_attention_reads_the_memory_with_its_own_attention(
     plain = double(TransformerDecoderLayer(48, 6, DilatedAttention(PATTERN), num_kv_heads=2))
     assert isinstance(plain, TransformerDecoderLayer)
     plain.load_state_dict(layer.state_dict(), strict=False)
-    hidden = plain._attend(x, is_causal=True)
+    hidden = x + plain._attended(x, is_causal=True)
     assert layer.cross_attention is not None
     assert layer.cross_attention_norm is not None
     normed = layer.cross_attention_norm(hidden)
@@ -139,7 +139,7 @@ def test_cross_attention_reads_the_memory_with_its_own_attention(
     read = crossing(q, k, v, key_padding_mask=mask).flatten(-2)
     assert layer.cross_attention.inner_norm is not None
     read = layer.cross_attention.out_proj(layer.cross_attention.inner_norm(read))
-    expected = plain._feed(hidden + read)
+    expected = plain._feed(hidden, read)
 
     found = layer(x, memory, memory_key_padding_mask=mask)
     assert relative_error(found, expected) < 1e-12

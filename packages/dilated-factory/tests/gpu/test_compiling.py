@@ -8,15 +8,20 @@ from triton_compiling import kernels_are_compiled
 
 @pytest.mark.parametrize("features", [5, 48, 97, 3072, 4096, 16384])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gelu_and_norm_compile(features: int, dtype: torch.dtype) -> None:
+def test_norms_compile(features: int, dtype: torch.dtype) -> None:
     with kernels_are_compiled() as launched:
-        from dilated_factory.models import _gelu_norm_kernels as kernels
+        from dilated_factory.models import _norm_kernels as kernels
 
-        x = torch.zeros(3, features, dtype=dtype)
+        x, wide = torch.zeros(3, features, dtype=dtype), torch.zeros(3, features)
         weight, moments = torch.ones(features), torch.zeros(2, 3)
-        kernels.forward(x, weight, weight, x.clone(), moments, 1e-5)
-        kernels.backward(x, x, weight, moments, x.clone())
-    assert [kernel for kernel, _ in launched] == ["_forward_kernel", "_backward_kernel"]
+        for gelu in (True, False):
+            kernels.forward(x, None, weight, weight, None, x.clone(), moments, 1e-5, gelu)
+            kernels.backward(x, None, x, weight, moments, x.clone(), None, gelu)
+        kernels.forward(wide, x, weight, weight, wide.clone(), x.clone(), moments, 1e-5, False)
+        for of_total in (None, wide):
+            kernels.backward(x, of_total, wide, weight, moments, wide.clone(), x.clone(), False)
+    both = ["_norm_kernel", "_norm_backward_kernel"]
+    assert [kernel for kernel, _ in launched] == [*3 * both, both[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,7 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from dilated_core import MultiheadDilatedAttention
 from dilated_core.extending import autocast
 from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
-from dilated_factory.models.gelu_norm import can_serve, gelu_norm
+from dilated_factory.models.norms import (
+    can_serve,
+    gelu_norm,
+    narrow_dtype,
+    narrow_norm,
+    sum_and_norm,
+)
 
 # torchscale's names.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,9 +65,29 @@ class NarrowNorm(nn.LayerNorm):
         """As torch's."""
         return _call(self._narrow, input, again=self.recompute and torch.compiler.is_compiling())
 
+    def of_sum(self, hidden: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden + added, and the norm of that, which a kernel makes at once where it can."""
+        again = self.recompute and torch.compiler.is_compiling()
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        like = torch.promote_types(hidden.dtype, added.dtype) == hidden.dtype
+        if not (again or hooked) and like and added.shape == hidden.shape:
+            dtype = self._dtype(hidden, added)
+            if dtype is not None:
+                return sum_and_norm(hidden, added, self.weight, self.bias, self.eps, dtype)
+        total = hidden + added
+        return total, self(total)
+
     def _narrow(self, wide: Tensor) -> Tensor:
+        if (dtype := self._dtype(wide)) is not None:
+            return narrow_norm(wide, self.weight, self.bias, self.eps, dtype)
         (narrow,) = autocast(super().forward(wide))
         return narrow
+
+    def _dtype(self, wide: Tensor, *others: Tensor) -> torch.dtype | None:
+        """Of what a kernel gives, if one serves."""
+        if self.weight is None or self.bias is None:
+            return None
+        return narrow_dtype(wide, self.weight, self.bias, *others)
 
 
 class FeedForward(nn.Module):
@@ -262,18 +288,27 @@ class TransformerLayer(nn.Module):
         return self._compiled(self, hidden, **options)
 
     def _compute(self, hidden: Tensor, **options: Any) -> Tensor:
-        return self._feed(self._attend(hidden, **options))
+        return self._feed(hidden, self._attended(hidden, **options))
 
-    def _attend(self, hidden: Tensor, **options: Any) -> Tensor:
+    def _attended(self, hidden: Tensor, **options: Any) -> Tensor:
+        """What attention adds."""
         attended, _ = self.attention(self.attention_norm(hidden), **options)
-        output: Tensor = hidden + self.dropout(attended)
-        return output
+        added: Tensor = self.dropout(attended)
+        return added
 
-    def _feed(self, hidden: Tensor) -> Tensor:
-        return hidden + _call(self._fed, hidden, again=self.recompute == "selective")
+    def _feed(self, hidden: Tensor, added: Tensor) -> Tensor:
+        """Add to hidden, and then what the feed-forward part makes of the sum."""
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            hidden = hidden + added
+            return hidden + _call(self._normed_and_fed, hidden, again=True)
+        hidden, added = self.feed_forward_norm.of_sum(hidden, added)
+        return hidden + self._fed(added)
 
-    def _fed(self, hidden: Tensor) -> Tensor:
-        fed: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+    def _normed_and_fed(self, hidden: Tensor) -> Tensor:
+        return self._fed(self.feed_forward_norm(hidden))
+
+    def _fed(self, normed: Tensor) -> Tensor:
+        fed: Tensor = self.dropout(self.feed_forward(normed))
         return fed
 
 
@@ -434,10 +469,10 @@ class TransformerDecoderLayer(TransformerLayer):
         memory_key_padding_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        hidden = self._attend(hidden, is_causal=True, **options)
-        if self.cross_attention is not None and self.cross_attention_norm is not None:
-            attended, _ = self.cross_attention(
-                self.cross_attention_norm(hidden), memory, key_padding_mask=memory_key_padding_mask
-            )
-            hidden = hidden + self.dropout(attended)
-        return self._feed(hidden)
+        if self.cross_attention is None or self.cross_attention_norm is None:
+            return super()._compute(hidden, is_causal=True, **options)
+        hidden = hidden + self._attended(hidden, is_causal=True, **options)
+        attended, _ = self.cross_attention(
+            self.cross_attention_norm(hidden), memory, key_padding_mask=memory_key_padding_mask
+        )
+        return self._feed(hidden, self.dropout(attended))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.interfaces import DecodingState
-from dilated_factory.models.gelu_norm import can_serve, gelu_norm, has_kernels
 from dilated_factory.models.layers import (
     DropPath,
     FeedForward,
@@ -24,6 +23,7 @@ from dilated_factory.models.layers import (
     TransformerLayer,
 )
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.models.norms import can_serve, gelu_norm, has_kernels
 from dilated_factory.models.positions import RotaryEmbedding, XPosEmbedding
 
 Part: TypeAlias = Callable[[Tensor], Tensor]

@@ -14,9 +14,9 @@ import torch
 
 from dilated_factory.configs.models import LongNetConfig, TrainConfig
 from dilated_factory.errors import InputError, missing_package
-from dilated_factory.models.gelu_norm import MOST_FEATURES
 from dilated_factory.models.head_loss import LOSS_BYTES
 from dilated_factory.models.longnet import LongNetLM
+from dilated_factory.models.norms import MOST_FEATURES
 from dilated_factory.training.flops import attention_flops, model_flops
 from dilated_factory.training.parallel import DataParallel, require_shares
 

@@ -1,4 +1,4 @@
-"""Layer norm of GELU by kernels: on the CPU through Triton's interpreter, and on a GPU."""
+"""Layer norms by kernels: on the CPU through Triton's interpreter, and on a GPU."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dilated_factory.models.gelu_norm import can_serve, gelu_norm
+from dilated_factory.models.norms import can_serve, gelu_norm
 from triton_interpreter import case_names, interpret
 
-SCRIPT = Path(__file__).with_name("interpreted_gelu_norm.py")
+SCRIPT = Path(__file__).with_name("interpreted_norms.py")
 NAMES = case_names(SCRIPT)
 FEATURES = [16, 48, 97, 3072, 5000]
 
@@ -20,7 +20,7 @@ def errors() -> dict[str, float]:
     return found
 
 
-@pytest.mark.xdist_group("gelu_norm_interpreter")
+@pytest.mark.xdist_group("norms_interpreter")
 @pytest.mark.parametrize("name", NAMES)
 def test_interpreted_kernels_agree_with_float64(name: str, errors: dict[str, float]) -> None:
     assert errors[name] < 0.5
@@ -48,6 +48,8 @@ def test_it_is_as_exact_as_its_dtype(features: int, dtype: torch.dtype) -> None:
 def test_the_operator_passes_opcheck_and_takes_no_rows() -> None:
     x = torch.randn(3, 5, 48, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight, bias = (torch.randn(48, device="cuda", requires_grad=True) for _ in range(2))
-    torch.library.opcheck(torch.ops.dilated_factory.gelu_norm.default, (x, weight, bias, 1e-5))
+    for added, gelu in ((None, True), (None, False), (torch.randn_like(x), False)):
+        given = (x, added, weight, bias, 1e-5, x.dtype, gelu)
+        torch.library.opcheck(torch.ops.dilated_factory.norm.default, given)
     gelu_norm(x[:0], weight, bias, 1e-5).sum().backward()
     assert not weight.grad.any()  # type: ignore[union-attr]
