@@ -25,15 +25,15 @@ CASES: dict[str, tuple[int, int, torch.dtype, torch.dtype | None, torch.dtype, b
     "GELU, more rows than programs": (61, 48, HALF, None, HALF, True),
     "GELU, a second block that is filled in part": (7, 139, BFLOAT, None, BFLOAT, True),
     "GELU, features no power of two": (7, 97, BFLOAT, None, BFLOAT, True),
-    "rows of float32": (61, 97, FLOAT, None, BFLOAT, False),
+    "rows of float32": (19, 97, FLOAT, None, BFLOAT, False),
     "rows of 16 bits": (7, 768, HALF, None, HALF, False),
     "rows of one 16-bit dtype to the other": (7, 50, HALF, None, BFLOAT, False),
     "one feature": (3, 1, FLOAT, None, HALF, False),
     "many features": (2, 5000, BFLOAT, None, BFLOAT, False),
     "no rows": (0, 48, FLOAT, BFLOAT, BFLOAT, False),
-    "a sum of float32 and 16 bits": (61, 768, FLOAT, BFLOAT, BFLOAT, False),
+    "a sum of float32 and 16 bits": (19, 768, FLOAT, BFLOAT, BFLOAT, False),
     "a sum of float32 and 16 bits in two blocks": (7, 139, FLOAT, HALF, HALF, False),
-    "a sum of 16 bits": (61, 50, BFLOAT, BFLOAT, BFLOAT, False),
+    "a sum of 16 bits": (19, 50, BFLOAT, BFLOAT, BFLOAT, False),
     "a sum of float32": (7, 97, FLOAT, FLOAT, HALF, False),
 }
 

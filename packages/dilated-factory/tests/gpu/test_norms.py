@@ -1,15 +1,22 @@
 """Layer norms by kernels: on the CPU through Triton's interpreter, and on a GPU."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from dilated_factory.models.norms import can_serve, gelu_norm
+from dilated_core import DilatedAttention, DilatedPattern
+from dilated_factory import SlideEncoder, SlideEncoderConfig, TransformerEncoderLayer
+from dilated_factory.models.layers import NarrowNorm, Recompute
+from dilated_factory.models.norms import can_serve, gelu_norm, narrow_norm, sum_and_norm
 from triton_interpreter import case_names, interpret
 
 SCRIPT = Path(__file__).with_name("interpreted_norms.py")
+LAYERS = Path(__file__).with_name("interpreted_layers.py")
 NAMES = case_names(SCRIPT)
 FEATURES = [16, 48, 97, 3072, 5000]
 
@@ -25,6 +32,27 @@ def errors() -> dict[str, float]:
 def test_interpreted_kernels_agree_with_float64(name: str, errors: dict[str, float]) -> None:
     assert errors[name] < 0.5
     assert sorted(errors) == sorted(NAMES)
+
+
+@pytest.fixture(scope="module")
+def layers() -> dict[str, Any]:
+    found: dict[str, Any] = interpret(LAYERS)
+    return found
+
+
+@pytest.mark.xdist_group("layers_interpreter")
+@pytest.mark.parametrize("name", case_names(LAYERS))
+def test_layers_with_interpreted_kernels_are_as_exact_and_keep_no_more(
+    name: str, layers: dict[str, Any]
+) -> None:
+    error, kept, launched = layers[name]
+    assert error < 1.5
+    assert kept <= 1
+    first = [] if name == "float32" else ["norm", "norm", "sum", "gelu"]
+    if name == "selective":  # the sum is kept, and its norm made again
+        first[2] = "norm"
+    assert launched[: len(first)] == first
+    assert bool(launched) == bool(first)
 
 
 @pytest.mark.gpu
@@ -53,3 +81,129 @@ def test_the_operator_passes_opcheck_and_takes_no_rows() -> None:
         torch.library.opcheck(torch.ops.dilated_factory.norm.default, given)
     gelu_norm(x[:0], weight, bias, 1e-5).sum().backward()
     assert not weight.grad.any()  # type: ignore[union-attr]
+
+
+WIDTHS = [1, 50, 97, 768, 1536, 3072, 5000, 8192, 16384]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", [True, False], ids=["float32", "16 bits"])
+def test_norms_of_rows_and_sums_are_as_exact_as_their_dtype(
+    features: int, dtype: torch.dtype, wide: bool
+) -> None:
+    shape = (2, 701 if features < 5000 else 37, features)
+    kind = torch.float32 if wide else dtype
+    x = torch.randn(shape, device="cuda").to(kind).requires_grad_()
+    added = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    weight, bias = (torch.randn(features, device="cuda", requires_grad=True) for _ in range(2))
+    grads = [torch.randn_like(x), torch.randn(shape, device="cuda").to(dtype)]
+    inputs = (x, added, weight, bias)
+    found = sum_and_norm(*inputs, 1e-5, dtype)
+    total = (x + added).detach()
+    assert torch.equal(found[0], total)
+    bound = torch.finfo(dtype).eps
+
+    def check(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+        for one, right in zip(found, wanted, strict=True):
+            assert (one.double() - right).norm() <= bound * right.norm() + 1e-3
+
+    sums = [y.detach().double().requires_grad_() for y in (total, weight, bias)]
+    expected = F.layer_norm(sums[0], (features,), sums[1], sums[2], 1e-5)
+    check(found[1:], (expected,))
+    for upstream in (grads, [torch.zeros_like(x), grads[1]]):
+        if upstream is grads:
+            got = torch.autograd.grad(found, inputs, upstream, retain_graph=True)
+        else:
+            got = torch.autograd.grad(found[1], inputs, upstream[1], retain_graph=True)
+        of_sum, *rest = torch.autograd.grad(expected, sums, upstream[1].double(), retain_graph=True)
+        of_sum = of_sum + upstream[0].double()
+        assert [y.dtype for y in got[:2]] == [kind, dtype]
+        check(got, (of_sum, of_sum, *rest))
+    alone = total.clone().requires_grad_()
+    normed = narrow_norm(alone, weight, bias, 1e-5, dtype)
+    assert torch.equal(normed, found[1])
+    check(
+        torch.autograd.grad(normed, (alone, weight, bias), grads[1]),
+        torch.autograd.grad(expected, sums, grads[1].double()),
+    )
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_billion_elements_are_found() -> None:
+    x = torch.zeros(2**21 + 3, 1024, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.randn(1024)
+    weight, bias = torch.ones(1024, device="cuda"), torch.zeros(1024, device="cuda")
+    out = narrow_norm(x, weight, bias, 1e-5, x.dtype)
+    expected = F.layer_norm(x[-1].float(), (1024,))
+    assert (out[-1].float() - expected).norm() < 1e-2 * expected.norm()
+    assert not out[:-1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [None, "pointwise", "selective"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "16-bit model"])
+def test_a_layer_is_as_exact_as_with_torchs_norms_and_keeps_no_more(
+    recompute: Recompute | None, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    attention = DilatedAttention(DilatedPattern([32, 128], [1, 4]))
+    layer = TransformerEncoderLayer(256, 8, attention, device="cuda")
+    for part in layer.modules():
+        if isinstance(part, NarrowNorm):
+            torch.nn.init.normal_(part.weight, 1, 0.3)
+            torch.nn.init.normal_(part.bias)
+    layer.recompute = recompute
+    layer.to(torch.float32 if autocast else dtype)
+    hidden, upstream = torch.randn(2, 2, 300, 256, device="cuda").to(
+        layer.attention_norm.weight.dtype
+    )
+    names = ["output", "hidden", *(name for name, _ in layer.named_parameters())]
+
+    def outputs(one: TransformerEncoderLayer, kind: torch.dtype) -> tuple[Tensor, ...]:
+        given = hidden.to(kind).requires_grad_()
+        with torch.autocast("cuda", dtype, enabled=autocast and kind != torch.float64):
+            before = torch.cuda.memory_allocated()
+            out = one(given)
+            kept.append(torch.cuda.memory_allocated() - before)
+        leaves = [given, *one.parameters()]
+        return out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+    kept: list[int] = []
+    exact = outputs(copy.deepcopy(layer).double(), torch.float64)
+    outputs(layer, hidden.dtype)  # tables that attention keeps
+    found = outputs(layer, hidden.dtype)
+    monkeypatch.setattr("dilated_factory.models.layers.narrow_dtype", lambda *_: None)
+    plain = outputs(layer, hidden.dtype)
+    assert kept[2] <= kept[3]
+    for name, ours, torchs, right in zip(names, found, plain, exact, strict=True):
+        errors = [float((x.double() - right).norm()) for x in (ours, torchs)]
+        assert ours.dtype == torchs.dtype
+        # A key bias moves all scores of a query alike: its gradient is rounding.
+        assert errors[0] < 2 * errors[1] or "k_proj.bias" in name, name
+
+
+@pytest.mark.gpu
+def test_a_slide_encoder_is_as_exact_as_with_torchs_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = SlideEncoderConfig(
+        tile_dim=24, embed_dim=96, num_heads=2, num_layers=3, segment_lengths=(32, 96, 256),
+        dilation_rates=(1, 2, 4), global_pool=True,
+    )  # fmt: skip
+    model = SlideEncoder(config, device="cuda").eval()
+    tiles = torch.randn(1, 500, 24, device="cuda")
+    places = torch.randint(250_000, (1, 500, 2), device="cuda")
+
+    def errors() -> list[float]:
+        with torch.no_grad(), torch.autocast("cuda", torch.float16):
+            found = model(tiles, places, all_layer_embed=True)
+        pairs = zip(found, exact, strict=True)
+        return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(tiles.double(), places, all_layer_embed=True)
+    ours = errors()
+    monkeypatch.setattr("dilated_factory.models.layers.narrow_dtype", lambda *_: None)
+    assert all(a < 2 * b + 1e-6 for a, b in zip(ours, errors(), strict=True))

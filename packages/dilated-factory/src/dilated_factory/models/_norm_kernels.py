@@ -79,17 +79,25 @@ def backward(
 def forward_launch(features: int, gelu: bool) -> RowLaunch:
     """How the forward runs."""
     block, rest, warps = _blocks(features)
+    registers = 128 if warps == 4 else None
     if gelu:
-        return RowLaunch(block, rest, warps, max(64 // warps, 4), 128 if warps == 4 else None)
-    return RowLaunch(block, rest, warps, max(16 // warps, 2))
+        return RowLaunch(block, rest, warps, max(64 // warps, 4), registers)
+    return RowLaunch(block, rest, warps, max(16 // warps, 2), registers, _stages(features))
 
 
 def backward_launch(features: int, gelu: bool) -> RowLaunch:
     """How the backward runs: as many programs as there are at once, with so many registers."""
     block, rest, warps = _blocks(features)
+    if not gelu:
+        return RowLaunch(block, rest, warps, max(8 // warps, 2), None, _stages(features))
     if warps == 4:
         return RowLaunch(block, rest, warps, 3, 168)
     return RowLaunch(block, rest, warps, max(8 // warps, 2))
+
+
+def _stages(features: int) -> int:
+    """Rows that are wider than this are not read ahead: of float32, two do not fit on the chip."""
+    return 3 if features <= 8192 else 1
 
 
 def _blocks(features: int) -> tuple[int, int, int]:
