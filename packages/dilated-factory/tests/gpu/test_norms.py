@@ -45,9 +45,11 @@ def layers() -> dict[str, Any]:
 def test_layers_with_interpreted_kernels_are_as_exact_and_keep_no_more(
     name: str, layers: dict[str, Any]
 ) -> None:
-    error, kept, launched = layers[name]
+    error, saved, launched = layers[name]
     assert error < 1.5
-    assert kept <= 1
+    # GELU's output; on the CPU autocast widens nothing for torch's norms, which may narrow moments.
+    sizes = {"autocast": 2 * 4 * 48, "a memory": 2 * 4 * 48, "a 16-bit model": 2 * 4 * 48 - 4 * 4}
+    assert saved == sizes.get(name, 0)
     first = [] if name == "float32" else ["norm", "norm", "sum", "gelu"]
     if name == "selective":  # the sum is kept, and its norm made again
         first[2] = "norm"

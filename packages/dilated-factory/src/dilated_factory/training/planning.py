@@ -312,7 +312,7 @@ class _SavedBytes:
         else:
             row = 2 * entering + attention + 2 * b * width + 2 * _MOMENTS + masks
             row += b * width if upcast else 0
-            if self.setup.device == "cuda" and b == 2:
+            if self.setup.device == "cuda" and b == 2 and width > MOST_FEATURES:
                 row += _FLOAT * width  # autocast widens what the norm behind attention takes
             if recompute != "feed_forward":
                 row += b * width + _MOMENTS + 2 * b * hidden
