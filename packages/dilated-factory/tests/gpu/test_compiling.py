@@ -27,15 +27,13 @@ def test_norms_compile(features: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_of_generation_compiles(dtype: torch.dtype) -> None:
     with kernels_are_compiled() as launched:
+        from dilated_factory.models import _norm_kernels
         from dilated_factory.models import _row_kernels as kernels
 
         rows = torch.zeros(3, 80, dtype=dtype)
         for positions in (torch.zeros(3, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)):
             kernels.turn(rows, positions, torch.zeros(5, dtype=torch.int64), 4, 2)
         hidden, weight = torch.zeros(3, 40, dtype=dtype), torch.ones(40, dtype=dtype)
-        kernels.add_norm(hidden, hidden, weight, weight, 1e-5)
-    assert [kernel for kernel, _ in launched] == [
-        "_turn_kernel",
-        "_turn_kernel",
-        "_add_norm_kernel",
-    ]
+        outs = hidden.clone(), hidden.clone()
+        _norm_kernels.forward(hidden, hidden, weight, weight, *outs, None, 1e-5, gelu=False)
+    assert [kernel for kernel, _ in launched] == ["_turn_kernel", "_turn_kernel", "_norm_kernel"]

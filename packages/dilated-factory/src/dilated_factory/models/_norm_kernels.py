@@ -39,19 +39,20 @@ class RowLaunch(NamedTuple):
 
 def forward(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, total: Tensor | None,
-    out: Tensor, moments: Tensor, eps: float, gelu: bool,
+    out: Tensor, moments: Tensor | None, eps: float, gelu: bool,
 ) -> None:  # fmt: skip
-    """Fill out (..., F), and moments (2, R): mean and reciprocal deviation of each row.
+    """Fill out (..., F), and the total where something of the same shape is added.
 
-    With ``added``, of the same shape, also the total of x and that.
+    For a backward also moments (2, R): mean and reciprocal deviation of each row. Without them rows
+    are taken for few.
     """
     features = x.shape[-1]
     rows = x.numel() // features
     how = forward_launch(features, gelu)
     _norm_kernel[(min(rows, _MULTIPROCESSORS * how.programs),)](
         x, added, weight, bias, total, out, moments, rows, features, eps, GELU=gelu,
-        BLOCK=how.block, REST=how.rest, STAGES=how.stages, num_warps=how.warps,
-        maxnreg=how.registers,
+        BLOCK=how.block, REST=how.rest, STAGES=1 if moments is None else how.stages,
+        num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
 
 
@@ -145,8 +146,9 @@ def _norm_kernel(
         tl.store(out + start + columns, g * scale * w + b, mask=inside)
         if REST:
             tl.store(out + start + columns2, g2 * scale * w2 + b2, mask=inside2)
-        tl.store(moments + row, mean)
-        tl.store(moments + rows + row, scale)
+        if moments is not None:
+            tl.store(moments + row, mean)
+            tl.store(moments + rows + row, scale)
 
 
 @triton.jit

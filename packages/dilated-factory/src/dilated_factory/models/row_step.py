@@ -154,14 +154,17 @@ def _add_norm(norm: nn.Module) -> AddNorm:
 
     if not isinstance(norm, nn.LayerNorm) or not _fits_kernels(norm.weight):
         return plain
-    from dilated_factory.models import _row_kernels
+    from dilated_factory.models import _norm_kernels
 
     weight, bias, eps = norm.weight, norm.bias, norm.eps
 
     def fused(hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
         if added is None:
             return plain(hidden, added)
-        return _row_kernels.add_norm(hidden, added, weight, bias, eps)
+        hidden, added = hidden.contiguous(), added.contiguous()
+        total, out = torch.empty_like(hidden), torch.empty_like(hidden)
+        _norm_kernels.forward(hidden, added, weight, bias, total, out, None, eps, gelu=False)
+        return total, out
 
     return fused
 
