@@ -31,6 +31,7 @@ CASES: dict[str, tuple[torch.dtype, torch.dtype | None, Recompute | None, bool]]
     "a 16-bit model": (BFLOAT, None, None, False),
     "float32": (FLOAT, None, None, False),
     "a memory": (FLOAT, HALF, None, True),
+    "a hook": (FLOAT, BFLOAT, None, False),
 }
 
 launched: list[str] = []
@@ -84,6 +85,8 @@ def compared(name: str) -> tuple[float, float, list[str]]:
         if isinstance(part, nn.LayerNorm):
             nn.init.normal_(part.weight, 1, 0.3)
             nn.init.normal_(part.bias)
+    if name == "a hook":
+        layer.feed_forward_norm.register_forward_hook(lambda *given: given[-1].clone())
     hidden, upstream = torch.randn(2, 1, 5, 48).to(dtype)
     exact, _ = outputs(copy.deepcopy(layer).double(), hidden.double(), upstream.double())
     found, counts = [], []

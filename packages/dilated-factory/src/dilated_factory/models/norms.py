@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dilated_core.extending import is_eager
 
@@ -177,7 +176,9 @@ def _differentiate(
         of_added = None if grad_total is None else grad_total.to(ctx.added)
         return grad_total, of_added, None, None, *nothing
     x, weight, moments = ctx.saved_tensors
-    run = _run_backward if is_eager(grad, x) else _backward
+    # The operator refuses a second derivative.
+    eager = is_eager(grad, x) and not torch.is_grad_enabled()
+    run = _run_backward if eager else _backward
     dtype = x.dtype if ctx.added is None else ctx.added
     total = None if ctx.added is None else grad_total
     of_x, of_added, of_weight, of_bias = run(grad, total, x, weight, moments, dtype, ctx.gelu)
@@ -196,7 +197,6 @@ class _Eager(torch.autograd.Function):
     setup_context = staticmethod(_keep)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As of the operator."""
         return _differentiate(ctx, *grads)
