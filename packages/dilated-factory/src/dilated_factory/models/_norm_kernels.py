@@ -83,14 +83,16 @@ def forward_launch(features: int, gelu: bool) -> RowLaunch:
     registers = 128 if warps == 4 else None
     if gelu:
         return RowLaunch(block, rest, warps, max(64 // warps, 4), registers)
-    return RowLaunch(block, rest, warps, max(16 // warps, 2), registers, _stages(features))
+    programs = min(max(8192 // block, 1), 32)
+    return RowLaunch(block, rest, warps, programs, registers, _stages(features))
 
 
 def backward_launch(features: int, gelu: bool) -> RowLaunch:
     """How the backward runs: as many programs as there are at once, with so many registers."""
     block, rest, warps = _blocks(features)
     if not gelu:
-        return RowLaunch(block, rest, warps, max(8 // warps, 2), None, _stages(features))
+        programs = min(max(4096 // block, 1), 32)
+        return RowLaunch(block, rest, warps, programs, None, _stages(features))
     if warps == 4:
         return RowLaunch(block, rest, warps, 3, 168)
     return RowLaunch(block, rest, warps, max(8 // warps, 2))
