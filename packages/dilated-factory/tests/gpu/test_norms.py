@@ -173,7 +173,7 @@ def test_a_layer_is_as_exact_as_with_torchs_norms_and_keeps_no_more(
     names = ["output", "hidden", *(name for name, _ in layer.named_parameters())]
 
     def outputs(one: TransformerEncoderLayer, kind: torch.dtype) -> tuple[Tensor, ...]:
-        given = hidden.to(kind).requires_grad_()
+        given = hidden.clone().to(kind).requires_grad_()
         with torch.autocast("cuda", dtype, enabled=autocast and kind != torch.float64):
             before = torch.cuda.memory_allocated()
             out = one(given)
