@@ -162,15 +162,11 @@ def key_gradient_kernel(
             dk = add_product(ds.to(q.dtype), q, dk, IEEE)
             if TAIL:
                 dk_tail = add_product(ds.to(q.dtype), q_tail, dk_tail, IEEE)
+            # To read a run ahead takes registers, which wide rows have not.
             run, now, then = next_columns(
-                run,
-                now,
-                then,
-                FULL_COLUMNS if phase == 0 else MASKED_COLUMNS,
-                phase,
-                CARRIED,
+                run, now, then, FULL_COLUMNS if phase == 0 else MASKED_COLUMNS, phase, CARRIED,
                 BLOCK_D + TAIL <= 64,
-            )
+            )  # fmt: skip
 
     rows, inside = reload_rows(tile, offsets)
     local = origin + rows - first_key
