@@ -20,6 +20,7 @@
   torch.compile is to call as they are.
 - `define_operators` with an `OperatorForm`: a forward and a backward as custom operators, for
   torch.compile; an eager call goes to them as it is.
+- `relaunched`, `on_device`: for kernels of your own, which triton's door would keep waiting.
 - `drive`, `drive_backward`: the GPU kernels, for any `Tiling`, which makes `TilePlan`s: tables of
   tiles of rows and of the runs of columns that each walks. A `PlanCache` keeps them, and
   `triton_unsupported` says which calls the kernels cannot serve. None of them imports triton but
@@ -47,7 +48,7 @@ from dilated_core._row_attention import attend as attend_rows
 from dilated_core._row_attention import attend_backward as attend_rows_backward
 from dilated_core._torch.dense import RowAttention
 from dilated_core._torch_internals import is_eager, uncompiled
-from dilated_core._triton import drive, drive_backward
+from dilated_core._triton import drive, drive_backward, on_device, relaunched
 from dilated_core._triton import unsupported as triton_unsupported
 from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
 from dilated_core._triton._plan import SPARE_RUNS, BlockSizes, PlanCache, TilePlan
@@ -92,7 +93,9 @@ __all__ = [
     "merge",
     "merge_",
     "on_clear",
+    "on_device",
     "pick",
+    "relaunched",
     "remembered",
     "triton_unsupported",
     "uncompiled",

@@ -10,7 +10,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -45,7 +44,6 @@ def record(x: Tensor, added: Tensor | None, *others: Any) -> None:
 
 
 kernels.forward = record
-torch.cuda.device = lambda _: nullcontext()  # type: ignore[assignment, misc, return-value] # a door
 
 
 def outputs(layer: TransformerLayer, hidden: Tensor, upstream: Tensor) -> tuple[list[Tensor], int]:

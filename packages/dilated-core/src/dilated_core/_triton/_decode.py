@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from dilated_core._triton import _kernels
+from dilated_core._triton import _kernels, on_device
 from dilated_core._triton._driving import HeldTensors
-from dilated_core._triton._launch import _flat, _on_device
+from dilated_core._triton._launch import _flat
 
 # Programs that keep a GPU busy, and the most into which the slots of a head are split.
 _PROGRAMS, _MOST_SHARES = 264, 32
@@ -36,7 +36,7 @@ def decode(
     any_pointer = held.lengths
     ignored = None if padding is None else padding.contiguous().view(torch.uint8)
     real_rows = any_pointer if real is None else real
-    with _on_device(query):
+    with on_device(query):
         _kernels.decode_kernel[(shares, heads, batch)](
             query, key, value, any_pointer if ignored is None else ignored,
             held.key, held.value,

@@ -4,7 +4,6 @@ B batch, N queries, M keys, H query heads, H_kv key heads, D head_dim.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from dilated_core._branches import Branches
 from dilated_core._caches import remembered
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
-from dilated_core._triton import _kernels
+from dilated_core._triton import _kernels, on_device
 from dilated_core._triton._blocks import head_dim_blocks, pair_of, value_blocks
 from dilated_core._triton._driving import Config, Pass, Sizes, Tiling
 from dilated_core._triton._pattern_plans import PatternTiling
@@ -24,7 +23,6 @@ from dilated_core._triton._triton_internals import Launch
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 _Strides = tuple[int, int, int, int]
-_HERE = nullcontext()
 _MOST_LAUNCHES = 1024
 # Bytes of gradients: above them the GPU takes longer than the host to allocate each alone.
 _ONE_ALLOCATION = 32 * 2**20
@@ -187,7 +185,7 @@ def forward(call: KernelCall, *, wide: bool = False) -> Partial:
     """Compute out (B, N, H, D) in query's dtype or, if `wide`, in float32, like lse (B, H, N)."""
     query = call.query
     # Kernels are launched on the current device, so make it the tensors' one.
-    with _on_device(query):
+    with on_device(query):
         out, lse = (empty_wide if wide else empty_like)(query), empty_lse(query)
         if query.numel():
             call.launch("forward", [query, call.key, call.value, out, lse], (wide,))
@@ -197,7 +195,7 @@ def forward(call: KernelCall, *, wide: bool = False) -> Partial:
 def backward(call: KernelCall, upstream: Upstream, *, wide: bool = False) -> Gradients:
     """Gradients to query, key and value, in their dtype or, if `wide`, in float32."""
     query, key = call.query, call.key
-    with _on_device(query):
+    with on_device(query):
         dq, dk, dv, terms = empty_grads(query, key, upstream.total.lse, wide)
         if not query.numel() or not key.numel():
             return dq.zero_(), dk.zero_(), dv.zero_()
@@ -233,12 +231,6 @@ def key_gradients(
     facts = grad_key.dtype, grad_key.stride(), grad_out.dtype, grad_out.stride(), terms.stride()
     tensors = [call.query, call.key, call.value, grad_out, grad_key, grad_value, terms]
     call.launch("key", tensors, facts)
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(x.device)
 
 
 def empty_like(x: Tensor) -> Tensor:

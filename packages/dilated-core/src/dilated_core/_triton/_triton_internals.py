@@ -9,7 +9,7 @@ binary depends on is either fixed or checked, so that the binary of the first la
 # mypy: disable-error-code="import-untyped,import-not-found"
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache, reduce
 from operator import or_
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from triton import JITFunction, knobs
 
-from dilated_core._triton._plan import TilePlan
+from dilated_core._triton._plan import TilePlan, raw_stream
 
 OTHERS = 3
+_MOST_BINARIES = 256
 
 # How triton itself calls a binary, without spaces.
 _CONVENTION = (
@@ -46,6 +47,47 @@ def _has_hooks(kernel: Any) -> bool:
     runtime = knobs.runtime
     watching = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
     return bool(watching or kernel.pre_run_hooks)
+
+
+class Relaunch:
+    """A kernel, launched by its known binaries: what is alike but for addresses has the same.
+
+    Args:
+        kernel: one that specializes none of its numbers.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._binaries: dict[Hashable, tuple[Any, ...]] = {}
+
+    def __call__(
+        self, facts: Hashable, grid: int, tensors: Sequence[Tensor | None], rest: Sequence[Any],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Launch on the current stream of the tensors' device, which is current.
+
+        Args:
+            facts: all that a binary depends on: device, dtypes, what is absent, constants, options.
+            grid: how many programs.
+            tensors: the first arguments.
+            rest: the others, in order.
+            options: how to compile.
+        """
+        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        aligned = not reduce(or_, filter(None, addresses)) % 16
+        direct = aligned and isinstance(self._kernel, JITFunction) and can_relaunch()
+        direct = direct and not _has_hooks(self._kernel)
+        known = self._binaries.get(facts) if direct else None
+        if known is None:
+            binary = self._kernel[(grid,)](*tensors, *rest, **options)
+            if direct:
+                if len(self._binaries) >= _MOST_BINARIES:
+                    self._binaries.clear()
+                self._binaries[facts] = binary.run, binary.function, binary.packed_metadata
+            return
+        run, function, metadata = known
+        stream = raw_stream(next(x.get_device() for x in tensors if x is not None))
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *rest)
 
 
 class Launch:

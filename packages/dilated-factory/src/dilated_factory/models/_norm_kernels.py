@@ -7,12 +7,16 @@
 # would be filled by three quarters or less. How many run for GELU, and with how many registers, was
 # measured on an H200 (benchmarks/NOTES.md).
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dilated_core.extending import relaunched
 
 _MULTIPROCESSORS = 132  # of an H200
 
@@ -49,10 +53,11 @@ def forward(
     features = x.shape[-1]
     rows = x.numel() // features
     how = forward_launch(features, gelu)
-    _norm_kernel[(min(rows, _MULTIPROCESSORS * how.programs),)](
-        x, added, weight, bias, total, out, moments, rows, features, eps, GELU=gelu,
-        BLOCK=how.block, REST=how.rest, STAGES=1 if moments is None else how.stages,
-        num_warps=how.warps, maxnreg=how.registers,
+    stages = 1 if moments is None else how.stages
+    tensors = (x, added, weight, bias, total, out, moments)
+    _launch(
+        0, min(rows, _MULTIPROCESSORS * how.programs), tensors,
+        (rows, features, eps, gelu, how.block, how.rest, stages), how,
     )  # fmt: skip
 
 
@@ -66,15 +71,27 @@ def backward(
     """
     features = x.shape[-1]
     rows = x.numel() // features
-    how = backward_launch(features, gelu)
+    how = backward_launch(features, gelu, grad_total is not None)
     programs = min(rows, _MULTIPROCESSORS * how.programs)
     parts = torch.empty((2, programs, features), dtype=torch.float32, device=x.device)
-    _norm_backward_kernel[(programs,)](
-        grad, grad_total, x, weight, moments, grad_x, grad_added, parts, rows, features,
-        GELU=gelu, BLOCK=how.block, REST=how.rest, STAGES=how.stages, num_warps=how.warps,
-        maxnreg=how.registers,
-    )  # fmt: skip
+    tensors = (grad, grad_total, x, weight, moments, grad_x, grad_added, parts)
+    numbers = (rows, features, gelu, how.block, how.rest, how.stages)
+    _launch(1, programs, tensors, numbers, how)
     return parts
+
+
+def _launch(
+    which: int, programs: int, tensors: tuple[Tensor | None, ...], rest: tuple[float, ...],
+    how: RowLaunch,
+) -> None:  # fmt: skip
+    """Launch the forward (0) or the backward (1)."""
+    facts = tensors[0].get_device(), *(x if x is None else x.dtype for x in tensors), *rest[1:], how
+    _doors()[which](facts, programs, tensors, rest, num_warps=how.warps, maxnreg=how.registers)
+
+
+@cache
+def _doors() -> tuple[Callable[..., None], Callable[..., None]]:
+    return relaunched(_norm_kernel), relaunched(_norm_backward_kernel)
 
 
 def forward_launch(features: int, gelu: bool) -> RowLaunch:
@@ -87,9 +104,11 @@ def forward_launch(features: int, gelu: bool) -> RowLaunch:
     return RowLaunch(block, rest, warps, programs, registers, _stages(features))
 
 
-def backward_launch(features: int, gelu: bool) -> RowLaunch:
+def backward_launch(features: int, gelu: bool, summed: bool = False) -> RowLaunch:
     """How the backward runs: as many programs as there are at once, with so many registers."""
     block, rest, warps = _blocks(features)
+    if summed and 512 < features <= 1024:
+        return RowLaunch(1024, 0, 1, 4)
     if not gelu:
         programs = min(max(4096 // block, 1), 32)
         return RowLaunch(block, rest, warps, programs, None, _stages(features))
@@ -116,7 +135,7 @@ def _blocks(features: int) -> tuple[int, int, int]:
     return block, rest, min(max(block // 512, 1), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x, added, weight, bias, total, out, moments, rows, features, eps, GELU: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
@@ -167,7 +186,7 @@ def _normed_value(x, added, total, start, columns, inside, GELU: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
     grad, grad_total, x, weight, moments, grad_x, grad_added, parts, rows, features,
     GELU: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_core.extending import is_eager
+from dilated_core.extending import is_eager, on_device
 
 # A row is held by one program.
 MOST_FEATURES = 16384
-# Whether compiled code has the kernels where there is no GELU; torch.compile reads a row once too.
-IN_COMPILED_CODE = False
 _HAS_TRITON = find_spec("triton") is not None
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -41,9 +39,8 @@ def narrow_dtype(x: Tensor, *others: Tensor) -> torch.dtype | None:
         x: what is normed, or what something is added to.
         others: weight and bias, and what is added.
     """
-    if not has_kernels(x) or x.dtype not in (*NARROW, torch.float32):
-        return None
-    if not (IN_COMPILED_CODE if torch.compiler.is_compiling() else is_eager(x, *others)):
+    # torch.compile reads a row once, too, and these kernels would gain nothing there: measured.
+    if not (has_kernels(x) and x.dtype in (*NARROW, torch.float32) and is_eager(x, *others)):
         return None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -101,7 +98,7 @@ def _run_forward(
     total, out, moments = _outputs(x, added, weight, bias, eps, dtype, gelu)
     if x.numel():
         parts = (None, None) if added is None else (added.contiguous(), total)
-        with torch.cuda.device(x.device):
+        with on_device(x):
             _kernels().forward(
                 x.contiguous(), parts[0], weight, bias, parts[1], out, moments, eps, gelu
             )
@@ -131,7 +128,7 @@ def _run_backward(
     grads = _gradients(grad, grad_total, x, weight, moments, added, gelu)
     if not x.numel():
         return *grads[:2], torch.zeros_like(weight), torch.zeros_like(weight)
-    with torch.cuda.device(x.device):
+    with on_device(x):
         parts = _kernels().backward(
             grad.contiguous(), None if grad_total is None else grad_total.contiguous(),
             x.contiguous(), weight, moments, grads[0], None if added == x.dtype else grads[1], gelu,
