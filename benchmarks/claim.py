@@ -77,7 +77,7 @@ class Scale(NamedTuple):
     sections: int
     trials: int  # of each distance
     short_share: float = 0.75  # of the steps of those that grow
-    rotary_base: float = 10000.0
+    rotary_base: float = 5e6
 
 
 LARGE = Scale((2048, 8192, 32768, 131072), 4, 512, 8, 65536, 1e8, 96, 64, 32)
