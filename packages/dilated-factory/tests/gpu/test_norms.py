@@ -133,7 +133,8 @@ def test_norms_of_rows_and_sums_are_as_exact_as_their_dtype(
         check(got, (of_sum, of_sum, *rest))
     alone = total.clone().requires_grad_()
     normed = narrow_norm(alone, weight, bias, 1e-5, dtype)
-    assert torch.equal(normed, found[1])
+    # Of another kind, the kernel may add in another order.
+    assert (normed.double() - found[1].double()).norm() <= bound / 10 * found[1].double().norm()
     check(
         torch.autograd.grad(normed, (alone, weight, bias), grads[1]),
         torch.autograd.grad(expected, sums, grads[1].double()),
@@ -190,7 +191,7 @@ def test_a_layer_is_as_exact_as_with_torchs_norms_and_keeps_no_more(
     plain = outputs(layer, hidden.dtype)
     assert kept[2] <= kept[3]
     for name, ours, torchs, right in zip(names, found, plain, exact, strict=True):
-        errors = [float((x.double() - right).norm()) for x in (ours, torchs)]
+        errors = [float((x.double() - right).detach().norm()) for x in (ours, torchs)]
         assert ours.dtype == torchs.dtype
         # A key bias moves all scores of a query alike: its gradient is rounding.
         assert errors[0] < 2 * errors[1] or "k_proj.bias" in name, name

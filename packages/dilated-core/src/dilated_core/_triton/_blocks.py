@@ -38,7 +38,7 @@ _HALF: dict[Pass, dict[int, Pair]] = {
         48: Pair(Config(64, 64, 4, 3, 32, 168), Config(64, 64, 4, 2, 64, 168)),
         64: _KEY_64,
         96: _same(Config(64, 64, 4, 3)),
-        128: _same(Config(64, 64, 4, 2)),
+        128: _same(Config(64, 64, 4, 2, 64)),
         192: _same(Config(64, 32, 4, 2)),
         256: _same(Config(64, 32, 8, 2, 16)),
     },

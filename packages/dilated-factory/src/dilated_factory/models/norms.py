@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_core.extending import is_eager, on_device
+from dilated_core.extending import has_tangents, is_eager, on_device
 
 # A row is held by one program.
 MOST_FEATURES = 16384
@@ -41,6 +41,8 @@ def narrow_dtype(x: Tensor, *others: Tensor) -> torch.dtype | None:
     """
     # torch.compile reads a row once, too, and these kernels would gain nothing there: measured.
     if not (has_kernels(x) and x.dtype in (*NARROW, torch.float32) and is_eager(x, *others)):
+        return None
+    if has_tangents():
         return None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -85,9 +87,11 @@ def _apply(
     dtype: torch.dtype, gelu: bool,
 ) -> Outputs:  # fmt: skip
     given = (x, weight, bias) if added is None else (x, added, weight, bias)
-    run = _eager if is_eager(*given) else _forward
-    outputs: Outputs = run(x, added, weight, bias, eps, dtype, gelu)
-    return outputs
+    run: Callable[..., Outputs] = _forward
+    if is_eager(*given):
+        learns = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+        run = _Eager.apply if learns or has_tangents() else _run_forward
+    return run(x, added, weight, bias, eps, dtype, gelu)
 
 
 def _run_forward(
@@ -188,18 +192,23 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 class _Eager(torch.autograd.Function):
-    """The same without torch's dispatcher."""
+    """The same without torch's dispatcher.
 
-    forward = staticmethod(_run_forward)
-    setup_context = staticmethod(_keep)
+    Of a forward with a setup_context torch inspects the signature at each call, which takes the
+    host longer than all else (2.11, 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
+        """As the operator."""
+        outputs = _run_forward(*inputs)
+        _keep(ctx, inputs, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As of the operator."""
         return _differentiate(ctx, *grads)
-
-
-_eager: Callable[..., Outputs] = _Eager.apply
 
 
 @cache
