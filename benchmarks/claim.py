@@ -752,7 +752,14 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
     table = [t for t in table if t["budget"] == "flops"]
     figure, axes = pyplot.subplots(1, 4, figsize=(20, 4.5), layout="constrained")
     for index, candidate in enumerate(CANDIDATES):
-        lines = [t for t in table if t["candidate"] == candidate]
+        own = [t for t in table if t["candidate"] == candidate]
+        # What grows to the shortest context is what begins there.
+        lines = own + [
+            t for t in table
+            if own and GROWN in candidate and t["candidate"] == candidate.removesuffix(GROWN)
+            and t["context"] < min(x["context"] for x in own)
+        ]  # fmt: skip
+        lines.sort(key=lambda t: t["context"])
         for vocabulary, style in (("bytes", "o-"), ("bpe", "s--")):
             some = [t for t in lines if t["vocabulary"] == vocabulary]
             if some:
@@ -762,7 +769,7 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
                     [t["context"] for t in some], [t["bits"] for t in some], errors,
                     fmt=style, color=f"C{index}", capsize=3, label=f"{candidate}, {vocabulary}",
                 )  # fmt: skip
-        for line in lines:
+        for line in own:
             name = f"{candidate} {line['context']}"
             for axis, key in zip(axes[1:], CURVES, strict=True):
                 xs = [int(x) for x in line[key]]
@@ -777,6 +784,9 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set(xlabel=x, ylabel=y)
         axis.legend(fontsize=7)
+    # Dense attention that is given more than it was trained with would leave the others no room.
+    bits = [y for t in table for x, y in t["by_context"].items() if int(x) <= t["context"]]
+    axes[1].set_ylim(min(bits) - 0.02, max(bits) + 0.06)
     figure.suptitle(f"{machine['device']}, torch {machine['torch']}")
     figure.savefig(path, dpi=130)
 

@@ -23,6 +23,7 @@ from dilated_factory.configs.base import FrozenConfig, parse_config
 from dilated_factory.configs.files import read_values, to_toml
 from dilated_factory.configs.kinds import CONFIG_TYPES, config_type, parse_any, read_config
 from dilated_factory.configs.layouts import DocumentConfig, build_layout
+from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig
 from dilated_factory.configs.pool import PoolConfig, create_pool
 from dilated_factory.kinds.default import register_dilated
 from dilated_factory.kinds.registry import Registry
@@ -268,3 +269,18 @@ def test_every_field_of_a_configuration_says_what_it_is(kind: type[BaseModel]) -
     assert not [name for name, field in fields.items() if not (field.description or "").strip()]
     described = kind.model_json_schema()["properties"]
     assert all("description" in described[name] for name in fields)
+
+
+@pytest.mark.parametrize("kind", [LongNetConfig, LongNetEncoderConfig])
+def test_a_long_context_has_a_larger_rotary_base_unless_it_is_given(
+    kind: type[LongNetConfig | LongNetEncoderConfig],
+) -> None:
+    bases = {context: kind(context=context).angle_base for context in (64, 8191, 8192, 2**20)}
+    assert bases == {64: 1e4, 8191: 1e4, 8192: 5e6, 2**20: 5e6}
+    assert kind(context=8192, rotary_base=1e4).angle_base == 1e4
+    # xPos is torchscale's, whose base is this one.
+    assert kind(context=8192, positions="xpos").angle_base == 1e4
+    # What is written says it, so a later default changes nothing.
+    written = kind(context=8192).model_dump_json()
+    assert json.loads(written)["rotary_base"] == 5e6
+    assert kind.model_validate_json(written) == kind(context=8192)

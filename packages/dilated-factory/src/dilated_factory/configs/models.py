@@ -24,6 +24,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 # Past this, the factors of xPos leave the range of float32: (2/7) ** (100 / 2) is 6e-28.
 XPOS_MAX_SPAN = 100
+# With a base of 10,000 a model learns little from thousands of positions back: docs/claim.md.
+_FAR_CONTEXT, _FAR_BASE = 8192, 5e6
 
 
 class StackConfig(FrozenConfig):
@@ -52,7 +54,12 @@ class StackConfig(FrozenConfig):
     count_padding: bool = Field(default=False, description="torchscale's habit, not causal only")
     context: int = Field(default=8192, ge=1, description="length that the model is trained at")
     positions: Positions = Field(default="rotary", description="position embedding")
-    rotary_base: float = Field(default=10000.0, gt=1, description="base of the rotary angles")
+    rotary_base: float | None = Field(
+        default=None,
+        gt=1,
+        description="base of the rotary angles; none means 10,000, from a context of 8192 on "
+        "5,000,000",
+    )
     xpos_scale_base: int = Field(default=512, ge=1, description="distance over which xPos decays")
     embedding_norm: bool = Field(default=False, description="a norm before the first layer")
     activation: Activation = Field(default="gelu", description="of the feed-forward layers")
@@ -67,9 +74,12 @@ class StackConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        # The configuration is still being made; files and copies carry what stands in it.
+        if self.rotary_base is None:
+            far = self.positions == "rotary" and self.context >= _FAR_CONTEXT
+            object.__setattr__(self, "rotary_base", _FAR_BASE if far else 10000.0)
         if not (self.segment_lengths or self.dilation_rates):
             default = default_pattern(self.context)
-            # The configuration is still being made; files and copies carry what stands in it.
             object.__setattr__(self, "segment_lengths", default.segment_lengths)
             object.__setattr__(self, "dilation_rates", default.dilation_rates)
         if not (self.segment_lengths and self.dilation_rates):
@@ -105,6 +115,12 @@ class StackConfig(FrozenConfig):
             head_groups=self.head_groups,
             count_padding=self.count_padding,
         )
+
+    @property
+    def angle_base(self) -> float:
+        """The base of the rotary angles."""
+        assert self.rotary_base is not None  # as the configuration was made
+        return self.rotary_base
 
     @property
     def head_dim(self) -> int:

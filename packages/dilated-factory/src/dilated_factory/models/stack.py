@@ -306,10 +306,10 @@ def position_embedding(config: StackConfig) -> RotaryEmbedding | None:
     if config.positions in ("none", "learned", "sinusoidal"):
         return None
     if config.positions == "rotary":
-        return RotaryEmbedding(config.head_dim, base=config.rotary_base)
+        return RotaryEmbedding(config.head_dim, base=config.angle_base)
     return XPosEmbedding(
         config.head_dim,
-        base=config.rotary_base,
+        base=config.angle_base,
         scale_base=config.xpos_scale_base,
         centre=config.context // 2,
     )
