@@ -1,53 +1,46 @@
-"""The flex backend on a GPU: FlexAttention over the same token pairs, gradients included."""
+"""The flex backend on a GPU: FlexAttention over the same token pairs, gradients included.
+
+In a process and caches of its own: in one of many runs of all GPU tests at once (torch 2.11, 15
+workers of one H200) FlexAttention's compiled kernels met an illegal memory access, and with it all
+later tests of that worker. It has not come again, and not under compute-sanitizer.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-from dilated_sparse import BlockLayout, block_sparse_attention, layouts
-from dilated_testing import relative_error
+from triton_interpreter import case_names
 
-pytestmark = [
-    pytest.mark.gpu,
-    # torch's compiler looks for it while it traces a tensor that has a history.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("flex")]
+SCRIPT = Path(__file__).with_name("flex_cases.py")
+CASES = [f"{name} {kv_heads}" for name in case_names(SCRIPT) for kv_heads in (4, 2)]
 
 
-def blind_rows():
-    seen = torch.rand(1, 300, 300, generator=torch.Generator().manual_seed(3)) < 0.5
-    seen[:, 100:170] = False
-    return BlockLayout.from_dense(seen)
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The greatest relative error of each case."""
+    caches = tmp_path_factory.mktemp("caches")
+    support = Path(__file__).parents[4] / "tests-support"
+    path = os.pathsep.join(filter(None, [str(support), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, SCRIPT],
+        env=os.environ | {
+            "PYTHONPATH": path,
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-CASES = {
-    "window": (lambda: layouts.sliding_window(517, 70), {}),
-    "causal": (lambda: layouts.longformer(517, 70, 3), {"is_causal": True}),
-    "heads": (lambda: layouts.bigbird(517, heads=4, block_size=128), {}),
-    "padding": (lambda: layouts.longformer(517, 70, 300), {"padded": True}),
-    "blind": (blind_rows, {}),
-}
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("name", CASES)
-def test_flex_equals_reference_with_gradients(name, kv_heads):
-    make, options = CASES[name]
-    layout = make()
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    n, padded = layout.length, options.get("padded", False)
-    mask = torch.rand(2, n, device="cuda") < 0.3 if padded else None
-    shapes = [(2, n, h, 64) for h in (4, kv_heads, kv_heads)]
-    tensors = [torch.randn(s, device="cuda", dtype=torch.float64) for s in shapes]
-    upstream = torch.randn(shapes[0], device="cuda", dtype=torch.float64)
-    found = {}
-    for backend, dtype in (("flex", torch.float32), ("reference", torch.float64)):
-        inputs = [x.to(dtype).requires_grad_() for x in tensors]
-        out, lse = block_sparse_attention(
-            *inputs, layout, is_causal=options.get("is_causal", False), key_padding_mask=mask,
-            enable_gqa=True, return_lse=True, backend=backend,
-        )  # fmt: skip
-        found[backend] = out, lse, *torch.autograd.grad(out, inputs, upstream.to(dtype))
-    for ours, theirs in zip(*found.values(), strict=True):
-        # TF32 products of float32.
-        assert relative_error(ours, theirs) < 3e-3
+@pytest.mark.parametrize("case", CASES)
+def test_flex_equals_reference_with_gradients(case: str, errors: dict[str, float]) -> None:
+    # TF32 products of float32.
+    assert errors[case] < 3e-3
