@@ -11,6 +11,7 @@ from dilated_core._attend import BACKENDS, Backend, attend
 from dilated_core._cache import DilatedKVCache
 from dilated_core._call import DilatedCall, check_call
 from dilated_core._head_attention import HeadAttention
+from dilated_core._linear import Linear
 from dilated_core._pattern import DilatedPattern
 from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
 
@@ -229,13 +230,13 @@ class MultiheadDilatedAttention(nn.Module):
             )
         kv_dim = self.head_dim * num_kv_heads
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.k_proj = Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.v_proj = Linear(embed_dim, kv_dim, bias=bias, **factory)
         self.inner_norm = (
             nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory) if layer_norm else None
         )
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, **factory)
         self.attention = _attention(attention, pattern, num_heads, dropout)
         self.position_embedding = position_embedding
         self.reset_parameters()

@@ -6,6 +6,7 @@
 - `Upstream`: what a backward starts from.
 - `Choice`, `BackendChoice`, `choose`, `pick`: which way serves a call, and why.
 - `HeadAttention`: the base of modules of attention between heads.
+- `Linear`: linear layers, in float32 by the fastest library that torch has on a CPU.
 - `Partial`, `merge`, `merge_`, `add_zero_keys_`: attention over a part of the keys, and the only
   place where softmaxes are combined. `accumulate_dtype` is the dtype to combine them in.
 - `RowAttention`, `attend_rows`, `attend_rows_backward`: dense attention of rows (b, h, n, D) to
@@ -42,6 +43,7 @@ from dilated_core._choice import BackendChoice, Choice, check_name, choose, pick
 from dilated_core._dropout import keep_mask
 from dilated_core._exit import let_gloo_rest, let_gloo_rest_at_exit
 from dilated_core._head_attention import HeadAttention
+from dilated_core._linear import Linear
 from dilated_core._operators import Gradients, OperatorForm
 from dilated_core._operators import define as define_operators
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge, merge_
@@ -62,6 +64,7 @@ __all__ = [
     "Config",
     "Gradients",
     "HeadAttention",
+    "Linear",
     "OperatorForm",
     "Pair",
     "Partial",

@@ -14,6 +14,7 @@ from dilated_core import (
     DilatedAttention,
     MultiheadDilatedAttention,
 )
+from dilated_core.extending import Linear
 from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.interop.places import (
     PlaceTable,
@@ -122,7 +123,7 @@ class SlideEncoder(nn.Module):
         self.config = config
         self.tile_size: TileSize = config.tile_size
         with nullcontext() if device is None else torch.device(device):
-            self.patch_embed = nn.Linear(config.tile_dim, config.embed_dim)
+            self.patch_embed = Linear(config.tile_dim, config.embed_dim)
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
             self.places = PlaceTable(config.grid_size, config.embed_dim)
             self.encoder = LongNetEncoder(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_core import MultiheadDilatedAttention
-from dilated_core.extending import autocast
+from dilated_core.extending import Linear, autocast
 from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
 from dilated_factory.models.norms import (
     can_serve,
@@ -123,9 +123,9 @@ class FeedForward(nn.Module):
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation must be one of {known}. Got {activation!r}.")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(embed_dim, ffn_dim, **factory)
+        self.fc1 = Linear(embed_dim, ffn_dim, **factory)
         self.inner_norm = NarrowNorm(ffn_dim, eps=layer_norm_eps, **factory)
-        self.fc2 = nn.Linear(ffn_dim, embed_dim, **factory)
+        self.fc2 = Linear(ffn_dim, embed_dim, **factory)
         self.gain = gain
         self.activation = activation
         self.float32_gelu = float32_gelu

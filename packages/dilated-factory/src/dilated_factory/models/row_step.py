@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, MultiheadDilatedAttention
+from dilated_core.extending import Linear
 from dilated_core.interfaces import DecodingState
 from dilated_factory.models.layers import (
     DropPath,
@@ -33,7 +34,7 @@ AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _KNOWN = {
     LongNetLM, TransformerDecoderLayer, MultiheadDilatedAttention, DilatedAttention, FeedForward,
     NarrowNorm, RotaryEmbedding, XPosEmbedding, DropPath, nn.Dropout, nn.Embedding, nn.Identity,
-    nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential,
+    nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, Linear,
 }  # fmt: skip
 
 
