@@ -21,18 +21,18 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), as torch's but for rounding."""
-        rows = input.numel() // max(1, self.in_features)
         if (
             not input.is_cpu
             or input.dtype != torch.float32
             or self.weight.dtype != torch.float32
-            or rows * self.weight.numel() < _LEAST_PRODUCTS
+            or not is_eager(input, self.weight)  # what is traced may have any length
+            or input.numel() * self.out_features < _LEAST_PRODUCTS
             or torch.get_num_threads() == 1
             or torch.is_autocast_enabled("cpu")
-            or not is_eager(input, self.weight)
             or not _prefers_convolutions()
         ):
             return super().forward(input)
+        rows = input.numel() // self.in_features
         # As an image of one pixel a row, whose channels lie together: nothing is copied.
         image = input.reshape(1, rows, 1, self.in_features).permute(0, 3, 1, 2)
         output = F.conv2d(image, self.weight[:, :, None, None], self.bias)
