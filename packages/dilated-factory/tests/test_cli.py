@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -358,3 +360,26 @@ def test_a_pattern_that_cannot_see_the_context_is_told_and_a_longer_context_need
     assert "warning" not in said
     stored = json.loads((tmp_path / "own" / "config.json").read_text())["model"]
     assert stored["segment_lengths"][-1] == 640
+
+
+def test_a_process_of_ours_keeps_the_memory_that_it_frees() -> None:
+    """Pages of 16 MiB that are freed and allocated again are not asked for again."""
+    program = """if True:
+        import resource
+        from dilated_factory.room import keep_freed_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(8):
+                bytearray(b"x") * 2**24
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(keep_freed_memory())
+        faults()
+        print(faults())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    can, count = done.stdout.split()
+    # Else 4,096 pages each time.
+    assert can == str("gnu" in sys.implementation._multiarch)
+    assert can == "False" or int(count) < 4096

@@ -1,8 +1,13 @@
-"""Whether something fits into this machine's memory, asked before it is allocated."""
+"""This machine's memory: whether something fits, asked before it is allocated; what is freed."""
 
+import ctypes
 import os
+import sys
 
 from dilated_factory.errors import InputError
+
+# Numbers of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def machine_memory() -> int | None:
@@ -25,3 +30,18 @@ def require_room(what: str, needed: int) -> None:
             f"{what} must fit into the memory of this machine, {there / 2**30:,.1f} GiB. "
             f"Got {needed / 2**30:,.0f} GiB."
         )
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep what it frees for what it allocates next; whether it can, with glibc.
+
+    Else the pages of large tensors go back to the system at each step, and come anew, cleared.
+    Only a process of our own should be told: it holds to its end the most that it ever needed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Up to 32 MiB, the most that glibc lets be taken from its heap, which is not trimmed.
+    return mallopt is not None and bool(
+        mallopt(_M_MMAP_THRESHOLD, 2**25) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    )

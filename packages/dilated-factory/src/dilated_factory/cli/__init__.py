@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dilated_factory.errors import InputError
+from dilated_factory.room import keep_freed_memory
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from dilated_factory.cli.app import app
 
+    if arguments is None:
+        keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:

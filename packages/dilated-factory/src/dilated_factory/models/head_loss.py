@@ -53,14 +53,16 @@ class _HeadLoss(torch.autograd.Function):
             ignored = aim == IGNORED
             aim = aim.masked_fill(ignored, 0)
             logits = (part @ narrow.T).to(wide)
-            lse = logits.logsumexp(-1, keepdim=True)
             aimed = logits.gather(-1, aim)
             if smoothing:
                 aimed = aimed.lerp(logits.mean(-1, keepdim=True), smoothing)
+            # One pass for both: torch's exp, which logsumexp calls, is slow on CPUs.
+            largest, slopes = logits.amax(-1, keepdim=True), logits.softmax(-1)
+            del logits
+            lse = largest - slopes.amax(-1, keepdim=True).log_()
             total += (lse - aimed).masked_fill(ignored, 0).sum()
             if grad_hidden is not None and grad_weight is not None:
                 # By the logits: the probabilities, less those that were aimed at.
-                slopes = logits.sub_(lse).exp_()
                 slopes.scatter_(-1, aim, slopes.gather(-1, aim) - (1 - smoothing))
                 if smoothing:
                     slopes.sub_(smoothing / len(weight))

@@ -42,7 +42,10 @@ def build_optimizers(
     others = [p for p in model.parameters() if id(p) not in inside]
     inner: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     outer = inner | {"weight_decay": 0.0}
-    adam: dict[str, Any] = {"betas": (0.9, 0.95), "fused": matrices[0].device.type == "cuda"}
+    adam: dict[str, Any] = {
+        "betas": (0.9, 0.95),
+        "fused": matrices[0].device.type in ("cpu", "cuda"),
+    }
     rest = AdamW(others, **outer, **adam)
     if config.optimizer == "adamw":
         return [AdamW(matrices, **inner, **adam), rest]
