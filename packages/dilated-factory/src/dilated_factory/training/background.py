@@ -1,21 +1,32 @@
-"""Work beside the training: the next batch, and the last checkpoint."""
+"""Work beside the training: the next batch, and the last checkpoint.
+
+A thread in which torch computes has helpers of its own. Where these and the training's are more
+than the CPU's cores, GNU's OpenMP no longer waits awake for any, and each operator on the CPU takes
+longer, for as long as the thread lives.
+"""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, Self, TypeVar
 
 Result = TypeVar("Result")
 
 
 class Ahead(Generic[Result]):
-    """Calls of a function with rising numbers, each made by a thread before it is asked for."""
+    """Calls of a function with rising numbers, each made by a thread before it is asked for.
 
-    def __init__(self) -> None:
+    Or, if not ``beside``, when it is asked for: on the CPU, which has nothing else to wait for.
+    """
+
+    def __init__(self, *, beside: bool = True) -> None:
+        self._beside = beside
         self._thread: ThreadPoolExecutor | None = None
         self._next: tuple[int, Future[Result]] | None = None
 
     def get(self, make: Callable[[int], Result], number: int) -> Result:
         """What a function makes of a number; the thread goes on with the next one."""
+        if not self._beside:
+            return make(number)
         if self._next is not None and self._next[0] == number:
             result = self._next[1].result()
         else:
@@ -39,13 +50,14 @@ class Beside:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._task: Future[object] | None = None
 
     def begin(self, task: Callable[[], object]) -> None:
         """Begin a task, once the one before it is done."""
         self.wait()
-        self._task = self._thread.submit(task)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._task = thread.submit(task)
+        thread.shutdown(wait=False)  # it ends with its task
 
     def check(self) -> None:
         """Raise the error of the task if it has failed by now."""
@@ -62,6 +74,7 @@ class Beside:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._thread.shutdown()
+        if self._task is not None:
+            wait([self._task])
         if error is None:
             self.wait()

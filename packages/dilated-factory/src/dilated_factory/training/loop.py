@@ -194,7 +194,7 @@ class Trainer:
         self._stopping = False
         # A device that works beside the host has its next step while the last one's loss arrives.
         self._lag = 1 if parallel.device.type == "cuda" else 0
-        self._shares = Ahead[Drawn]()
+        self._shares = Ahead[Drawn](beside=parallel.device.type != "cpu")
         self._touched = 0  # bytes of the corpus, about, since it let go of them
         self._seconds = 0.0  # of this process; elapsed_seconds is what all have agreed on
 
