@@ -270,3 +270,20 @@ def test_the_chance_to_skip_rises_to_the_last_layer() -> None:
     plain = LongNetEncoder(config.model_copy(update={"drop_path": 0.0})).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize("shape", [(2500,), (3, 2500), (1, 1024), (2, 1), (2, 0)])
+def test_without_gradients_rows_go_through_the_feed_forward_part_in_turn(
+    shape: tuple[int, ...],
+) -> None:
+    feed, calls = FeedForward(8, 16, dtype=torch.float64), list[int]()
+    feed.fc1.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[-2]))
+    hidden = torch.randn(*shape, 8, dtype=torch.float64)
+    expected = feed(hidden)
+    assert calls == [shape[-1]]
+    with torch.no_grad():
+        found = feed(hidden)
+    assert calls[1:] == ([1024, 1024, 452] if shape[-1] == 2500 else [shape[-1]])
+    assert found.shape == expected.shape
+    if found.numel():
+        assert relative_error(found, expected) < 1e-10

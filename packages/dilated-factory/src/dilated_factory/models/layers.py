@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # Called once for each layer of a model, so that an attention with weights has its own in each.
 AttentionFactory: TypeAlias = Callable[[], AttentionModule]
 
+_ROWS = 1024  # at once in a feed-forward part without gradients, on the CPU
+
 Recompute: TypeAlias = Literal["pointwise", "selective"]
 
 
@@ -141,6 +143,14 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if hidden.is_cpu and not (torch.is_grad_enabled() or traced):
+            # What is wider than the model stays in the caches.
+            parts = [self._fed(part) for part in hidden.split(_ROWS, dim=-2)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        return self._fed(hidden)
+
+    def _fed(self, hidden: Tensor) -> Tensor:
         output: Tensor = self.fc2(_call(self._inner, self.fc1(hidden), again=self.recompute_inner))
         return output
 
