@@ -143,7 +143,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call] # torch's
         if hidden.is_cpu and not (torch.is_grad_enabled() or traced):
             # What is wider than the model stays in the caches.
             parts = [self._fed(part) for part in hidden.split(_ROWS, dim=-2)]
