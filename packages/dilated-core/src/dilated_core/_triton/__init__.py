@@ -4,17 +4,12 @@ Nothing here imports triton until `attend` is called. Results are deterministic:
 give the same bits, forward and backward.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
 from dilated_core._triton._driving import HeldTensors, Tiling
-from dilated_core._triton._support import unsupported
+from dilated_core._triton._support import on_device, relaunched, unsupported
 
 __all__ = [
     "HeldTensors",
@@ -31,21 +26,6 @@ __all__ = [
     "unsupported",
 ]
 Gradients = tuple[Tensor, Tensor, Tensor]
-_HERE = nullcontext()
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which kernels are launched where a tensor is."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(x.device)
-
-
-def relaunched(kernel: Any) -> Callable[..., None]:
-    """A kernel of triton with a door of its own, which takes the host a fifth of triton's time."""
-    from dilated_core._triton._triton_internals import Relaunch
-
-    return Relaunch(kernel)
 
 
 def attend(call: DilatedCall, query: Tensor, key: Tensor, value: Tensor) -> Partial:

@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from dilated_core._triton import _kernels, on_device
+from dilated_core._triton import _kernels
 from dilated_core._triton._driving import HeldTensors
 from dilated_core._triton._launch import _flat
+from dilated_core._triton._support import on_device
 
 # Programs that keep a GPU busy, and the most into which the slots of a head are split.
 _PROGRAMS, _MOST_SHARES = 264, 32

@@ -14,11 +14,12 @@ from dilated_core._branches import Branches
 from dilated_core._caches import remembered
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._partial import Partial
-from dilated_core._triton import _kernels, on_device
+from dilated_core._triton import _kernels
 from dilated_core._triton._blocks import head_dim_blocks, pair_of, value_blocks
 from dilated_core._triton._driving import Config, Pass, Sizes, Tiling
 from dilated_core._triton._pattern_plans import PatternTiling
 from dilated_core._triton._plan import TilePlan, raw_stream
+from dilated_core._triton._support import on_device
 from dilated_core._triton._triton_internals import Launch
 
 Gradients = tuple[Tensor, Tensor, Tensor]

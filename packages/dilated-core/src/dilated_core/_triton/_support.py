@@ -1,7 +1,10 @@
-"""Which calls the `triton` backend can serve."""
+"""Which calls the `triton` backend can serve, and doors to launch kernels by."""
 
 import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HERE = nullcontext()
 
 
 def unsupported(query: Tensor, key: Tensor) -> str | None:
@@ -37,3 +41,17 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 _known_capability = cache(_capability)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which kernels are launched where a tensor is."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+def relaunched(kernel: Any) -> Callable[..., None]:
+    """A kernel of triton behind a door of its own, which knows the binaries it has launched."""
+    from dilated_core._triton._triton_internals import Relaunch
+
+    return Relaunch(kernel)
