@@ -1,4 +1,4 @@
-"""This machine's memory: whether something fits, asked before it is allocated; what is freed."""
+"""This machine's room: what fits into memory, asked before; freed memory; shared cores."""
 
 import ctypes
 import os
@@ -45,3 +45,13 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(
         mallopt(_M_MMAP_THRESHOLD, 2**25) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     )
+
+
+def wait_asleep_soon() -> None:
+    """Have the threads of GNU's OpenMP wait awake for a moment only, unless it is told otherwise.
+
+    Else, where others use the cores too, each operator on the CPU may wait for a thread that has no
+    core, and keep it from one. Only before torch is imported has it an effect.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "300"

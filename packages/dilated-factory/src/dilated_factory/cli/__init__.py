@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dilated_factory.errors import InputError
-from dilated_factory.room import keep_freed_memory
+from dilated_factory.room import keep_freed_memory, wait_asleep_soon
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -16,12 +16,13 @@ EXIT_INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Mistakes of the user are one line on stderr."""
+    if arguments is None:
+        keep_freed_memory()
+        wait_asleep_soon()
     import typer
 
     from dilated_factory.cli.app import app
 
-    if arguments is None:
-        keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:
