@@ -317,6 +317,8 @@ def _completed(
         )
     if isinstance(config, LongNetConfig):
         told["tie_embeddings"] = _tied(config, state)
+    if "rotary_base" not in config.model_fields_set:
+        told["rotary_base"] = None  # that of these positions
     # Through validation, because xPos limits the context.
     return type(config).model_validate({**config.model_dump(), **told})
 
