@@ -393,6 +393,27 @@ def test_separate_documents_are_those_of_one_process(
     assert looks[0] == pytest.approx(looks[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [Kind(4, 2), Kind(4, 2, "fsdp")], ids=str)
+def test_short_sequences_that_ranks_share_are_those_of_one_process(
+    config: TrainConfig, get_ranks: Callable[[int], Ranks], tmp_path: Path, kind: Kind
+) -> None:
+    short = config.model_copy(
+        update={"short_context": config.model.context // 4, "short_share": 0.5, "steps": 4}
+    )
+    get_ranks(1).run(programs.train_exactly, tmp_path / "one", short, 1, timeout=120)
+    get_ranks(kind.world_size).run(
+        programs.train_exactly, tmp_path / "many", short, kind.sequence_parallel,
+        kind.data_parallel, timeout=120,
+    )  # fmt: skip
+    one, many = (RunFolder.open(tmp_path / name) for name in ("one", "many"))
+    assert_same_run(many, one)
+    plain = short.model_copy(update={"short_context": None})
+    get_ranks(1).run(programs.train_exactly, tmp_path / "plain", plain, 1, timeout=120)
+    losses = [[x["loss"] for x in RunFolder.open(path).read_metrics()]
+              for path in (tmp_path / "one", tmp_path / "plain")]  # fmt: skip
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.multi_gpu
 @both_kinds
 @pytest.mark.parametrize("sequence_parallel", [1, 2])
