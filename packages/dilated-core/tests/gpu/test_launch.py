@@ -13,7 +13,7 @@ from dilated_core import DilatedPattern
 from dilated_core._call import DilatedCall, Scores, Upstream
 from dilated_core._triton import _launch, _pattern_plans, _triton_internals
 from dilated_core._triton._plan import PlanCache, TilePlan
-from dilated_core._triton._triton_internals import Launch, can_relaunch
+from dilated_core._triton._triton_internals import Launch, Relaunch, can_relaunch
 
 
 class Kernel(JITFunction):
@@ -114,6 +114,34 @@ def test_a_triton_that_calls_binaries_in_another_way_is_not_second_guessed(monke
     assert not can_relaunch()
     monkeypatch.undo()
     can_relaunch.cache_clear()
+
+
+def test_a_kernel_is_relaunched_by_the_binary_of_the_same_facts(kernel, monkeypatch):
+    monkeypatch.setattr(_triton_internals, "raw_stream", lambda device: 70 + device)
+    launch = Relaunch(kernel)
+    a, b = torch.zeros(64), torch.zeros(64)
+    for tensors, facts, rest in (
+        ((a, None, b), "one", (0.5, 2)),
+        ((b, None, a), "one", (0.25, 2)),  # by the binary
+        ((a, b, b), "two", (0.5, 2)),
+        ((a[1:], None, b), "one", (0.5, 2)),  # 16 does not divide it
+        ((a, None, a), "one", (0.5, 2)),  # by the binary
+    ):
+        launch(facts, 5, tensors, rest, num_warps=4)
+    assert [given[1] for given in kernel.launched] == [
+        (a, None, b, 0.5, 2), (a, b, b, 0.5, 2), (kernel.launched[2][1][0], None, b, 0.5, 2)
+    ]  # fmt: skip
+    assert {given[0] for given in kernel.launched} == {(5,)}
+    assert all(given[2] == {"num_warps": 4} for given in kernel.launched)
+    binary = 5, 1, 1, 69, "f", "m", None, None, None  # a tensor of the CPU says device -1
+    assert kernel.relaunched == [
+        (*binary, b.data_ptr(), None, a.data_ptr(), 0.25, 2),
+        (*binary, a.data_ptr(), None, a.data_ptr(), 0.5, 2),
+    ]
+    monkeypatch.setattr(_triton_internals, "_MOST_BINARIES", 2)
+    launch("three", 5, (a, None, b), (0.5, 2))
+    launch("one", 5, (a, None, b), (0.5, 2))
+    assert len(kernel.launched) == 5
 
 
 class Recorded:

@@ -62,6 +62,42 @@ def test_layers_with_interpreted_kernels_are_as_exact_and_keep_no_more(
     assert bool(launched) == bool(first)
 
 
+def test_a_binary_is_known_by_all_that_it_depends_on_and_not_by_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from dilated_factory.models import _norm_kernels
+
+    seen: list[tuple[object, ...]] = []
+
+    def door(facts: tuple[object, ...], *launch: object, **options: object) -> None:
+        seen.append(facts)
+
+    monkeypatch.setattr(_norm_kernels, "_doors", lambda: (door, door))
+    half, wide = torch.bfloat16, torch.float32
+    base: dict[str, Any] = {
+        "x": wide, "added": half, "weight": wide, "out": half, "moments": True, "rows": 5,
+        "features": 48, "gelu": False,
+    }  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {}, {"rows": 64}, {"x": half}, {"added": None}, {"added": wide}, {"weight": half},
+        {"out": torch.float16}, {"moments": False}, {"features": 64}, {"features": 768},
+        {"gelu": True, "added": None},
+    ]  # fmt: skip
+    for change in changes:
+        case = base | change
+        shape = case["rows"], case["features"]
+        x = torch.zeros(shape, dtype=case["x"])
+        added = None if case["added"] is None else torch.zeros(shape, dtype=case["added"])
+        weight = torch.zeros(shape[1], dtype=case["weight"])
+        out = torch.zeros(shape, dtype=case["out"])
+        moments = torch.zeros(2, shape[0]) if case["moments"] else None
+        total = None if added is None else torch.zeros_like(x)
+        _norm_kernels.forward(x, added, weight, weight, total, out, moments, 1e-5, case["gelu"])
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == len(changes) - 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
