@@ -750,6 +750,9 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
     from matplotlib import pyplot
 
     table = [t for t in table if t["budget"] == "flops"]
+    if not table:
+        print(f"no row of equal operations is done: {path} is not drawn")
+        return
     figure, axes = pyplot.subplots(1, 4, figsize=(20, 4.5), layout="constrained")
     for index, candidate in enumerate(CANDIDATES):
         own = [t for t in table if t["candidate"] == candidate]

@@ -320,5 +320,5 @@ class TrainConfig(FrozenConfig):
         """Tokens of the sequences that a step has; of all together it has as many as any other."""
         if self.short_context is None or self.steps is None:
             return self.model.context
-        is_short = step < self.short_share * self.steps
+        is_short = step < int(self.short_share * self.steps)  # the last one never is
         return self.short_context if is_short else self.model.context
