@@ -397,7 +397,7 @@ def wanted(given: argparse.Namespace, scale: Scale, rows: Sequence[Found]) -> It
         else []
     )
     # Dense attention past the second context costs several times what the rest of the model does.
-    kinds = product(("dense", "window", "block sparse"), contexts)
+    kinds = product(("dilated", "dense", "window", "block sparse"), contexts)
     rest = [(x, c) for x, c in kinds if (x != "dense" or c <= 4 * contexts[1])]
     rest = [x for x in rest if x not in claim + more]
 

@@ -121,6 +121,8 @@ def test_rows_of_another_width_are_refused_in_torchs_words(convolutions):
     assert not convolutions
 
 
-def test_layers_are_found_by_what_looks_for_torchs():
-    model = MultiheadDilatedAttention(16, 2, DilatedPattern((4,), (1,)))
+def test_projections_of_attention_are_torchs_layers_and_convolutions(convolutions):
+    model = MultiheadDilatedAttention(IN, 2, DilatedPattern((4,), (1,)))
     assert [type(each) for each in model.children()].count(nn.Linear) == 4
+    model(torch.randn(1, 2 * ROWS, IN))
+    assert len(convolutions) == 4
