@@ -144,9 +144,9 @@ class FeedForward(nn.Module):
         """(B, N, E) to (B, N, E)."""
         if (
             hidden.is_cpu
-            and hidden.shape[-2:-1] > (_ROWS,)
             and not torch.is_grad_enabled()
-            and is_eager(hidden)
+            and is_eager(hidden)  # what is traced may have any length
+            and hidden.shape[-2:-1] > (_ROWS,)
             and not any(map(has_hooks, self.children()))  # a hook sees all rows at once
         ):
             # What is wider than the model stays in the caches.
