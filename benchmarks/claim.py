@@ -397,7 +397,7 @@ def wanted(given: argparse.Namespace, scale: Scale, rows: Sequence[Found]) -> It
         else []
     )
     # Dense attention past the second context costs several times what the rest of the model does.
-    kinds = product(("dense", "window", "block sparse"), contexts)
+    kinds = product(("dilated", "dense", "window", "block sparse"), contexts)
     rest = [(x, c) for x, c in kinds if (x != "dense" or c <= 4 * contexts[1])]
     rest = [x for x in rest if x not in claim + more]
 
@@ -750,6 +750,9 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
     from matplotlib import pyplot
 
     table = [t for t in table if t["budget"] == "flops"]
+    if not table:
+        print(f"no row of equal operations is done: {path} is not drawn")
+        return
     figure, axes = pyplot.subplots(1, 4, figsize=(20, 4.5), layout="constrained")
     for index, candidate in enumerate(CANDIDATES):
         own = [t for t in table if t["candidate"] == candidate]

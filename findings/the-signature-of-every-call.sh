@@ -4,7 +4,7 @@
 # same for ever. Written as forward(ctx, ...) nothing is inspected.
 #
 # The newer form is the one that the documentation recommends, and a kernel of attention or of a
-# norm has eight arguments or so: then a call with nothing in it takes the host five times as long.
+# norm has eight arguments or so: then a call with nothing in it takes the host four times as long.
 # A layer calls several such kernels, so that on a GPU short inputs wait for the host.
 #
 # What to do: forward(ctx, ...) where torch.func is not asked for, which is what needs the newer

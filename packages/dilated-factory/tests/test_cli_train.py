@@ -151,6 +151,10 @@ def test_a_bad_file_is_one_line(capsys: Captured, tmp_path: Path, text: str, say
             "short_context must be a part of context (32) that divides it. Got 32.",
         ),
         (
+            ["--steps", "3", "--short-share", "0.5"],
+            "short_share must be given with short_context only",
+        ),
+        (
             ["--minutes", "1", "--context", "32", "--short-context", "16"],
             "short_context must be none without steps. Got 16.",
         ),
@@ -172,7 +176,7 @@ def test_a_run_goes_on_from_another_as_a_new_one(
     capsys: Captured, corpus_folder: Path, tmp_path: Path
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    model = (*NARROW, "--context", 48, "--dtype", "float32")
+    model = (*NARROW, "--context", 48, "--dtype", "float32", "--short-context", 24)
     assert run(capsys, "train", corpus_folder, *model, "--out", old, "--steps", 30)[0] == 0
     train = ("train", "--from", old, "--out", new, "--steps", 4, "--learning-rate", "1e-4")
     assert run(capsys, *train, "--context", 96)[0] == 0
@@ -183,6 +187,7 @@ def test_a_run_goes_on_from_another_as_a_new_one(
     assert (config.steps, config.learning_rate, config.seed) == (4, 1e-4, 1)
     assert config.paths == before.config.paths
     assert config.model.pattern == default_pattern(96)
+    assert (before.config.short_context, config.short_context) == (24, None)
     # It begins where the other ended, and not with new weights.
     first, last = losses(after.read_metrics())[0], losses(before.read_metrics())[-5:]
     assert first < max(last) + 0.3

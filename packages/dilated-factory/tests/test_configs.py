@@ -23,7 +23,7 @@ from dilated_factory.configs.base import FrozenConfig, parse_config
 from dilated_factory.configs.files import read_values, to_toml
 from dilated_factory.configs.kinds import CONFIG_TYPES, config_type, parse_any, read_config
 from dilated_factory.configs.layouts import DocumentConfig, build_layout
-from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig
+from dilated_factory.configs.models import LongNetConfig, LongNetEncoderConfig, TrainConfig
 from dilated_factory.configs.pool import PoolConfig, create_pool
 from dilated_factory.kinds.default import register_dilated
 from dilated_factory.kinds.registry import Registry
@@ -284,3 +284,18 @@ def test_a_long_context_has_a_larger_rotary_base_unless_it_is_given(
     written = kind(context=8192).model_dump_json()
     assert json.loads(written)["rotary_base"] == 5e6
     assert kind.model_validate_json(written) == kind(context=8192)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"), [(1, 0.75), (2, 0.75), (10, 0.99), (12, 0.42), (8, 0.5)]
+)
+def test_a_run_that_begins_with_short_sequences_ends_with_its_whole_context(
+    steps: int, share: float
+) -> None:
+    config = TrainConfig(
+        model=LongNetConfig(context=12), steps=steps, short_context=4, short_share=share
+    )
+    contexts = [config.context_at(step) for step in range(steps)]
+    assert contexts[-1] == 12
+    assert contexts == sorted(contexts)
+    assert contexts.count(4) == int(steps * share)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, DilatedKVCache, DilatedPattern
+from dilated_core.extending import linear
 from dilated_core.interfaces import AttentionModule
 from dilated_factory import (
     LongNetEncoder,
@@ -17,6 +18,7 @@ from dilated_factory import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
+from dilated_factory.models import layers
 from dilated_factory.models.layers import DropPath, FeedForward
 from dilated_factory.models.positions import RotaryEmbedding
 from dilated_testing import relative_error
@@ -272,18 +274,34 @@ def test_the_chance_to_skip_rises_to_the_last_layer() -> None:
     assert torch.equal(model.eval()(inputs), plain(inputs))
 
 
-@pytest.mark.parametrize("shape", [(2500,), (3, 2500), (1, 1024), (2, 1), (2, 0)])
+@pytest.mark.parametrize("shape", [(), (2500,), (3, 2500), (1, 1024), (2, 1), (2, 0)])
 def test_without_gradients_rows_go_through_the_feed_forward_part_in_turn(
-    shape: tuple[int, ...],
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed, calls = FeedForward(8, 16, dtype=torch.float64), list[int]()
-    feed.fc1.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[-2]))
+    feed, calls = FeedForward(8, 16, dtype=torch.float64), list[tuple[int, ...]]()
+
+    def counted(layer: nn.Module, given: Tensor) -> Tensor:
+        calls.append(given.shape[:-1])
+        return linear(layer, given)
+
+    monkeypatch.setattr(layers, "linear", counted)
     hidden = torch.randn(*shape, 8, dtype=torch.float64)
     expected = feed(hidden)
-    assert calls == [shape[-1]]
+    assert calls == [shape] * 2
+    calls.clear()
     with torch.no_grad():
         found = feed(hidden)
-    assert calls[1:] == ([1024, 1024, 452] if shape[-1] == 2500 else [shape[-1]])
+    parts = (1024, 1024, 452) if shape[-1:] == (2500,) else shape[-1:]
+    assert calls == [(*shape[:-1], part) for part in parts or [()] for _ in range(2)] or not shape
     assert found.shape == expected.shape
     if found.numel():
         assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["fc1", "inner_norm", "fc2"])
+def test_a_hook_inside_the_feed_forward_part_sees_all_rows_at_once(name: str) -> None:
+    feed, seen = FeedForward(8, 16), list[Tensor]()
+    feed.get_submodule(name).register_forward_hook(lambda *given: seen.append(given[-1]))
+    with torch.no_grad():
+        feed(torch.randn(2, 2500, 8))
+    assert [x.shape[:-1] for x in seen] == [(2, 2500)]

@@ -407,7 +407,7 @@ def test_short_sequences_that_ranks_share_are_those_of_one_process(
     )  # fmt: skip
     one, many = (RunFolder.open(tmp_path / name) for name in ("one", "many"))
     assert_same_run(many, one)
-    plain = short.model_copy(update={"short_context": None})
+    plain = short.model_copy(update={"short_context": None, "short_share": 0.75})
     get_ranks(1).run(programs.train_exactly, tmp_path / "plain", plain, 1, timeout=120)
     losses = [[x["loss"] for x in RunFolder.open(path).read_metrics()]
               for path in (tmp_path / "one", tmp_path / "plain")]  # fmt: skip

@@ -84,7 +84,9 @@ def test_short_sequences_come_first_as_many_tokens_of_them(
     assert read == [3 * context * step for step in range(1, 6)]
     # What is drawn then is drawn as in a run of that context.
     shape = config.model.model_copy(update={"context": context // 4})
-    short = config.model_copy(update={"model": shape, "batch_size": 12, "short_context": None})
+    short = config.model_copy(
+        update={"model": shape, "batch_size": 12, "short_context": None, "short_share": 0.75}
+    )
     drawn = [x._draw(2).shares[0].tokens for x in (trainer, start(short, tmp_path / "short"))]
     assert torch.equal(*drawn)
 

@@ -11,7 +11,7 @@ from dilated_core._attend import BACKENDS, Backend, attend
 from dilated_core._cache import DilatedKVCache
 from dilated_core._call import DilatedCall, check_call
 from dilated_core._head_attention import HeadAttention
-from dilated_core._linear import Linear
+from dilated_core._linear import linear
 from dilated_core._pattern import DilatedPattern
 from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
 
@@ -230,13 +230,13 @@ class MultiheadDilatedAttention(nn.Module):
             )
         kv_dim = self.head_dim * num_kv_heads
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, **factory)
-        self.k_proj = Linear(embed_dim, kv_dim, bias=bias, **factory)
-        self.v_proj = Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
         self.inner_norm = (
             nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory) if layer_norm else None
         )
-        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
         self.attention = _attention(attention, pattern, num_heads, dropout)
         self.position_embedding = position_embedding
         self.reset_parameters()
@@ -310,9 +310,9 @@ class MultiheadDilatedAttention(nn.Module):
         value = key if value is None else value
         self._check_input("key", key)
         self._check_input("value", value)
-        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q = linear(self.q_proj, query).unflatten(-1, (self.num_heads, self.head_dim))
+        k = linear(self.k_proj, key).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = linear(self.v_proj, value).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.position_embedding is not None:
             if cache is not None and positions is None:
                 positions = cache.next_positions(q.shape[1], q.device)
@@ -333,7 +333,7 @@ class MultiheadDilatedAttention(nn.Module):
         if self.inner_norm is not None:
             out = self.inner_norm(out)
         weights = self._weights(q, k, is_causal, key_padding_mask) if need_weights else None
-        return self.out_proj(out), weights
+        return linear(self.out_proj, out), weights
 
     def _check_input(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):

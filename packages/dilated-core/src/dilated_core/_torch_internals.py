@@ -12,12 +12,14 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import maybe_current_level
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
     "below_autograd",
     "flash",
     "flash_backward",
+    "has_hooks",
     "has_tangents",
     "is_eager",
     "uncompiled",
@@ -75,6 +77,18 @@ def is_eager(*inputs: Tensor) -> bool:
         if (kind is not Tensor and kind is not Parameter) or x.is_meta or x.is_neg():
             return False
     return True
+
+
+def has_hooks(module: Module) -> bool:
+    """Whether a call of a module is more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
 
 
 def has_tangents() -> bool:

@@ -6,7 +6,7 @@
 - `Upstream`: what a backward starts from.
 - `Choice`, `BackendChoice`, `choose`, `pick`: which way serves a call, and why.
 - `HeadAttention`: the base of modules of attention between heads.
-- `Linear`: linear layers, in float32 by the fastest library that torch has on a CPU.
+- `linear`: calls of linear layers, in float32 by the fastest library that torch has on a CPU.
 - `Partial`, `merge`, `merge_`, `add_zero_keys_`: attention over a part of the keys, and the only
   place where softmaxes are combined. `accumulate_dtype` is the dtype to combine them in.
 - `RowAttention`, `attend_rows`, `attend_rows_backward`: dense attention of rows (b, h, n, D) to
@@ -43,14 +43,14 @@ from dilated_core._choice import BackendChoice, Choice, check_name, choose, pick
 from dilated_core._dropout import keep_mask
 from dilated_core._exit import let_gloo_rest, let_gloo_rest_at_exit
 from dilated_core._head_attention import HeadAttention
-from dilated_core._linear import Linear
+from dilated_core._linear import linear
 from dilated_core._operators import Gradients, OperatorForm
 from dilated_core._operators import define as define_operators
 from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, merge, merge_
 from dilated_core._row_attention import attend as attend_rows
 from dilated_core._row_attention import attend_backward as attend_rows_backward
 from dilated_core._torch.dense import RowAttention
-from dilated_core._torch_internals import has_tangents, is_eager, uncompiled
+from dilated_core._torch_internals import has_hooks, has_tangents, is_eager, uncompiled
 from dilated_core._triton import drive, drive_backward, on_device, relaunched
 from dilated_core._triton import unsupported as triton_unsupported
 from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
@@ -64,7 +64,6 @@ __all__ = [
     "Config",
     "Gradients",
     "HeadAttention",
-    "Linear",
     "OperatorForm",
     "Pair",
     "Partial",
@@ -90,11 +89,13 @@ __all__ = [
     "define_operators",
     "drive",
     "drive_backward",
+    "has_hooks",
     "has_tangents",
     "is_eager",
     "keep_mask",
     "let_gloo_rest",
     "let_gloo_rest_at_exit",
+    "linear",
     "merge",
     "merge_",
     "on_clear",

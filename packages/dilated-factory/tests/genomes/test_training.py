@@ -96,6 +96,24 @@ def test_a_step_is_the_mean_over_all_real_targets_whatever_the_micro_batch(
     assert told[:3] == pytest.approx(told[6:], rel=1e-5)
 
 
+def test_short_sequences_are_pieces_of_windows(fasta: Path, bed: Path, tmp_path: Path) -> None:
+    corpus = load_genome(GenomeConfig(fasta=str(fasta), bed=str(bed)), 32)
+    short = {"short_context": 8, "short_share": 0.7}
+    (whole,) = GenomeTrainer.start(tmp_path / "whole", config(), corpus)._draw(0).shares
+    losses = []
+    for size in (4, 1):
+        settings = config(micro_batch_size=size, **short)
+        trainer = GenomeTrainer.start(tmp_path / f"run{size}", settings, corpus)
+        assert [trainer._draw(step).shares[0].tokens.shape for step in range(3)] == [
+            (4 * size, 8), (4 * size, 8), (size, 32)
+        ]  # fmt: skip
+        share = trainer._draw(0).shares[0]
+        assert torch.equal(share.tokens, whole.tokens[:size].reshape(-1, 8))
+        assert torch.equal(share.targets, whole.targets[:size].reshape(-1, 8))
+        trainer.train(on_step=lambda metrics: losses.append(metrics.loss))
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+
+
 def test_padding_on_the_left_and_masked_gives_the_loss_of_training(fasta: Path, bed: Path) -> None:
     corpus = load_genome(GenomeConfig(fasta=str(fasta), bed=str(bed)), 32)
     torch.manual_seed(0)
@@ -176,6 +194,7 @@ def test_two_processes_train_like_one_where_their_windows_have_different_targets
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     train = ["genomes", "train", str(fasta), "--bed", str(bed), "--steps", "2", *OPTIONS]
     train += ["--batch-size", "8", "--micro-batch-size", "2", "--validate-every", "1"]
+    train += ["--short-context", "8", "--short-share", "0.5"]
     two = [*torchrun, "2", "-m", "dilated_factory", *train, "--out", str(tmp_path / "two")]
     subprocess.run(two, check=True, capture_output=True, timeout=250)
     assert main([*train, "--out", str(tmp_path / "one")]) == 0

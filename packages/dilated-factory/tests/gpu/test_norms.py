@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dilated_core import DilatedAttention, DilatedPattern
 from dilated_factory import SlideEncoder, SlideEncoderConfig, TransformerEncoderLayer
+from dilated_factory.models import norms
 from dilated_factory.models.layers import NarrowNorm, Recompute
 from dilated_factory.models.norms import can_serve, gelu_norm, narrow_norm, sum_and_norm
 from triton_interpreter import case_names, interpret
@@ -96,6 +97,17 @@ def test_a_binary_is_known_by_all_that_it_depends_on_and_not_by_rows(
         _norm_kernels.forward(x, added, weight, weight, total, out, moments, 1e-5, case["gelu"])
     assert seen[0] == seen[1]
     assert len(set(seen)) == len(changes) - 1
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 9), (8, 2)])
+def test_rows_of_another_width_are_refused_by_torch(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "has_kernels", lambda x: True)
+    norm, x = NarrowNorm(8, dtype=torch.bfloat16), torch.randn(shape).bfloat16()
+    for call in (norm, lambda x: norm.of_sum(x, x)):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            call(x)
 
 
 @pytest.mark.gpu

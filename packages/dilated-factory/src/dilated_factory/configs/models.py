@@ -300,7 +300,12 @@ class TrainConfig(FrozenConfig):
                 f"micro_batch_size must divide batch_size ({self.batch_size}). "
                 f"Got {self.micro_batch_size}."
             )
-        if self.short_context is not None:
+        if self.short_context is None:
+            if self.short_share != type(self).model_fields["short_share"].default:
+                raise ValueError(
+                    f"short_share must be given with short_context only. Got {self.short_share}."
+                )
+        else:
             if self.model.context % self.short_context or self.short_context == self.model.context:
                 raise ValueError(
                     f"short_context must be a part of context ({self.model.context}) that divides "
@@ -320,5 +325,5 @@ class TrainConfig(FrozenConfig):
         """Tokens of the sequences that a step has; of all together it has as many as any other."""
         if self.short_context is None or self.steps is None:
             return self.model.context
-        is_short = step < self.short_share * self.steps
+        is_short = step < int(self.short_share * self.steps)  # the last one never is
         return self.short_context if is_short else self.model.context

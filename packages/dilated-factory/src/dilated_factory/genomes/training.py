@@ -207,8 +207,13 @@ class GenomeTrainer(Trainer):
         generator = torch.Generator().manual_seed(step_seed(config.seed, step, "batch"))
         drawn = torch.randint(len(windows), (config.batch_size,), generator=generator)
         parts = [windows.unpadded(index, step) for index in drawn.tolist()]
-        tokens, targets = left_aligned(parts, config.model.context)
-        shares = self._shares_of(tokens, targets, config.micro_batch_size)
+        context, rows = config.context_at(step), config.micro_batch_size
+        # Short sequences are pieces of the windows, whose places conventions decide.
+        tokens, targets = (
+            x.reshape(-1, context) for x in left_aligned(parts, config.model.context)
+        )
+        pieces = config.model.context // context
+        shares = self._shares_of(tokens, targets, rows and rows * pieces)
         return Drawn(shares, bytes_read=targets.numel(), tokens_per_byte=1.0)
 
     def _shares_of(self, tokens: Tensor, targets: Tensor, rows: int | None) -> list[Share]:

@@ -14,7 +14,7 @@ from dilated_core import (
     DilatedAttention,
     MultiheadDilatedAttention,
 )
-from dilated_core.extending import Linear
+from dilated_core.extending import linear
 from dilated_factory.configs.slides import SlideEncoderConfig
 from dilated_factory.interop.places import (
     PlaceTable,
@@ -123,7 +123,7 @@ class SlideEncoder(nn.Module):
         self.config = config
         self.tile_size: TileSize = config.tile_size
         with nullcontext() if device is None else torch.device(device):
-            self.patch_embed = Linear(config.tile_dim, config.embed_dim)
+            self.patch_embed = nn.Linear(config.tile_dim, config.embed_dim)
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
             self.places = PlaceTable(config.grid_size, config.embed_dim)
             self.encoder = LongNetEncoder(
@@ -273,7 +273,7 @@ class SlideEncoder(nn.Module):
             return cast(Tensor, seen)[0, :, 0, 1:]
         heads = (attention.num_heads, attention.head_dim)
         query = attention.q_proj(rows[:, 1:].mean(1)).unflatten(-1, heads)
-        key = attention.k_proj(rows[0, 1:]).unflatten(-1, heads)
+        key = linear(attention.k_proj, rows[0, 1:]).unflatten(-1, heads)
         scores = torch.einsum("hd,nhd->hn", query[0], key) * attention.head_dim**-0.5
         weights: Tensor = scores.softmax(-1)
         return weights
@@ -389,7 +389,7 @@ class SlideEncoder(nn.Module):
         kind = tiles.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             tiles = tiles.to(self.patch_embed.weight.dtype)
-        embedded: Tensor = self.patch_embed(tiles)
+        embedded: Tensor = linear(self.patch_embed, tiles)
         cells = cells.to(embedded.device, non_blocking=True)
         inside = ((cells >= 0) & (cells < self.config.grid_size)).all(-1)
         # NaN has no whole number.

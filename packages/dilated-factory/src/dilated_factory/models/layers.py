@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_core import MultiheadDilatedAttention
-from dilated_core.extending import Linear, autocast
+from dilated_core.extending import autocast, has_hooks, is_eager, linear
 from dilated_core.interfaces import AttentionModule, DecodingState, PositionEmbedding
 from dilated_factory.models.norms import (
     can_serve,
@@ -70,9 +70,8 @@ class NarrowNorm(nn.LayerNorm):
     def of_sum(self, hidden: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """hidden + added, and the norm of that, which a kernel makes at once where it can."""
         again = self.recompute and torch.compiler.is_compiling()
-        hooked = self._forward_hooks or self._forward_pre_hooks
         like = torch.promote_types(hidden.dtype, added.dtype) == hidden.dtype
-        if not (again or hooked) and like and added.shape == hidden.shape:
+        if not (again or has_hooks(self)) and like and added.shape == hidden.shape:
             dtype = self._dtype(hidden, added)
             if dtype is not None:
                 return sum_and_norm(hidden, added, self.weight, self.bias, self.eps, dtype)
@@ -125,9 +124,9 @@ class FeedForward(nn.Module):
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation must be one of {known}. Got {activation!r}.")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = Linear(embed_dim, ffn_dim, **factory)
+        self.fc1 = nn.Linear(embed_dim, ffn_dim, **factory)
         self.inner_norm = NarrowNorm(ffn_dim, eps=layer_norm_eps, **factory)
-        self.fc2 = Linear(ffn_dim, embed_dim, **factory)
+        self.fc2 = nn.Linear(ffn_dim, embed_dim, **factory)
         self.gain = gain
         self.activation = activation
         self.float32_gelu = float32_gelu
@@ -137,26 +136,30 @@ class FeedForward(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew: Xavier normal with the gain, zero biases."""
         self.inner_norm.reset_parameters()
-        for linear in (self.fc1, self.fc2):
-            nn.init.xavier_normal_(linear.weight, gain=self.gain)
-            nn.init.zeros_(linear.bias)
+        for each in (self.fc1, self.fc2):
+            nn.init.xavier_normal_(each.weight, gain=self.gain)
+            nn.init.zeros_(each.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call] # torch's
-        if hidden.is_cpu and not (torch.is_grad_enabled() or traced):
+        if (
+            hidden.is_cpu
+            and not torch.is_grad_enabled()
+            and is_eager(hidden)  # what is traced may have any length
+            and hidden.shape[-2:-1] > (_ROWS,)
+            and not any(map(has_hooks, self.children()))  # a hook sees all rows at once
+        ):
             # What is wider than the model stays in the caches.
-            parts = [self._fed(part) for part in hidden.split(_ROWS, dim=-2)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+            return torch.cat([self._fed(part) for part in hidden.split(_ROWS, dim=-2)], -2)
         return self._fed(hidden)
 
     def _fed(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.fc2(_call(self._inner, self.fc1(hidden), again=self.recompute_inner))
-        return output
+        inner = _call(self._inner, linear(self.fc1, hidden), again=self.recompute_inner)
+        return linear(self.fc2, inner)
 
     def _inner(self, wide: Tensor) -> Tensor:
         norm = self.inner_norm
-        if self.activation == "gelu" and can_serve(wide):
+        if self.activation == "gelu" and can_serve(wide) and not has_hooks(norm):
             return gelu_norm(wide, norm.weight, norm.bias, norm.eps)
         normed: Tensor = norm(self.activated(wide))
         return normed

@@ -32,17 +32,18 @@ def can_serve(x: Tensor) -> bool:
     return has_kernels(x) and x.dtype in NARROW
 
 
-def narrow_dtype(x: Tensor, *others: Tensor) -> torch.dtype | None:
+def narrow_dtype(x: Tensor, weight: Tensor, *others: Tensor) -> torch.dtype | None:
     """The dtype of a `narrow_norm` as autocast would cast it, or None where no kernel serves.
 
     Args:
         x: what is normed, or what something is added to.
-        others: weight and bias, and what is added.
+        weight: of the norm; torch has the words for rows of another width.
+        others: the bias, and what is added.
     """
     # torch.compile reads a row once, too, and these kernels would gain nothing there: measured.
-    if not (has_kernels(x) and x.dtype in (*NARROW, torch.float32) and is_eager(x, *others)):
+    if not (has_kernels(x) and x.dtype in (*NARROW, torch.float32)):
         return None
-    if has_tangents():
+    if x.shape[-1:] != weight.shape or not is_eager(x, weight, *others) or has_tangents():
         return None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

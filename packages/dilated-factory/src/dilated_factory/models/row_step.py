@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_core import DilatedAttention, MultiheadDilatedAttention
-from dilated_core.extending import Linear
 from dilated_core.interfaces import DecodingState
 from dilated_factory.models.layers import (
     DropPath,
@@ -34,7 +33,7 @@ AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _KNOWN = {
     LongNetLM, TransformerDecoderLayer, MultiheadDilatedAttention, DilatedAttention, FeedForward,
     NarrowNorm, RotaryEmbedding, XPosEmbedding, DropPath, nn.Dropout, nn.Embedding, nn.Identity,
-    nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, Linear,
+    nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential,
 }  # fmt: skip
 
 

@@ -40,14 +40,14 @@ def values_in(file: Path) -> dict[str, Any]:
 def child_of(path: Path) -> dict[str, Any]:
     """The settings of a run that goes on from another's newest checkpoint.
 
-    Its batches are others: its seed is the next one.
+    Its batches are others: its seed is the next one. It does not begin with short sequences again.
 
     Raises:
         RunError: there is no run folder, or no checkpoint in it.
     """
     run = RunFolder.open(path)
     _, state = run.newest()
-    values = run.config.model_dump(exclude_none=True)
+    values = run.config.model_dump(exclude_none=True, exclude={"short_context", "short_share"})
     if run.config.tokenizer is not None:
         values["tokenizer"] = str(path.resolve())  # the original may be gone
     return values | {
