@@ -80,6 +80,10 @@ def test_short_sequences_come_first_as_many_tokens_of_them(
     )
     trainer.train()
     assert shapes == [(12, context // 4)] * 3 + [(3, context)] * 2
+    # So many tokens go through the model at once, in either.
+    part = start(config.model_copy(update={"micro_batch_size": 1}), tmp_path / "part")
+    assert [share.tokens.shape for share in part._draw(2).shares] == [(4, context // 4)] * 3
+    assert [share.tokens.shape for share in part._draw(3).shares] == [(1, context)] * 3
     read = [record["bytes_read"] for record in trainer.run.read_metrics()]
     assert read == [3 * context * step for step in range(1, 6)]
     # What is drawn then is drawn as in a run of that context.
