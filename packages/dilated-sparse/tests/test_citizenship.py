@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dilated_core import MultiheadDilatedAttention
-from dilated_sparse import BlockSparseAttention, block_sparse_attention, layouts
+from dilated_sparse import BlockLayout, BlockSparseAttention, block_sparse_attention, layouts
 from dilated_sparse._operators import TORCH
 from dilated_testing import relative_error
 from sparse_problems import NAMES, Problem
@@ -49,6 +49,49 @@ def test_compile_a_module_for_any_batch():
         counts.append(counter.frame_count)
     assert counts[0] > 0
     assert counts == counts[:1] * 3
+
+
+@compiling
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_a_module_whose_layout_was_never_called(dynamic):
+    # functools.cached_property takes a lock in Python 3.11, which torch.compile cannot.
+    torch.compiler.reset()
+    layer = BlockSparseAttention(layouts.sliding_window(23, 7, block_size=8))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    q, k, v = torch.randn(3, 2, 23, 2, 16, dtype=torch.float64)
+    assert relative_error(compiled(q, k, v), layer(q, k, v)) < 1e-12
+
+
+@compiling
+def test_compile_a_layout_of_batch_rows_that_was_never_called():
+    torch.compiler.reset()
+    layout = BlockLayout.stack([layouts.sliding_window(23, w, block_size=8) for w in (5, 11)])
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    q, k, v = torch.randn(3, 2, 23, 2, 16, dtype=torch.float64)
+    actual = compiled(q, k, v, layout)
+    for i, row in enumerate(layout.rows):
+        one = block_sparse_attention(*(x[i : i + 1] for x in (q, k, v)), row)
+        assert relative_error(actual[i : i + 1], one) < 1e-12
+
+
+@compiling
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_a_module_for_other_lengths_than_its_layouts(backend):
+    # Traced, the cut of a layout failed in torch's constant folding (2.11 to 2.13): "size(-1) must
+    # be divisible by 8 to view Byte as Long".
+    torch.compiler.reset()
+    layer = BlockSparseAttention(layouts.sliding_window(23, 7, block_size=8))
+    compiled = torch.compile(layer, backend=backend)
+    for length in (23, 17, 11, 17, 31):
+        inputs = torch.randn(3, 2, length, 2, 16, dtype=torch.float64)
+        upstream = torch.randn(2, length, 2, 16, dtype=torch.float64)
+        grads = []
+        for attend in (compiled, layer):
+            q, k, v = (x.clone().requires_grad_() for x in inputs)
+            out = attend(q, k, v, is_causal=True)
+            grads.append([out, *torch.autograd.grad(out, (q, k, v), upstream)])
+        for actual, expected in zip(*grads, strict=True):
+            assert relative_error(actual, expected) < 1e-10
 
 
 @compiling

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,21 +65,27 @@ class Layout:
     run_masks: Tensor
     table: Tensor
     batch: int = 1
+    _rows: ClassVar[tuple[Any, ...]] = ()
 
     @property
     def row_heads(self) -> int:
         """The heads of one batch row: 1, or the number of query heads."""
         return self.heads // self.batch
 
-    @cached_property
+    def __post_init__(self) -> None:
+        """Make the layouts of batch rows at once: what is traced could not."""
+        if self.batch > 1:
+            every = range(self.heads)
+            each = (every[i : i + self.row_heads] for i in range(0, self.heads, self.row_heads))
+            runs = (used_masks(_combine.take(self.grid, self.runs, heads)) for heads in each)
+            rows = tuple(compress(type(self), self.grid, x, self.row_heads) for x in runs)
+            object.__setattr__(self, "_rows", rows)
+
+    @property
     def rows(self) -> tuple[Self, ...]:
         """The layout of each batch row."""
-        if self.batch == 1:
-            return (self,)
-        every = range(self.heads)
-        each = (every[i : i + self.row_heads] for i in range(0, self.heads, self.row_heads))
-        runs = (used_masks(_combine.take(self.grid, self.runs, heads)) for heads in each)
-        return tuple(compress(type(self), self.grid, x, self.row_heads) for x in runs)
+        found: tuple[Self, ...] = (self,) if self.batch == 1 else self._rows
+        return found
 
     @property
     def device(self) -> torch.device:

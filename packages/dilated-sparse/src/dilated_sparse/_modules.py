@@ -5,13 +5,14 @@ from typing import cast
 from torch import Tensor
 
 from dilated_core import DilatedPattern, Partial, dilated_attention, merge
-from dilated_core.extending import HeadAttention, remembered
+from dilated_core.extending import HeadAttention, remembered, uncompiled
 from dilated_core.interfaces import DecodingState
 from dilated_sparse._attend import BACKENDS, Backend, attend
 from dilated_sparse._cache import BlockSparseKVCache
 from dilated_sparse._layout import BlockLayout
 
 
+@uncompiled  # its sizes depend on what a layout holds: no graph can have it
 @remembered(64)
 def _at(layout: BlockLayout, length: int, key_length: int) -> BlockLayout:
     return layout.at(length, key_length)
