@@ -34,6 +34,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from heapq import heappop, heappush
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ class Scale(NamedTuple):
     trials: int  # of each distance
     short_share: float = 0.75  # of the steps of those that grow
     rotary_base: float = 5e6
+    names_share: float = 0.0  # of the training text: definitions of names, and their uses far on
 
 
 LARGE = Scale((2048, 8192, 32768, 131072), 4, 512, 8, 65536, 1e8, 96, 64, 32)
@@ -122,6 +124,9 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, help="of a step, of one sequence at least")
     parser.add_argument("--short-share", type=float, help="of the steps of those that grow")
     parser.add_argument("--rotary-base", type=float)
+    parser.add_argument(
+        "--names-share", type=float, help="of the training text, of names with far definitions"
+    )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--workers", type=int, default=1, help="processes, one GPU each")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
@@ -130,7 +135,7 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="draw them to this file")
     given = parser.parse_args()
     scale = SMALL if given.small else LARGE
-    changes = ("tokens", "batch_tokens", "short_share", "rotary_base")
+    changes = ("tokens", "batch_tokens", "short_share", "rotary_base", "names_share")
     scale = scale._replace(**{x: y for x in changes if (y := getattr(given, x)) is not None})
     if given.paths:
         tell_paths(scale)
@@ -144,6 +149,7 @@ def main() -> None:
     machine = describe(given.device)
     print(json.dumps(machine), flush=True)
     make_corpus(given.out, scale)
+    sow_names(given.out, scale)
     if given.vocabulary == "bpe" and not (given.out / "tokenizer.json").exists():
         learned = learn_tokenizer([given.out / "train"], given.vocabulary_size)
         (given.out / "tokenizer.json").write_text(learned.text, encoding="utf-8")
@@ -225,6 +231,46 @@ def make_corpus(out: Path, scale: Scale) -> None:
     total = {side: sum(found.values()) for side, found in lengths.items()}
     print(f"corpus: {total} bytes, held out {', '.join(lengths['held out'])}", flush=True)
     (out / "corpus.json").write_text(json.dumps(lengths, indent=1), encoding="utf-8")
+
+
+def training_folder(scale: Scale) -> str:
+    """The name of the folder of the training text."""
+    return f"train, names {scale.names_share:g}" if scale.names_share else "train"
+
+
+def sow_names(out: Path, scale: Scale) -> None:
+    """Write the training text once more, with names of random letters, each defined and used once.
+
+    A use stands from 256 to 0.9 of 32,768 bytes (the third context) behind its definition, at any
+    distance as likely as at its double, and always between lines.
+    """
+    folder = out / training_folder(scale)
+    if not scale.names_share or folder.exists():
+        return
+    longest = 0.9 * scale.contexts[min(2, len(scale.contexts) - 1)]
+    generator = random.Random(1)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for path in sorted((out / "train").iterdir()):
+        lines = path.read_bytes().splitlines(keepends=True)
+        due: list[tuple[int, bytes]] = []  # uses, and from which byte on
+        text = bytearray()
+        sown = 0
+        for line in lines:
+            text += line
+            while due and due[0][0] <= len(text):
+                text += b"    found = " + heappop(due)[1] + b"(value)\n"
+            if sown < scale.names_share * len(text):
+                name = "".join(generator.choices(LETTERS, k=CUE + ANSWER)).encode()
+                text += b"\n\n\ndef " + name + b"(value):\n    return value\n\n\n"
+                distance = 256 * (longest / 256) ** generator.random()
+                heappush(due, (len(text) + round(distance), name))
+                sown += 2 * len(name) + len(
+                    b"\n\n\ndef (value):\n    return value\n\n\n    found = (value)\n"
+                )
+        (part / path.name).write_bytes(text)
+    part.rename(folder)
 
 
 def find_packages() -> dict[str, list[bytes]]:
@@ -351,13 +397,14 @@ def attention_of(
         )  # fmt: skip
     else:
         raise ValueError(f"candidate must be one of {', '.join(CANDIDATES)}. Got {candidate!r}.")
-    pairs = layout.causal().visible_pairs() / layout.heads
-    return Attention(lambda: BlockSparseAttention(layout), pairs / context)
+    shown = layout if length == context else layout.at(length, length)
+    pairs = shown.causal().visible_pairs() / shown.heads
+    return Attention(lambda: BlockSparseAttention(layout), pairs / length)
 
 
 CANDIDATES = (
     "dilated", "dense", "window", "block sparse", "longnet", "default", f"dilated{GROWN}",
-    f"dense{GROWN}", f"longnet{GROWN}",
+    f"dense{GROWN}", f"longnet{GROWN}", f"window{GROWN}", f"block sparse{GROWN}",
 )  # fmt: skip
 
 
@@ -388,7 +435,8 @@ def wanted(given: argparse.Namespace, scale: Scale, rows: Sequence[Found]) -> It
     long = contexts[min(2, len(contexts) - 1)]
     claim = [(f"dilated{GROWN}", long), ("dense", short), ("dilated", short)]
     claim += [(f"dilated{GROWN}", c) for c in contexts if short < c < long] + [("window", short)]
-    more = [("dilated", long), (f"dense{GROWN}", long), ("window", long), ("block sparse", long)]
+    more = [(f"window{GROWN}", long), (f"dense{GROWN}", long), (f"block sparse{GROWN}", long)]
+    more += [("dilated", long), ("window", long), ("block sparse", long)]
     more += [(f"longnet{GROWN}", long), ("dense", contexts[1])]
     more += [(f"dilated{GROWN}", c) for c in contexts if c > long]
     more += (
@@ -507,7 +555,7 @@ def config_of(row: Row, given: argparse.Namespace, scale: Scale, vocab_size: int
     grows: Found = {"short_context": scale.contexts[0], "short_share": scale.short_share}
     return TrainConfig(
         model=model,
-        paths=(str(given.out / "train"),),
+        paths=(str(given.out / training_folder(scale)),),
         validation=(str(given.out / "held out"),),
         tokenizer=str(given.out / "tokenizer.json") if given.vocabulary == "bpe" else None,
         steps=max(1, round(scale.tokens * base / cost / (batch * row.context))),

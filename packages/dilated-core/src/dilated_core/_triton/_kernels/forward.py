@@ -17,6 +17,7 @@ from dilated_core._triton._kernels.rows import (
 from dilated_core._triton._kernels.tiles import (
     CALL_SCALARS,
     between,
+    load_ignored,
     load_run,
     load_tile,
     load_words,
@@ -96,7 +97,7 @@ def _walk(
             # is 1: by one rounding more or less it is not, and is rounded where scores are large.
             if PADDED or CAREFUL or (phase == 1 and MASK == 2):
                 if PADDED:
-                    ignored = tl.load(padding + positions, mask=present, other=0)
+                    ignored = load_ignored(padding, positions, present)
                     s = s * scale + tl.where(ignored != 0, float("-inf"), weight)[None, :]
                 else:
                     s = s * scale + weight

@@ -13,7 +13,6 @@ from dilated_core._triton._kernels.rows import (
     load_rows,
     product,
     store_rows,
-    unpack,
 )
 from dilated_core._triton._kernels.tiles import (
     CALL_SCALARS,
@@ -76,8 +75,6 @@ def key_gradient_kernel(
         if NEGATIVE:
             k_tail = -k_tail
         v_tail = load_rows(value, local, stride_vn, tail_dims, inside, D)  # (ROWS, TAIL)
-    if PADDED:
-        ignored = tl.load(padding + batch * stride_pb + local, mask=inside, other=1) != 0
     if DROPOUT:
         call_state = state_of_call(tl.load(seed), sequence)
         row_state = state_of_key(rows)
@@ -86,6 +83,7 @@ def key_gradient_kernel(
     query += batch * stride_qb + head * GROUP * stride_qh + origin_query * stride_qn
     grad_out += batch * stride_gb + head * GROUP * stride_gh + origin_query * stride_gn
     terms += batch * stride_lb + head * GROUP * stride_lh + origin_query
+    terms = terms.to(tl.pointer_type(tl.float32))
 
     dk = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
@@ -118,11 +116,12 @@ def key_gradient_kernel(
                 grad_out + member * stride_gh, start, stride, columns, stride_gn, dims, present,
                 D, BLOCK_D, phase == 1, WIDE,
             )  # fmt: skip
-            at = terms + member * stride_lh + positions
-            if phase == 1:
-                column_lse, column_delta = unpack(tl.load(at, mask=present, other=0))
-            else:
-                column_lse, column_delta = unpack(tl.load(at))
+            # Both numbers of a column are elements of their own, as many as threads: of fewer,
+            # triton has each thread read all columns that it needs, with an address for each.
+            at = terms + member * stride_lh * 2
+            at += (2 * positions)[None, :] + tl.arange(0, 2)[:, None]
+            pairs = tl.load(at, mask=present[None, :], other=0.0) if phase == 1 else tl.load(at)
+            column_lse, column_delta = tl.split(tl.trans(pairs))
             s = product(k, tl.trans(q), IEEE)  # (ROWS, COLUMNS)
             if TAIL:
                 q_tail = load_columns(  # (COLUMNS, TAIL)
@@ -135,8 +134,10 @@ def key_gradient_kernel(
                 )  # fmt: skip
                 s = add_product(k_tail, tl.trans(q_tail), s, IEEE)
             p = tl.exp2(s * scale - (column_lse - weight)[None, :])
-            if phase == 0 and MASK == 2:
-                p = tl.where(between(rows, first_row, end_row)[:, None], p, 0.0)
+            if phase == 0 and MASK == 2:  # noqa: SIM102
+                # Most steps show all rows of a tile; a choice for each score takes long.
+                if (first_row > first) | (end_row < first + step * count):
+                    p = tl.where(between(rows, first_row, end_row)[:, None], p, 0.0)
             if phase == 1:
                 # Read anew where it is: carried along, it would cost registers.
                 at_bits = load_run(run, 0, phase, MASK)
@@ -144,8 +145,6 @@ def key_gradient_kernel(
                 words = load_words(bits, here, rows, columns, True, phase, MASK)
                 mask = visible(run, words, rows, now, columns, CAUSAL, True, MASK)
                 p = tl.where(mask, p, 0.0)
-            if PADDED:
-                p = tl.where(ignored[:, None], 0.0, p)
             dp = product(v, tl.trans(do), IEEE)  # (ROWS, COLUMNS)
             if TAIL:
                 dp = add_product(v_tail, tl.trans(do_tail), dp, IEEE)
@@ -170,6 +169,14 @@ def key_gradient_kernel(
 
     rows, inside = reload_rows(tile, offsets)
     local = origin + rows - first_key
+    if PADDED:
+        # Whatever they have by now, nothing is due to ignored keys.
+        ignored = tl.load(padding + batch * stride_pb + local, mask=inside, other=1) != 0
+        dk = tl.where(ignored[:, None], 0.0, dk)
+        dv = tl.where(ignored[:, None], 0.0, dv)
+        if TAIL:
+            dk_tail = tl.where(ignored[:, None], 0.0, dk_tail)
+            dv_tail = tl.where(ignored[:, None], 0.0, dv_tail)
     grad_key += batch * stride_cb + head * stride_ch
     grad_value += batch * stride_cb + head * stride_ch
     store_rows(grad_key, local, stride_cn, dims, inside, dk * final_scale, D)

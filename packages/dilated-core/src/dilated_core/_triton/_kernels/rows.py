@@ -51,15 +51,9 @@ def store_rows(base, rows, stride, dims, inside, values, D: tl.constexpr):
 
 @triton.jit
 def pack(low, high):
-    """Two float32 in one int64, so that they are loaded as one."""
+    """Two float32 in one int64, so that they are stored as one; in memory `low` comes first."""
     low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
-
-
-@triton.jit
-def unpack(pair):
-    low = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
-    return low, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -211,3 +211,16 @@ def quotient(x, step):
 def between(rows, first, end):
     """Which rows are from `first` on and before `end`, by one comparison each."""
     return (rows - first).to(tl.uint32, bitcast=True) < (end - first).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def load_ignored(padding, positions, present):
+    """Which columns are ignored, 0 where none is. Four times, so that they are as many as threads.
+
+    Of fewer triton has each thread read all columns that it needs, with an address for each.
+    """
+    at = padding + positions[None, :] + tl.zeros([4, 1], tl.int32)
+    four = tl.load(at, mask=present[None, :], other=0)
+    two, _ = tl.split(tl.reshape(tl.trans(four), [positions.shape[0], 2, 2]))
+    ignored, _ = tl.split(two)
+    return ignored
