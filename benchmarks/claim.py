@@ -137,6 +137,8 @@ def main() -> None:
     scale = SMALL if given.small else LARGE
     changes = ("tokens", "batch_tokens", "short_share", "rotary_base", "names_share")
     scale = scale._replace(**{x: y for x in changes if (y := getattr(given, x)) is not None})
+    if not 0 <= scale.names_share < 0.5:
+        parser.error(f"--names-share must be in [0, 0.5). Got {scale.names_share:g}.")
     if given.paths:
         tell_paths(scale)
         return

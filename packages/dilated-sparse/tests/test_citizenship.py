@@ -77,8 +77,8 @@ def test_compile_a_layout_of_batch_rows_that_was_never_called():
 @compiling
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_a_module_for_other_lengths_than_its_layouts(backend):
-    # Traced, the cut of a layout failed in torch's constant folding (2.11 to 2.13): "size(-1) must
-    # be divisible by 8 to view Byte as Long".
+    # Traced, the cut of a layout failed: torch 2.11 folds the constant that is viewed as int64
+    # ("size(-1) must be divisible by 8 to view Byte as Long"), 2.13 has no constant for its sizes.
     torch.compiler.reset()
     layer = BlockSparseAttention(layouts.sliding_window(23, 7, block_size=8))
     compiled = torch.compile(layer, backend=backend)
