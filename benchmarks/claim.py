@@ -262,15 +262,14 @@ def sow_names(out: Path, scale: Scale) -> None:
         for line in lines:
             text += line
             while due and due[0][0] <= len(text):
-                text += b"    found = " + heappop(due)[1] + b"(value)\n"
+                text += heappop(due)[1]
             if sown < scale.names_share * len(text):
                 name = "".join(generator.choices(LETTERS, k=CUE + ANSWER)).encode()
-                text += b"\n\n\ndef " + name + b"(value):\n    return value\n\n\n"
+                text += (definition := b"\n\n\ndef %s(value):\n    return value\n\n\n" % name)
+                use = b"    found = %s(value)\n" % name
                 distance = 256 * (longest / 256) ** generator.random()
-                heappush(due, (len(text) + round(distance), name))
-                sown += 2 * len(name) + len(
-                    b"\n\n\ndef (value):\n    return value\n\n\n    found = (value)\n"
-                )
+                heappush(due, (len(text) + round(distance), use))
+                sown += len(definition) + len(use)
         (part / path.name).write_bytes(text)
     part.rename(folder)
 
