@@ -792,7 +792,10 @@ def tell(table: Sequence[Found]) -> None:
 
 
 def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
-    """Bits against the context in training; against that in evaluation; by position; recall."""
+    """Bits against the context in training; against that in evaluation; by position; recall.
+
+    The last three of each candidate's best context.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -803,6 +806,7 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
         print(f"no row of equal operations is done: {path} is not drawn")
         return
     figure, axes = pyplot.subplots(1, 4, figsize=(20, 4.5), layout="constrained")
+    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for index, candidate in enumerate(CANDIDATES):
         own = [t for t in table if t["candidate"] == candidate]
         # What grows to the shortest context is what begins there.
@@ -815,17 +819,17 @@ def draw(table: Sequence[Found], machine: Found, path: Path) -> None:
         for vocabulary, style in (("bytes", "o-"), ("bpe", "s--")):
             some = [t for t in lines if t["vocabulary"] == vocabulary]
             if some:
-                which = "error_of_seeds" if some[0]["seeds"] > 1 else "error_of_sections"
-                errors = [t[which] for t in some]
+                errors = [t["error_of_seeds"] if t["seeds"] > 1 else 0.0 for t in some]
                 axes[0].errorbar(
                     [t["context"] for t in some], [t["bits"] for t in some], errors,
-                    fmt=style, color=f"C{index}", capsize=3, label=f"{candidate}, {vocabulary}",
+                    fmt=style, color=colors[index], capsize=3, label=f"{candidate}, {vocabulary}",
                 )  # fmt: skip
-        for line in own:
+        for line in sorted(own, key=lambda t: t["bits"])[:1]:
             name = f"{candidate} {line['context']}"
             for axis, key in zip(axes[1:], CURVES, strict=True):
                 xs = [int(x) for x in line[key]]
-                axis.plot(xs, list(line[key].values()), "o-", markersize=3, label=name)
+                ys = list(line[key].values())
+                axis.plot(xs, ys, "o-", markersize=3, color=colors[index], label=name)
     titles = {
         "context in training, at equal operations": "held-out bits a byte",
         "context in evaluation": "held-out bits a byte",
