@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the results to this file")
     arguments = parser.parse_args()
     config = SlideEncoderConfig(global_pool=True, **(SMALL if arguments.small else {}))
-    machine = describe()
+    machine = describe(arguments.device)
     print(json.dumps(machine))
     rows = []
     for row in measured(arguments, config):
