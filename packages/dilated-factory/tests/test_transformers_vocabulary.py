@@ -1,5 +1,6 @@
 """Embeddings of our model as transformers changes them, and adapters of peft on it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dilated_factory import LongNetConfig, LongNetLM
+from dilated_factory import LongNetConfig, LongNetLM, SlideEncoder, SlideEncoderConfig
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -108,6 +109,41 @@ def test_adapters_of_low_rank_train_alone_and_are_merged(
     assert torch.equal(merged.generate(batch, max_new_tokens=4, do_sample=False), written)
     kept = build(tied=False).state_dict()
     assert all(torch.equal(before[name], kept[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["language model", "slides"])
+def test_adapters_of_our_own_classes_are_merged(kind: str, tmp_path: Path) -> None:
+    # peft 0.21 reads a model's config as a dict, by `to_dict`, where it merges or has no targets.
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    shape: Any = {
+        "embed_dim": 32, "num_heads": 2, "num_layers": 2, "segment_lengths": (8,),
+        "dilation_rates": (1,),
+    }  # fmt: skip
+    inputs: tuple[Tensor, ...]
+    if kind == "slides":
+        make: Any = SlideEncoder
+        inputs = (torch.randn(1, 9, 16), 5000 * torch.rand(1, 9, 2))
+        config: Any = SlideEncoderConfig(tile_dim=16, **shape)
+    else:
+        make, inputs = LongNetLM, (tokens(),)
+        config = LongNetConfig(context=64, vocab_size=97, **shape)
+    torch.manual_seed(0)
+    model = make(config)
+    state = copy.deepcopy(model.state_dict())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        expected = adapted(*inputs)
+        adapted.save_pretrained(tmp_path)
+        fresh = make(config)
+        fresh.load_state_dict(state)
+        merged = peft.PeftModel.from_pretrained(fresh, tmp_path).eval().merge_and_unload()
+        torch.testing.assert_close(merged(*inputs), expected, rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == state.keys()
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(make(config), peft.LoraConfig())
 
 
 def test_smoothed_labels_of_an_adapted_model_are_those_of_the_next_token(tmp_path: Path) -> None:

@@ -48,6 +48,11 @@ class FrozenConfig(BaseModel):
                 )
         return values
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, and the kind as ``model_type``: what peft asks of a model's `config`."""
+        values = self.model_dump(mode="json")
+        return values | {"model_type": values.get("kind")}
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the nearest known name, or all of them where none is near."""
