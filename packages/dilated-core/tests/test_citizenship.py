@@ -111,8 +111,57 @@ def test_tangents_are_refused_not_dropped():
         dual = forward_ad.make_dual(q, torch.ones_like(q))
         with pytest.raises(NotImplementedError, match="jvp"):
             dilated_attention(dual, k, v, PATTERN, backend="torch")
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda x: dilated_attention(x, k, v, PATTERN), (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "padding": 0.3}])
+def test_torch_func_has_the_gradients_of_autograd(options):
+    # A torch.library.custom_op has none there (torch 2.13): it must override setup_context.
+    q, k, v = (x.detach() for x in qkv())
+    padding = options.pop("padding", None)
+    options = {**options, "return_lse": True, "backend": "torch"}
+    if padding:
+        options["key_padding_mask"] = torch.rand(k.shape[:2]) < padding
+    weights = torch.randn_like(q), torch.randn(q.shape[0], q.shape[2], q.shape[1]).to(q.dtype)
+
+    def loss(*inputs):
+        out, lse = dilated_attention(*inputs, PATTERN, **options)
+        return (out * weights[0]).sum() + (lse.clamp(min=-1e3) * weights[1]).sum()
+
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    actual = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    out, pull = torch.func.vjp(loss, q, k, v)
+    for one, two, three in zip(actual, pull(torch.ones_like(out)), expected, strict=True):
+        assert relative_error(one, three) < 1e-12
+        assert torch.equal(one, two)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_torch_func_has_a_gradient_for_each_sample():
+    q, k, v = (x.detach() for x in qkv())
+    weight = torch.randn_like(q)
+
+    def loss(q, k, v, weight):
+        out = dilated_attention(q[None], k[None], v[None], PATTERN, is_causal=True, backend="torch")
+        return (out[0] * weight).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v, weight)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = dilated_attention(*inputs, PATTERN, is_causal=True, backend="torch")
+    for actual, expected in zip(each, torch.autograd.grad(out, inputs, weight), strict=True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+def test_torch_func_is_refused_second_derivatives():
+    q, k, v = (x.detach() for x in qkv())
+
+    def loss(q):
+        return dilated_attention(q, k, v, PATTERN, backend="torch").square().sum()
+
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).square().sum())(q)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])

@@ -109,11 +109,13 @@ def define(
             return forward(call, query, key, value)
 
     eager = _eager(form, run, backward, backward_op)
+    transformed = _transformed(form, forward_op, backward_op)
 
     def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         if not _torch_internals.is_eager(query, key, value):
             packed = *form.tensors(call), *form.values(call)
-            return Partial(*forward_op(query, key, value, *packed))
+            operator = transformed if _torch_internals.is_transformed() else forward_op
+            return Partial(*operator(query, key, value, *packed))
         if _wants_grads(query, key, value):
             return Partial(*eager(call, query, key, value))
         return run(call, query, key, value)
@@ -162,6 +164,58 @@ def _traced(
         return (with_gradients if _wants_grads(*arguments[:3]) else below)(*arguments)
 
     return differentiable
+
+
+def _transformed(
+    form: OperatorForm[Call], forward_op: Any, backward_op: Any
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward's operator for torch.func, which takes gradients of an operator in no other way.
+
+    It asks for a setup_context, and has no once_differentiable.
+    """
+    count = form.schema.count("Tensor")
+
+    class Backward(torch.autograd.Function):
+        """The backward's operator, without gradients."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return backward_op(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor | None) -> Any:
+            raise RuntimeError(
+                "attention must be differentiated once: its gradients have none (as those of "
+                "torch's once_differentiable)."
+            )
+
+    class Transformed(torch.autograd.Function):
+        """The operators, with gradients."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return forward_op(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + count])
+            ctx.rest = inputs[3 + count :]
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
+            grads = Backward.apply(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)  # type: ignore[no-untyped-call] # torch's
+            return (*grads, *(None for _ in range(count + len(ctx.rest))))
+
+    transformed: Callable[..., tuple[Tensor, Tensor]] = Transformed.apply
+    return transformed
 
 
 def _eager(

@@ -79,6 +79,11 @@ def is_eager(*inputs: Tensor) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Whether a call is one of torch.func's transforms, such as grad or vmap, not compiled."""
+    return maybe_current_level() is not None and not torch.compiler.is_compiling()
+
+
 def has_hooks(module: Module) -> bool:
     """Whether a call of a module is more than its class's forward."""
     return bool(

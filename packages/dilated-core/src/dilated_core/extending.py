@@ -18,8 +18,8 @@
 - `let_gloo_rest`, `let_gloo_rest_at_exit`: for what uses gloo, whose threads can abort or hang a
   process that ends.
 - `is_eager`: whether a call is to leave torch's dispatcher out; `has_tangents`: whether it may be
-  one of forward-mode differentiation. `uncompiled`: for functions that
-  torch.compile is to call as they are.
+  one of forward-mode differentiation; `is_transformed`: whether it is one of torch.func's
+  transforms. `uncompiled`: for functions that torch.compile is to call as they are.
 - `define_operators` with an `OperatorForm`: a forward and a backward as custom operators, for
   torch.compile; an eager call goes to them as it is.
 - `relaunched`, `on_device`: for kernels of your own, which triton's door would keep waiting.
@@ -50,7 +50,13 @@ from dilated_core._partial import Partial, accumulate_dtype, add_zero_keys_, mer
 from dilated_core._row_attention import attend as attend_rows
 from dilated_core._row_attention import attend_backward as attend_rows_backward
 from dilated_core._torch.dense import RowAttention
-from dilated_core._torch_internals import has_hooks, has_tangents, is_eager, uncompiled
+from dilated_core._torch_internals import (
+    has_hooks,
+    has_tangents,
+    is_eager,
+    is_transformed,
+    uncompiled,
+)
 from dilated_core._triton import drive, drive_backward, on_device, relaunched
 from dilated_core._triton import unsupported as triton_unsupported
 from dilated_core._triton._driving import Config, Pair, Pass, Sizes, Tiling
@@ -92,6 +98,7 @@ __all__ = [
     "has_hooks",
     "has_tangents",
     "is_eager",
+    "is_transformed",
     "keep_mask",
     "let_gloo_rest",
     "let_gloo_rest_at_exit",

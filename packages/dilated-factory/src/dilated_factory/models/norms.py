@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_core.extending import has_tangents, is_eager, on_device
+from dilated_core.extending import has_tangents, is_eager, is_transformed, on_device
 
 # A row is held by one program.
 MOST_FEATURES = 16384
@@ -29,7 +29,8 @@ def has_kernels(x: Tensor) -> bool:
 
 def can_serve(x: Tensor) -> bool:
     """Whether `gelu_norm` takes such an input."""
-    return has_kernels(x) and x.dtype in NARROW
+    # torch.func has no gradients of a torch.library.custom_op (2.13).
+    return has_kernels(x) and x.dtype in NARROW and not is_transformed()
 
 
 def narrow_dtype(x: Tensor, weight: Tensor, *others: Tensor) -> torch.dtype | None:
