@@ -154,14 +154,67 @@ def test_torch_func_has_a_gradient_for_each_sample():
         assert relative_error(actual, expected) < 1e-12
 
 
-def test_torch_func_is_refused_second_derivatives():
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_torch_func_has_the_jacobian():
     q, k, v = (x.detach() for x in qkv())
 
-    def loss(q):
+    def sums(q):
+        return dilated_attention(q, k, v, PATTERN, backend="torch").sum((0, 2, 3))
+
+    expected = torch.autograd.functional.jacobian(sums, q)
+    assert relative_error(torch.func.jacrev(sums)(q), expected) < 1e-12
+
+
+def test_torch_func_has_gradients_of_outer_levels():
+    q, k, v = (x.detach() for x in qkv())
+
+    def loss(q, k):
         return dilated_attention(q, k, v, PATTERN, backend="torch").square().sum()
 
+    def value(k):
+        return torch.func.grad_and_value(loss)(q, k)[1]
+
+    expected = torch.func.grad(loss, argnums=1)(q, k)
+    assert relative_error(torch.func.grad(value)(k), expected) < 1e-12
+    leaf = k.clone().requires_grad_()
+    value(leaf).backward()
+    assert relative_error(leaf.grad, expected) < 1e-12
+
+
+@pytest.mark.parametrize("outer", ["torch.func", "autograd"])
+def test_torch_func_is_refused_second_derivatives(outer):
+    q, k, v = (x.detach() for x in qkv())
+
+    def loss(q, k):
+        return dilated_attention(q, k, v, PATTERN, backend="torch").square().sum()
+
+    def slope(k):
+        return torch.func.grad(loss)(q, k).square().sum()
+
+    def by_autograd(k):
+        slope(k.requires_grad_()).backward()
+
+    differentiate = by_autograd if outer == "autograd" else torch.func.grad(slope)
     with pytest.raises(RuntimeError, match="differentiated once"):
-        torch.func.grad(lambda q: torch.func.grad(loss)(q).square().sum())(q)
+        differentiate(k)
+
+
+@compiling
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_of_torch_func_are_those_of_eager(backend):
+    torch.compiler.reset()
+    q, k, v = (x.detach() for x in qkv())
+    weight = torch.randn_like(q)
+
+    def slope(q):
+        def loss(q):
+            out = dilated_attention(q, k, v, PATTERN, is_causal=True, backend="torch")
+            return (out * weight).sum()
+
+        return torch.func.grad(loss)(q)
+
+    compiled = torch.compile(slope, fullgraph=True, backend=backend)
+    assert relative_error(compiled(q), slope(q)) < 1e-12
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])

@@ -101,21 +101,21 @@ def define(
         run_backward, fake_backward,
     )  # fmt: skip
     traced = _torch_internals.uncompiled(_traced(form, forward_op, backward_op))
-    namespace, short = forward_op.name().split("::")
-    _library(namespace).impl(short, traced, "Autograd")
+    once = _torch_internals.uncompiled(_once(backward_op))
+    for operator, kernel in ((forward_op, traced), (backward_op, once)):
+        namespace, short = operator.name().split("::")
+        _library(namespace).impl(short, kernel, "Autograd")
 
     def run(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         with _torch_internals.below_autograd(), _without_autocast(query):
             return forward(call, query, key, value)
 
     eager = _eager(form, run, backward, backward_op)
-    transformed = _transformed(form, forward_op, backward_op)
 
     def attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         if not _torch_internals.is_eager(query, key, value):
             packed = *form.tensors(call), *form.values(call)
-            operator = transformed if _torch_internals.is_transformed() else forward_op
-            return Partial(*operator(query, key, value, *packed))
+            return Partial(*forward_op(query, key, value, *packed))
         if _wants_grads(query, key, value):
             return Partial(*eager(call, query, key, value))
         return run(call, query, key, value)
@@ -137,14 +137,14 @@ def _traced(
 
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            out, lse = below(*arguments)
+            with _torch_internals.outer_gradients():
+                out, lse = below(*arguments)
             ctx.save_for_backward(*arguments[:3], out, lse, *arguments[3 : 3 + count])
             ctx.rest = arguments[3 + count :]
             ctx.set_materialize_grads(False)
             return out, lse
 
         @staticmethod
-        @once_differentiable
         @_torch_internals.uncompiled  # which sees it where a part of a step is compiled
         def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
             query, *saved = ctx.saved_tensors
@@ -158,7 +158,7 @@ def _traced(
             out, lse = forward_op(*arguments)
         return out, lse
 
-    with_gradients: Callable[..., tuple[Tensor, Tensor]] = Traced.apply
+    with_gradients: Callable[..., tuple[Tensor, Tensor]] = _torch_internals.applied(Traced)
 
     def differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
         return (with_gradients if _wants_grads(*arguments[:3]) else below)(*arguments)
@@ -166,56 +166,40 @@ def _traced(
     return differentiable
 
 
-def _transformed(
-    form: OperatorForm[Call], forward_op: Any, backward_op: Any
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward's operator for torch.func, which takes gradients of an operator in no other way.
+def _once(backward_op: Any) -> Callable[..., Gradients]:
+    """The backward's operator, whose own gradients are an error once they are asked for.
 
-    It asks for a setup_context, and has no once_differentiable.
+    Not torch's once_differentiable, of which torch.func takes no notice (2.13).
     """
-    count = form.schema.count("Tensor")
 
-    class Backward(torch.autograd.Function):
-        """The backward's operator, without gradients."""
-
-        generate_vmap_rule = True
+    class Once(torch.autograd.Function):
+        """The operator, without gradients."""
 
         @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return backward_op(*arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
+        def forward(ctx: Any, *arguments: Any) -> Gradients:
+            with _torch_internals.outer_gradients():
+                return below(*arguments)
 
         @staticmethod
         def backward(ctx: Any, *_: Tensor | None) -> Any:
             raise RuntimeError(
-                "attention must be differentiated once: its gradients have none (as those of "
-                "torch's once_differentiable)."
+                "attention must be differentiated once only, as once_differentiable. Got a second "
+                "derivative."
             )
 
-    class Transformed(torch.autograd.Function):
-        """The operators, with gradients."""
+    def below(*arguments: Any) -> Gradients:
+        with _torch_internals.below_autograd():
+            dq, dk, dv = backward_op(*arguments)
+        return dq, dk, dv
 
-        generate_vmap_rule = True
+    refuse_second: Callable[..., Gradients] = _torch_internals.applied(Once)
 
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return forward_op(*arguments)
+    def once(*arguments: Any) -> Gradients:
+        tensors = (x for x in arguments if isinstance(x, Tensor))
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return (refuse_second if wanted else below)(*arguments)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-            ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + count])
-            ctx.rest = inputs[3 + count :]
-
-        @staticmethod
-        def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
-            grads = Backward.apply(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)  # type: ignore[no-untyped-call] # torch's
-            return (*grads, *(None for _ in range(count + len(ctx.rest))))
-
-    transformed: Callable[..., tuple[Tensor, Tensor]] = Transformed.apply
-    return transformed
+    return once
 
 
 def _eager(

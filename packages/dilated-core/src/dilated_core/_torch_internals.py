@@ -2,26 +2,30 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import maybe_current_level
 from torch._compile import _disable_dynamo
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
+    "applied",
     "below_autograd",
     "flash",
     "flash_backward",
     "has_hooks",
     "has_tangents",
     "is_eager",
+    "is_transformed",
+    "outer_gradients",
     "uncompiled",
     "unrelated_views",
 ]
@@ -81,7 +85,33 @@ def is_eager(*inputs: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether a call is one of torch.func's transforms, such as grad or vmap, not compiled."""
-    return maybe_current_level() is not None and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and maybe_current_level() is not None
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The `apply` of a function that is an operator's autograd kernel, under torch.func too.
+
+    There the dispatcher has taken one level of torch.func away, which is all that the function is
+    to see. Its own `apply` would take it away again, and asks for a setup_context for that (as it
+    does of every torch.library.custom_op).
+    """
+    at_one_level = super(torch.autograd.Function, function).apply  # type: ignore[misc] # in C
+
+    def apply(*arguments: Any) -> Any:
+        if maybe_current_level() is None:
+            return function.apply(*arguments)
+        with enable_single_level_autograd_function():
+            return at_one_level(*arguments)
+
+    return apply
+
+
+def outer_gradients() -> AbstractContextManager[object]:
+    """A context in the forward of an `applied` function in which torch.func's outer levels record.
+
+    A function's forward is without gradients, which is meant for its own level only.
+    """
+    return torch.enable_grad() if maybe_current_level() is not None else nullcontext()
 
 
 def has_hooks(module: Module) -> bool:
