@@ -63,6 +63,18 @@ def test_compile_a_module_whose_layout_was_never_called(dynamic):
 
 
 @compiling
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compile_a_layout_of_heads_and_batch_rows_with_free_sizes(rows):
+    # torch.compile (2.13) says that a free size of 5 is not in (1, 5).
+    torch.compiler.reset()
+    layout = layouts.random_blocks(23, 1, heads=5, block_size=8)
+    layer = BlockSparseAttention(BlockLayout.stack([layout] * rows))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    q, k, v = torch.randn(3, 3, 23, 5, 16, dtype=torch.float64)
+    assert relative_error(compiled(q, k, v), layer(q, k, v)) < 1e-12
+
+
+@compiling
 def test_compile_a_layout_of_batch_rows_that_was_never_called():
     torch.compiler.reset()
     layout = BlockLayout.stack([layouts.sliding_window(23, w, block_size=8) for w in (5, 11)])
@@ -92,6 +104,21 @@ def test_compile_a_module_for_other_lengths_than_its_layouts(backend):
             grads.append([out, *torch.autograd.grad(out, (q, k, v), upstream)])
         for actual, expected in zip(*grads, strict=True):
             assert relative_error(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize("length", [23, 17])
+def test_training_goes_on_from_what_inference_mode_made(length):
+    with torch.inference_mode():
+        layout = layouts.sliding_window(23, 6, block_size=8)
+        row = BlockLayout.stack([layout]).rows[0]
+        layer = BlockSparseAttention(BlockLayout.stack([row, row]).causal())
+        x = torch.randn(2, length, 2, 16, dtype=torch.float64)
+        expected = layer(x, x, x)  # the layout that was cut for it is kept
+    x = x.clone().requires_grad_()
+    out = layer(x, x, x)
+    assert relative_error(out, expected) < 1e-12
+    out.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @compiling

@@ -60,6 +60,12 @@ def test_one_layout_has_one_block_mask():
     assert one is two
 
 
+def test_a_block_mask_that_inference_mode_made_can_be_trained_with():
+    with torch.inference_mode():
+        mask = _flex_backend._block_mask(layouts.longformer(53, 7, 3, block_size=8), True, X.device)
+    assert not mask.kv_num_blocks.is_inference()
+
+
 def test_beyond_the_limit_of_recompilations_it_raises(monkeypatch):
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")

@@ -70,11 +70,12 @@ def attend(
             f"Got {(layout.length, layout.key_length)}. `layout.at` gives it at other lengths; "
             "query, key and value are (batch, length, heads, head_dim)."
         )
-    if layout.row_heads not in (1, query.shape[2]):
+    # Not `in`: torch.compile does not find a size that it keeps free in a tuple.
+    if layout.row_heads != 1 and layout.row_heads != query.shape[2]:
         raise ValueError(
             f"layout must have 1 head or query's {query.shape[2]}. Got {layout.row_heads}."
         )
-    if layout.batch not in (1, query.shape[0]):
+    if layout.batch != 1 and layout.batch != query.shape[0]:
         raise ValueError(
             f"layout must have 1 batch row or query's {query.shape[0]}. Got {layout.batch}."
         )

@@ -73,7 +73,14 @@ class Layout:
         return self.heads // self.batch
 
     def __post_init__(self) -> None:
-        """Make the layouts of batch rows at once: what is traced could not."""
+        """Make the layouts of batch rows at once: what is traced could not.
+
+        Tensors of torch.inference_mode() are copied: a layout made there may be trained with later.
+        """
+        for name in _TENSORS:
+            if (x := getattr(self, name)).is_inference():
+                with torch.inference_mode(False):
+                    object.__setattr__(self, name, x.clone())
         if self.batch > 1:
             every = range(self.heads)
             each = (every[i : i + self.row_heads] for i in range(0, self.heads, self.row_heads))

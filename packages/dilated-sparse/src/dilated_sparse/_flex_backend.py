@@ -107,6 +107,7 @@ def _compiled() -> Any:
 
 
 @remembered(16)
+@torch.inference_mode(False)  # the next call may train
 def _block_mask(layout: Layout, is_causal: bool, device: torch.device) -> Any:
     """The BlockMask of a layout, the same object each time: another one would recompile."""
     return from_layout((layout.causal() if is_causal else layout).to(device))
