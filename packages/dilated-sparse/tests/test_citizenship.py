@@ -106,6 +106,20 @@ def test_compile_a_module_for_other_lengths_than_its_layouts(backend):
             assert relative_error(actual, expected) < 1e-10
 
 
+@compiling
+def test_compile_decoding_of_free_lengths():
+    torch.compiler.reset()
+    layer = MultiheadDilatedAttention(48, 6, None, attention=BlockSparseAttention(LAYOUT)).eval()
+    compiled = torch.compile(layer, dynamic=True, backend="aot_eager")
+    x = torch.randn(2, 23, 48)
+    cache, outs, start = layer.attention.new_cache(), [], 0
+    with torch.no_grad():
+        for count in (5, 1, 1, 9, 7):
+            outs.append(compiled(x[:, start : start + count], cache=cache, is_causal=True)[0])
+            start += count
+        assert relative_error(torch.cat(outs, 1), layer(x, is_causal=True)[0]) < 1e-5
+
+
 @pytest.mark.parametrize("length", [23, 17])
 def test_training_goes_on_from_what_inference_mode_made(length):
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dilated_core.extending import Scores, accumulate_dtype, check_call, check_lengths
+from dilated_core.extending import Scores, accumulate_dtype, check_call, check_lengths, uncompiled
 from dilated_sparse import _checks, _masks
 from dilated_sparse._attend import attend
 from dilated_sparse._grid import FULL
@@ -94,6 +94,7 @@ class BlockSparseKVCache:
             return steps + self.length
         return self.lengths.to(device)[:, None] + steps
 
+    @uncompiled  # what a query sees is read from the layout and from held rows: no graph has it
     def attend(
         self,
         query: Tensor,
