@@ -114,21 +114,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("claim"), help="folder of what is done")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a small model and short contexts")
-    parser.add_argument("--minutes", type=float, help="begin no row that would end later")
+    parser.add_argument("--minutes", type=within(0), help="begin no row that would end later")
     parser.add_argument("--only", default="", help="only rows whose name this pattern finds")
     parser.add_argument("--vocabulary", choices=("bytes", "bpe"), default="bytes")
     parser.add_argument("--vocabulary-size", type=int, default=4096, help="of bpe")
-    parser.add_argument("--rates", help="learning rates, the likeliest first")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=float, help="of the dense model of the shortest context")
-    parser.add_argument("--batch-tokens", type=int, help="of a step, of one sequence at least")
-    parser.add_argument("--short-share", type=float, help="of the steps of those that grow")
-    parser.add_argument("--rotary-base", type=float)
+    parser.add_argument(
+        "--rates", type=lambda text: [*map(within(0), text.split(","))],
+        default="8e-3,4e-3,1.6e-2", help="learning rates, the likeliest first",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=within(0, kind=int), default=3)
+    parser.add_argument("--tokens", type=within(0), help="of the dense model, shortest context")
+    parser.add_argument(
+        "--batch-tokens", type=within(0, kind=int), help="of a step, a row at least"
+    )
+    parser.add_argument("--short-share", type=within(0, 1), help="of the steps of those that grow")
+    parser.add_argument("--rotary-base", type=within(0))
     parser.add_argument(
         "--names-share", type=float, help="of the training text, of names with far definitions"
     )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one GPU each")
+    parser.add_argument(
+        "--workers", type=within(0, kind=int), default=1, help="processes, one GPU each"
+    )
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--paths", action="store_true", help="what patterns reach, and no training")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -143,7 +150,6 @@ def main() -> None:
         tell_paths(scale)
         return
     given.minutes = given.minutes or (9.0 if given.small else 30.0)
-    given.rates = [float(x) for x in (given.rates or "8e-3,4e-3,1.6e-2").split(",")]
     if given.worker is not None:
         work(given, scale, given.worker)
         return
@@ -168,6 +174,23 @@ def main() -> None:
     tell(keep(given, scale, machine))
     if given.png:
         draw(summary(done(given.out, scale)), machine, given.png)
+
+
+def within(
+    low: float, high: float = math.inf, kind: Callable[[str], float] = float
+) -> Callable[[str], float]:
+    """What an option's number is read by: finite, above `low` and below `high`."""
+
+    def read(text: str) -> float:
+        try:
+            if low < (value := kind(text)) < high:
+                return value
+        except ValueError:
+            pass
+        what = "an int" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} in ({low:g}, {high:g}). Got {text}.")
+
+    return read
 
 
 def keep(given: argparse.Namespace, scale: Scale, machine: Found) -> list[Found]:
@@ -244,7 +267,8 @@ def sow_names(out: Path, scale: Scale) -> None:
     """Write the training text once more, with names of random letters, each defined and used once.
 
     A use stands from 256 to 0.9 of 32,768 bytes (the third context) behind its definition, at any
-    distance as likely as at its double, and always between lines.
+    distance as likely as at its double, and always between lines, the next ones. Definitions for
+    whose use a text is too short have none.
     """
     folder = out / training_folder(scale)
     if not scale.names_share or folder.exists():
@@ -261,7 +285,8 @@ def sow_names(out: Path, scale: Scale) -> None:
         sown = 0
         for line in lines:
             text += line
-            while due and due[0][0] <= len(text):
+            # The last line may have no end.
+            while line.endswith((b"\n", b"\r")) and due and due[0][0] <= len(text):
                 text += heappop(due)[1]
             if sown < scale.names_share * len(text):
                 name = "".join(generator.choices(LETTERS, k=CUE + ANSWER)).encode()
