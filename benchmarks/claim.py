@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=within(0, kind=int), default=3)
     parser.add_argument("--tokens", type=within(0), help="of the dense model, shortest context")
     parser.add_argument(
-        "--batch-tokens", type=within(0, kind=int), help="of a step, a row at least"
+        "--batch-tokens", type=within(0, kind=int), help="of a step, a sequence at least"
     )
     parser.add_argument("--short-share", type=within(0, 1), help="of the steps of those that grow")
     parser.add_argument("--rotary-base", type=within(0))
