@@ -329,3 +329,50 @@ def test_an_interval_is_over_patients() -> None:
         lambda rows: {"mean": values[rows].mean()}, [str(i) for i in range(40)], seed=0
     )
     assert alone["mean"][0] < 0.45 < 0.55 < alone["mean"][1]
+
+
+def labelled(folder: Path, rows: list[list[object]], **values: Any) -> SlideTaskConfig:
+    with (folder / "few.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["slide", "patient", "time", "seen"], *rows])
+    said = {"task": "regression", "labels": ["time"], "patient_column": "patient", **values}
+    return SlideTaskConfig(table=str(folder / "few.csv"), features=["."], **said)
+
+
+def test_a_slide_is_found_with_dots_in_its_name_with_an_ending_and_with_blanks(
+    tmp_path: Path,
+) -> None:
+    dotted = "TCGA-A1-A0SB-01Z-00-DX1.1a2b"
+    rows = [[dotted, "p1", 1, 1], [f"{dotted}c.svs", "p1 ", 2, 1], [" plain.h5 ", " p2", 3, 1]]
+    known = [dotted, f"{dotted}c", "plain"]
+    slides, missing = read_labels(labelled(tmp_path, [*rows]), known)
+    assert (slides.names, slides.patients, missing) == (known, ["p1", "p1", "p2"], [])
+
+
+def test_a_slide_that_a_table_names_twice_is_refused_since_it_could_train_and_test(
+    tmp_path: Path,
+) -> None:
+    config = labelled(tmp_path, [["a", "p1", 1, 1], ["b", "p2", 2, 1], ["a.svs", "p3", 3, 1]])
+    with pytest.raises(InputError, match=r"'slide' of .* must name each slide once.*twice: a\."):
+        read_labels(config, ["a", "b"])
+
+
+def test_survival_without_an_event_that_was_seen_is_refused(tmp_path: Path) -> None:
+    rows: list[list[object]] = [["a", "p1", 1, 0], ["b", "p2", 2, 0]]
+    config = labelled(tmp_path, rows, task="survival", labels=["time", "seen"])
+    with pytest.raises(InputError, match=r"'seen' must be 1 of some slide.* Got 0 of all"):
+        read_labels(config, ["a", "b"])
+
+
+def test_training_refuses_two_feature_files_of_one_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cohort(tmp_path, 6)
+    (folder / "more").mkdir()
+    torch.save(torch.zeros(4, 6), folder / "more" / "s0.pt")
+    (folder / "task.toml").write_text(
+        'table = "labels.csv"\nfeatures = ["features", "more"]\ntask = "binary"\n'
+        'labels = ["mutated"]\n'
+    )
+    assert main(["slides", "train", str(folder / "task.toml"), "--out", str(folder / "run")]) == 2
+    assert "slides must have different names. Got twice: s0." in capsys.readouterr().err
+    assert not (folder / "run").exists()

@@ -16,7 +16,7 @@ from dilated_factory.configs.files import read_values
 from dilated_factory.configs.slides import SlideTaskConfig
 from dilated_factory.errors import InputError
 from dilated_factory.slides.models import local_device
-from dilated_factory.slides.readers import slide_files
+from dilated_factory.slides.readers import named_files, slide_files
 from dilated_factory.slides.tasks import read_labels
 from dilated_factory.slides.training import SlideTask
 
@@ -54,7 +54,7 @@ def train(
         checkpoint = "slide_encoder.pth"
     """
     config = read_task(task)
-    files = {path.stem: path for path in slide_files([Path(path) for path in config.features])}
+    files = named_files(slide_files([Path(path) for path in config.features]))
     slides, missing = read_labels(config, list(files))
     folds = sorted(set(range(config.folds) if fold is None else fold))
     if not set(folds) <= set(range(config.folds)):

@@ -20,7 +20,12 @@ from dilated_core.extending import let_gloo_rest_at_exit
 from dilated_factory.configs.files import read_values
 from dilated_factory.errors import InputError
 from dilated_factory.interop.gigapath import SlideEncoder
-from dilated_factory.slides.readers import SlideFeatures, count_tiles, read_slide_features
+from dilated_factory.slides.readers import (
+    SlideFeatures,
+    count_tiles,
+    named_files,
+    read_slide_features,
+)
 from dilated_factory.training.atomic import write_text
 from dilated_factory.training.embedding_files import (
     check_out,
@@ -103,10 +108,7 @@ def embed_files(
     check_out(out)
     if how.tile_size is not None and not how.tile_size > 0:
         raise InputError(f"tile_size must be positive. Got {how.tile_size}.")
-    names = [path.stem for path in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"slides must have different names. Got twice: {', '.join(twice[:5])}.")
+    names = list(named_files(files))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     parts = out.with_name(out.name + ".parts")
     done = set(read_embeddings(out, settings)[0]) if out.exists() else set()

@@ -4,7 +4,8 @@
 
 import codecs
 import pickle
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -162,6 +163,18 @@ def slide_files(paths: list[Path]) -> list[Path]:
             f"there are no feature files ({', '.join(ENDINGS)}) in {', '.join(map(str, paths))}."
         )
     return found
+
+
+def named_files(files: Sequence[Path]) -> dict[str, Path]:
+    """The feature files by the names of their slides.
+
+    Raises:
+        InputError: two files, in folders of their own or of other endings, have one name.
+    """
+    twice = sorted(name for name, times in Counter(p.stem for p in files).items() if times > 1)
+    if twice:
+        raise InputError(f"slides must have different names. Got twice: {', '.join(twice[:5])}.")
+    return {path.stem: path for path in files}
 
 
 @contextmanager

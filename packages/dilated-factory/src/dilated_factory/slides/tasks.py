@@ -6,6 +6,7 @@ import csv
 import math
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -79,12 +80,23 @@ def read_labels(config: SlideTaskConfig, known: Sequence[str]) -> tuple[Labelled
     """The slides of the table that have features, and the names of those that have none.
 
     Raises:
-        InputError: a column is missing, a value cannot be read, or no slide has features.
+        InputError: a column is missing, a value cannot be read, a slide is there twice, or no slide
+            has features.
         OSError: there is no table.
     """
     rows = _read_table(config)
-    names = [Path(row[config.slide_column]).stem for row in rows]
-    missing = sorted(set(names) - set(known))
+    there = set(known)
+    # A name may have a dot of its own, as TCGA's, so an ending is taken off where that is needed.
+    names = [
+        name if (name := row[config.slide_column]) in there else Path(name).stem for row in rows
+    ]
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
+    if twice:
+        raise InputError(
+            f"{config.slide_column!r} of {config.table!r} must name each slide once. "
+            f"Got twice: {', '.join(twice[:5])}."
+        )
+    missing = sorted(set(names) - there)
     kept = [i for i, name in enumerate(names) if name not in missing]
     if not kept:
         raise InputError(
@@ -122,13 +134,14 @@ def _read_table(config: SlideTaskConfig) -> list[dict[str, str]]:
         empty = [column for column in wanted if not (row[column] or "").strip()]
         if empty:
             raise InputError(f"{path!r}, line {line}: {empty[0]!r} must have a value. Got none.")
+        row.update({column: row[column].strip() for column in wanted})
     return rows
 
 
 def _targets(config: SlideTaskConfig, rows: list[dict[str, str]]) -> tuple[Tensor, list[str]]:
     if config.task in ("multiclass", "binary"):
         (column,) = config.labels
-        values = [row[column].strip() for row in rows]
+        values = [row[column] for row in rows]
         classes = sorted(set(values), key=lambda value: (not _is_number(value), _key(value)))
         if len(classes) < 2 or (config.task == "binary" and len(classes) > 2):
             wanted = "two values" if config.task == "binary" else "at least two values"
@@ -149,6 +162,10 @@ def _targets(config: SlideTaskConfig, rows: list[dict[str, str]]) -> tuple[Tenso
                     f"{row[config.slide_column]!r}."
                 )
         table.append([float(row[column]) for column in config.labels])
+    if config.task == "survival" and not any(seen for _, seen in table):
+        raise InputError(
+            f"{config.labels[1]!r} must be 1 of some slide for survival. Got 0 of all."
+        )
     return torch.tensor(table), list(config.labels)
 
 
