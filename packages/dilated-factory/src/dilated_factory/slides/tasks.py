@@ -90,18 +90,18 @@ def read_labels(config: SlideTaskConfig, known: Sequence[str]) -> tuple[Labelled
     names = [
         name if (name := row[config.slide_column]) in there else Path(name).stem for row in rows
     ]
-    twice = sorted(name for name, times in Counter(names).items() if times > 1)
-    if twice:
-        raise InputError(
-            f"{config.slide_column!r} of {config.table!r} must name each slide once. "
-            f"Got twice: {', '.join(twice[:5])}."
-        )
     missing = sorted(set(names) - there)
     kept = [i for i, name in enumerate(names) if name not in missing]
     if not kept:
         raise InputError(
             f"no slide of {config.table!r} has features: their names must be those of the files "
             f"without the ending. The first: {', '.join(names[:3])}; files: {', '.join(known[:3])}."
+        )
+    twice = sorted(name for name, times in Counter(names[i] for i in kept).items() if times > 1)
+    if twice:
+        raise InputError(
+            f"{config.slide_column!r} of {config.table!r} must name each slide once. "
+            f"Got twice: {', '.join(twice[:5])}."
         )
     column = config.patient_column or config.slide_column
     targets, classes = _targets(config, [rows[i] for i in kept])
