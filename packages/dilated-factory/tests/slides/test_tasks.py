@@ -249,13 +249,54 @@ def test_a_kept_epoch_that_is_damaged_when_it_is_read_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_run_goes_on_with_the_folds_that_are_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+
+    def train(out: str, *options: str) -> int:
+        return main(["slides", "train", str(path), "--out", str(tmp_path / out), *options])
+
+    assert train("whole") == 0
+    assert train("run", "--fold", "1") == 0
+    (tmp_path / "run" / "fold0").mkdir()  # as a run leaves it that is stopped at once
+    kept = (tmp_path / "run" / "fold1" / "best.pth").stat().st_mtime_ns
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)  # the same task, told from elsewhere
+    path = Path(path.name)
+    assert train("run", "--fold", "0", "--fold", "1") == 0
+    assert "done before, and not trained again: fold 1\n" in capsys.readouterr().out
+    assert train("run", "--fold", "2") == 0
+    assert (tmp_path / "run" / "fold1" / "best.pth").stat().st_mtime_ns == kept
+    whole, found = ((tmp_path / x / "results.json").read_text() for x in ("whole", "run"))
+    assert json.loads(found) == json.loads(whole)
+
+
 def test_an_existing_fold_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+    command = ["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold", "0"]
     (tmp_path / "run" / "fold0").mkdir(parents=True)
-    assert main(["slides", "train", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "exists: take another --out" in capsys.readouterr().err
+    notes = tmp_path / "run" / "fold0" / "notes.txt"
+    notes.write_text("mine")
+    assert main(command) == 2
+    assert "exists, and is of another task: take another --out" in capsys.readouterr().err
+    notes.unlink()
+    assert main(command) == 0
+    table = tmp_path / "labels.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-2]))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "exists, and has other slides: take another --out" in capsys.readouterr().err
+    table.write_text("".join(lines))
+    path.write_text(path.read_text() + "# the same\n")
+    assert main(command) == 0
+    path.write_text(path.read_text().replace("learning_rate = 0.01", "learning_rate = 0.02"))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "exists, and is of another task: take another --out" in capsys.readouterr().err
     assert main(["slides", "train", str(path), "--out", str(tmp_path / "x"), "--fold", "3"]) == 2
     assert "--fold must be in [0, 2]" in capsys.readouterr().err
 

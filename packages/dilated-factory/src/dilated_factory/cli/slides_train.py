@@ -37,7 +37,8 @@ def train(
     The file names a CSV of slides and labels, the features and the model; paths in it are relative
     to its folder. Of the folds one tests, the next one chooses the best epoch, and the rest trains.
     Each fold's folder holds best.pth (under GigaPath's names), metrics.jsonl, curves.png and
-    predictions.csv; results.json has the scores with 95 % intervals over patients.
+    predictions.csv; results.json has the scores of all folds that are done, with 95 % intervals
+    over patients. Called again, it trains what is not done: a fold that was stopped begins anew.
 
     All fields of a task are in `dilated config schema slide_task`.
 
@@ -65,7 +66,11 @@ def train(
         console.print(f"{len(missing)} slides have no features: {some}", soft_wrap=True)
     chosen = [files[name] for name in slides.names]
     work = SlideTask(config, slides, chosen, local_device(device))
-    if work.device.type == "cpu" and (cost := cpu_cost(work, len(folds))):
+    left = [k for k in folds if not work.predictions(out, k)]
+    if len(left) < len(folds):
+        done = ", ".join(str(k) for k in folds if k not in left)
+        console.print(f"done before, and not trained again: fold {done}")
+    if work.device.type == "cpu" and (cost := cpu_cost(work, len(left))):
         console.print(cost, soft_wrap=True)
     with progress_bar() as show:
         results = work.run(out, folds, show)
@@ -96,7 +101,7 @@ def operations_a_second() -> float:
 
 
 def read_task(path: Path) -> SlideTaskConfig:
-    """The task in a file, with its paths made those from here.
+    """The task in a file, with its paths made absolute.
 
     Raises:
         InputError: it is no task.
@@ -104,7 +109,7 @@ def read_task(path: Path) -> SlideTaskConfig:
     """
     values = read_values(path)
     config = parse_config(SlideTaskConfig, {"kind": "slide_task", **values})
-    home = path.parent
+    home = path.parent.absolute()
     paths: dict[str, Any] = {
         "table": str(home / config.table),
         "features": tuple(str(home / place) for place in config.features),

@@ -41,7 +41,7 @@ Classifier: TypeAlias = SlideClassifier | BagClassifier
 Progress: TypeAlias = Callable[[str, float], None]
 
 # An epoch is better by its first metric; where none is defined, by its loss.
-CHECKPOINT = "best.pth"
+CHECKPOINT, PREDICTIONS = "best.pth", "predictions.csv"
 
 
 class SlideTask:
@@ -96,32 +96,56 @@ class SlideTask:
         return 2.0 * self.encoder_weights * sum(map(count_tiles, self.files)) * passes
 
     def run(self, folder: Path, folds: Sequence[int], on_progress: Progress) -> dict[str, Any]:
-        """Train and test the folds, each in a folder of its own; the scores of all of them.
+        """Train and test the folds, each in a folder of its own; the scores of all that are done.
+
+        A fold that has its predictions is not trained again, and one that was stopped begins anew.
 
         Raises:
-            RunError: a fold's folder exists, or training diverges.
+            RunError: a fold's folder is of another task or of other slides, or training diverges.
         """
-        results: dict[str, Any] = {"classes": self.slides.classes, "folds": {}}
-        said, tested = [], []
+        done = [fold for fold in range(self.config.folds) if self.predictions(folder, fold)]
         for place, fold in enumerate(folds):
             home = folder / f"fold{fold}"
-            if home.exists():
-                raise RunError(f"{str(home)!r} exists: take another --out.")
-            home.mkdir(parents=True)
+            if fold in done:
+                continue
+            home.mkdir(parents=True, exist_ok=True)
             write_text(home / "config.json", self.config.model_dump_json(indent=2))
 
             def show(what: str, share: float, place: int = place, fold: int = fold) -> None:
                 on_progress(f"fold {fold}, {what}", (place + share) / len(folds))
 
-            test = self.parts[fold]
-            found = self._train(home, fold, show)
-            self._save_predictions(home / "predictions.csv", test, found)
+            self._save_predictions(
+                home / PREDICTIONS, self.parts[fold], self._train(home, fold, show)
+            )
+        results: dict[str, Any] = {"classes": self.slides.classes, "folds": {}}
+        said, tested = [], []
+        for fold in sorted({*done, *folds}):
+            found, test = np.array(self.predictions(folder, fold)), self.parts[fold]
             results["folds"][str(fold)] = scored(self.slides, found, test, self.config.seed)
             said.append(found)
             tested += test
         results["all folds"] = scored(self.slides, np.concatenate(said), tested, self.config.seed)
         write_text(folder / "results.json", json.dumps(results, indent=2))
         return results
+
+    def predictions(self, folder: Path, fold: int) -> list[list[float]]:
+        """What a fold that is done says of its test slides (S, K); empty where it is not.
+
+        Raises:
+            RunError: its folder is of another task or of other slides.
+        """
+        home = folder / f"fold{fold}"
+        path, told = home / PREDICTIONS, home / "config.json"
+        of_it = told.exists() and told.read_text("utf-8") == self.config.model_dump_json(indent=2)
+        if not of_it and home.exists() and any(home.iterdir()):
+            raise RunError(f"{str(home)!r} exists, and is of another task: take another --out.")
+        if not path.exists():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            _, *rows = csv.reader(file)
+        if [row[0] for row in rows] != [self.slides.names[i] for i in self.parts[fold]]:
+            raise RunError(f"{str(path)!r} exists, and has other slides: take another --out.")
+        return [[float(value) for value in row[2:]] for row in rows]
 
     def _train(self, home: Path, fold: int, show: Progress) -> np.ndarray[Any, Any]:
         """Train on the other parts, keep the best epoch, and score the test slides (S, K)."""
