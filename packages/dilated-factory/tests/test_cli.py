@@ -408,3 +408,12 @@ def test_a_command_tells_openmp_to_wait_asleep_before_torch_is_there(told: dict[
     )  # fmt: skip
     expected = told.get("GOMP_SPINCOUNT", "None" if told else "300")
     assert done.stdout.split()[-1] == expected
+
+
+def test_a_warning_of_a_command_is_one_line() -> None:
+    code = (
+        "import sys, warnings; from dilated_factory.cli import main; sys.argv[1:] = ['--help']; "
+        "main(); warnings.warn('some\\nthing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "dilated: warning: some thing\n"

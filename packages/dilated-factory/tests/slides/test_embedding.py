@@ -125,6 +125,19 @@ def test_a_stopped_command_goes_on_and_later_files_are_added(
     assert np.array_equal(embeddings[0], embeddings[1])
 
 
+def test_a_file_of_features_that_was_replaced_is_embedded_again(folder: Path) -> None:
+    assert main(arguments(folder, "some.npz", "--pool", "tiles")) == 0
+    _, before = read_embeddings(folder / "some.npz")
+    other = torch.load(folder / "features" / "slide2.pt")
+    torch.save(other, folder / "features" / "slide3.pt")
+    (folder / "features" / "slide4.pt").write_bytes(b"no features")
+    assert main(arguments(folder, "some.npz", "--pool", "tiles")) == 1
+    names, after = read_embeddings(folder / "some.npz")
+    assert names == ["slide0", "slide1", "slide2", "slide3"]  # and not what slide4 was before
+    assert np.array_equal(after[:3], before[:3])
+    assert np.abs(after[3] - alone(folder, 2)).max() < 1e-4
+
+
 def test_slides_that_cannot_be_embedded_are_told_and_the_others_go_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,9 @@ Exit codes: 0 done; 1 the answer is bad news (the demo missed its margin, someth
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from dilated_factory.errors import InputError
 from dilated_factory.room import keep_freed_memory, wait_asleep_soon
@@ -19,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         keep_freed_memory()
         wait_asleep_soon()
+        warnings.showwarning = _tell_warning
     import typer
 
     from dilated_factory.cli.app import app
@@ -67,3 +70,15 @@ def _describe_validation(error: Exception) -> str | None:
 def _complain(message: str) -> int:
     print(f"dilated: error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_BAD_INPUT
+
+
+def _tell_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, as errors are, without the place in our code that warns."""
+    print(f"dilated: warning: {' '.join(str(message).split())}", file=file or sys.stderr)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +88,8 @@ def embed_files(
     """Write the embeddings of all files to ``out`` (.h5 or .npz), and say which could not be made.
 
     Each batch is written when it is done, under ``out``'s name and ".parts", and all are put
-    together at the end; what is in either is not made again. Under torchrun each process makes a
-    share, and the first one puts them together.
+    together at the end; what is in either is made again only if its file of features is newer.
+    Under torchrun each process makes a share, and the first one puts them together.
 
     Args:
         model: the encoder.
@@ -111,11 +111,13 @@ def embed_files(
     names = list(named_files(files))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     parts = out.with_name(out.name + ".parts")
-    done = set(read_embeddings(out, settings)[0]) if out.exists() else set()
+    done = _made(out, settings)
     _open_parts(parts, settings)
-    done |= {name for path in parts.glob("*.npz") for name in read_embeddings(path)[0]}
+    for path in parts.glob("*.npz"):
+        for name, made in _made(path).items():
+            done[name] = max(made, done.get(name, 0))
     # First the share: another process may have written in between, and would move the others'.
-    todo = [path for path in files[rank::world] if path.stem not in done]
+    todo = [path for path in files[rank::world] if not _is_older(path, done.get(path.stem, 0))]
     failed: dict[str, str] = {}
     for ready, slides in _batches(todo, how.max_tiles, failed):
         on_progress(f"embedding {slides[0].name}", ready / len(todo))
@@ -127,8 +129,20 @@ def embed_files(
     if world > 1:
         failed = _meet(failed)
     if rank == 0:
-        _join(parts, out, names, settings)
+        _join(parts, out, names, settings, failed)
     return failed
+
+
+def _made(path: Path, settings: dict[str, Any] | None = None) -> dict[str, int]:
+    """When the embeddings of a file were written, in nanoseconds, by name; none without a file."""
+    if not path.exists():
+        return {}
+    return dict.fromkeys(read_embeddings(path, settings)[0], path.stat().st_mtime_ns)
+
+
+def _is_older(path: Path, time: int) -> bool:
+    """Whether a file was last changed before then; one that cannot be reached is not."""
+    return path.exists() and path.stat().st_mtime_ns < time
 
 
 def _open_parts(parts: Path, settings: dict[str, Any]) -> None:
@@ -187,13 +201,19 @@ def _meet(failed: dict[str, str]) -> dict[str, str]:
     return {name: why for each in everyone for name, why in each.items()}
 
 
-def _join(parts: Path, out: Path, order: Sequence[str], settings: dict[str, Any]) -> None:
-    """Put what was there and all parts into ``out``, in the order of names, then the rest."""
+def _join(
+    parts: Path, out: Path, order: Sequence[str], settings: dict[str, Any], failed: Container[str]
+) -> None:
+    """Put what was there and all parts into ``out``, in the order of names, then the rest.
+
+    What failed is left out, though a file before it had an embedding.
+    """
     found: dict[str, Any] = {}
     if out.exists():
         found = dict(zip(*read_embeddings(out, settings), strict=True))
-    for path in parts.glob("*.npz"):
+    for path in sorted(parts.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns):
         found.update(zip(*read_embeddings(path), strict=True))
+    found = {name: row for name, row in found.items() if name not in failed}
     if found:
         names = [name for name in order if name in found]
         names += sorted(found.keys() - set(names))
