@@ -166,7 +166,9 @@ def test_slides_that_cannot_be_embedded_are_told_and_the_others_go_on(
     [
         (["--out", "x.csv"], r"--out must end in .h5 or .npz. Got 'x.csv'"),
         (["--config", "encoder.pth"], "must end in .json or .toml"),
-        (["--checkpoint", "none.pth"], "none.pth"),
+        (["--checkpoint", "none.pth"], "--checkpoint 'none.pth' cannot be used: No such file"),
+        (["--config", "none.toml"], "--config 'none.toml' cannot be used: No such file"),
+        (["--checkpoint", "features"], "--checkpoint 'features' cannot be used: Is a directory"),
         (["--dtype", "float64"], "float64"),
         (["--device", "tpu9"], "device 'tpu9' is not available"),
         (["--tile-size", "0"], "tile_size must be positive"),

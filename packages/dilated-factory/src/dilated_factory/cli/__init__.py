@@ -4,9 +4,11 @@ Exit codes: 0 done; 1 the answer is bad news (the demo missed its margin, someth
 2 the input cannot be used; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM, after saving.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TextIO
 
 from dilated_factory.errors import InputError
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dilated: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        return _complain(str(error))
+        return _complain(_describe_file(error, arguments))
     except Exception as error:
         # Usage errors: their class lives in click or inside typer, depending on typer's version.
         if hasattr(error, "format_message"):
@@ -65,6 +67,15 @@ def _describe_validation(error: Exception) -> str | None:
     from dilated_factory.configs.base import describe_invalid
 
     return describe_invalid(error) if isinstance(error, ValidationError) else None
+
+
+def _describe_file(error: OSError, arguments: Sequence[str]) -> str:
+    """What is wrong with which file, and the option that named it, if one did."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    name = os.fspath(error.filename)
+    options = (a for a, b in pairwise(arguments) if b == name and a.startswith("--"))
+    return f"{next(options, 'the file')} {name!r} cannot be used: {error.strerror}."
 
 
 def _complain(message: str) -> int:
