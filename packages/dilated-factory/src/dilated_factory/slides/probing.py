@@ -57,7 +57,10 @@ def _fitted(
     outputs = []
     for column in columns:
         if len(set(column.tolist())) < 2:
-            raise InputError("a part must leave two classes to the others. Take fewer folds.")
+            raise InputError(
+                "a part must leave two classes to the others. Take fewer folds, or leave out a "
+                "class of which one patient has all slides."
+            )
         with warnings.catch_warnings():
             # With more features than slides the last digits of the fit change nothing.
             warnings.filterwarnings("ignore", message="lbfgs failed to converge")
