@@ -8,6 +8,7 @@ WHOLE += ("release", "structure", "tools_of_the_tests")
 ALL = tuple(f"dilated_{part}" for part in ("core", "factory", "pool", "ring", "sparse"))
 NEEDS = {
     **{f"test_{name}.py": ALL for name in WHOLE},
+    "test_claim.py": ("dilated_factory", "dilated_sparse"),
     "test_planned_figures.py": ("dilated_factory",),
     "test_registry_ranks.py": ("dilated_factory", "dilated_ring", "dilated_sparse"),
     "test_ring_layouts.py": ("dilated_ring", "dilated_sparse"),
