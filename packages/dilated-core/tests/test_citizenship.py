@@ -199,6 +199,34 @@ def test_torch_func_is_refused_second_derivatives(outer):
         differentiate(k)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # hessian
+@pytest.mark.parametrize("loss_is", ["linear", "square"])
+@pytest.mark.parametrize("way", ["penalty", "functional", "jvp", "forward mode", "jvp of a slope"])
+def test_no_second_derivative_is_silently_zero(way, loss_is):
+    # torch's once_differentiable gives none where the gradient of out needs none.
+    q, k, v = (x.detach() for x in qkv())
+    weight = torch.randn_like(q)
+
+    def loss(q):
+        out = dilated_attention(q, k, v, PATTERN, backend="torch")
+        return (out * (weight if loss_is == "linear" else out)).sum() + q.pow(3).sum()
+
+    def penalty():
+        leaf = q.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        slope.square().sum().backward()
+
+    differentiate = {
+        "penalty": penalty,
+        "functional": lambda: torch.autograd.functional.hessian(loss, q),
+        "jvp": lambda: torch.autograd.functional.jvp(loss, q, weight),
+        "forward mode": lambda: torch.func.hessian(loss)(q),
+        "jvp of a slope": lambda: torch.func.jvp(torch.func.grad(loss), (q,), (weight,)),
+    }[way]
+    with pytest.raises(RuntimeError, match=r"differentiated once|implement the jvp"):
+        differentiate()
+
+
 @compiling
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_gradients_of_torch_func_are_those_of_eager(backend):

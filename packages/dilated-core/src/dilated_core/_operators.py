@@ -13,7 +13,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dilated_core import _torch_internals
 from dilated_core._branches import Branches
@@ -169,7 +168,8 @@ def _traced(
 def _once(backward_op: Any) -> Callable[..., Gradients]:
     """The backward's operator, whose own gradients are an error once they are asked for.
 
-    Not torch's once_differentiable, of which torch.func takes no notice (2.13).
+    Not torch's once_differentiable, of which torch.func takes no notice (2.13), and which has no
+    gradients, silently, where those of the results need none.
     """
 
     class Once(torch.autograd.Function):
@@ -196,7 +196,9 @@ def _once(backward_op: Any) -> Callable[..., Gradients]:
 
     def once(*arguments: Any) -> Gradients:
         tensors = (x for x in arguments if isinstance(x, Tensor))
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        wanted = _torch_internals.has_tangents() or (
+            torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        )
         return (refuse_second if wanted else below)(*arguments)
 
     return once
@@ -208,7 +210,10 @@ def _eager(
     backward: Callable[[Call, Upstream], Gradients],
     backward_op: Any,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The backend itself with gradients; a backward that is traced goes through the operator."""
+    """The backend itself with gradients.
+
+    A backward that is traced, or whose own gradients may be asked for, goes through the operator.
+    """
 
     def compute(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         # Reading them tells whether a tensor was changed since the forward.
@@ -216,7 +221,7 @@ def _eager(
         if grad_out is None:
             grad_out = torch.zeros_like(query)
         given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
-        if _torch_internals.is_eager(*given, query):
+        if _torch_internals.is_eager(*given, query) and not torch.is_grad_enabled():
             total = Partial(out, lse)
             with _without_autocast(query):
                 grads = backward(ctx.call, Upstream(grad_out, grad_lse, query, key, value, total))
@@ -227,7 +232,6 @@ def _eager(
         return (None, *grads)
 
     compute = _torch_internals.uncompiled(compute)
-    refuse_second = once_differentiable(compute)
 
     class Eager(torch.autograd.Function):
         """The backend itself, with gradients."""
@@ -244,7 +248,7 @@ def _eager(
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-            return (refuse_second if torch.is_grad_enabled() else compute)(ctx, grad_out, grad_lse)
+            return compute(ctx, grad_out, grad_lse)
 
     eager: Callable[..., tuple[Tensor, Tensor]] = Eager.apply
     return eager

@@ -1,8 +1,8 @@
 """What this package uses of torch that has no public name."""
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -106,12 +106,17 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
-def outer_gradients() -> AbstractContextManager[object]:
+@contextmanager
+def outer_gradients() -> Iterator[None]:
     """A context in the forward of an `applied` function in which torch.func's outer levels record.
 
-    A function's forward is without gradients, which is meant for its own level only.
+    A function's forward is without gradients and tangents, which is meant for its own level only.
     """
-    return torch.enable_grad() if maybe_current_level() is not None else nullcontext()
+    if maybe_current_level() is None:
+        yield
+    else:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            yield
 
 
 def has_hooks(module: Module) -> bool:
