@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dilated_factory.slides import tasks
 from dilated_factory.slides.readers import slide_files
 from dilated_factory.slides.tasks import concordance, intervals, loss, metrics, read_labels, scores
 from dilated_factory.slides.training import SlideTask
+from dilated_factory.training.lock import FolderLock
 
 pytest.importorskip("sklearn", reason="scikit-learn, of the extra slides, is not installed")
 
@@ -95,6 +98,7 @@ def test_a_task_is_trained_and_tested_from_its_file(
         assert found["value"] > {"regression": 0.3, "survival": 0.55}.get(kind, 0.8)
     home = tmp_path / "run" / "fold1"
     names = {"best.pth", "config.json", "curves.png", "metrics.jsonl", "predictions.csv"}
+    names |= {"labels.json", "lock"}
     assert {file.name for file in home.iterdir()} == names
     assert len((home / "metrics.jsonl").read_text().splitlines()) == 4
     with (home / "predictions.csv").open() as file:
@@ -272,6 +276,84 @@ def test_a_run_goes_on_with_the_folds_that_are_not_done(
     assert json.loads(found) == json.loads(whole)
 
 
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda whole: b"",
+    "a header only": lambda whole: whole.splitlines(keepends=True)[0],
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "an empty line": lambda whole: whole + b"\n",
+    "no text": lambda whole: b"\xff\xfe\0",
+    "no number": lambda whole: re.sub(rb",0\.\d+", b",many", whole, count=1),
+    "not finite": lambda whole: re.sub(rb",0\.\d+", b",nan", whole, count=1),
+    "other classes": lambda whole: whole.replace(b"no,yes", b"yes,no"),
+    "a column less": lambda whole: re.sub(
+        rb",[^,\r]*\r", b"\r", whole.replace(b"no,yes", b"no,yes,")
+    ),
+}
+
+
+def test_a_done_fold_that_is_damaged_or_of_other_labels_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = task(cohort(tmp_path), TASKS["regression"][0] + 'model = "mean_pool"\n')
+    numbers = ["slides", "train", str(path), "--out", str(tmp_path / "numbers"), "--fold", "0"]
+    assert main(numbers) == 0
+    table = tmp_path / "labels.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace("1.02", "1.03"))  # the parts stay as they are
+    capsys.readouterr()
+    assert main(numbers) == 2
+    assert "exists, and has other slides or labels: take another" in capsys.readouterr().err
+    table.write_text(whole)
+    path = task(tmp_path, TASKS["binary"][0] + 'model = "mean_pool"\n')
+    command = ["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold", "0"]
+    assert main(command) == 0
+    predictions = tmp_path / "run" / "fold0" / "predictions.csv"
+    sound = predictions.read_bytes()
+    for name, damage in DAMAGES.items():
+        predictions.write_bytes(damage(sound))
+        capsys.readouterr()
+        assert main(command) == 2, name
+        error = capsys.readouterr().err
+        assert "predictions.csv' is damaged: remove it, and the fold is trained again." in error
+        assert error.count("\n") == 1
+    predictions.unlink()
+    assert main(command) == 0
+    assert predictions.read_bytes() == sound
+
+
+def test_a_fold_that_another_process_trains_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+    command = ["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold"]
+    home = tmp_path / "run" / "fold0"
+    home.mkdir(parents=True)
+    (home / ".config.json.1.tmp").write_text("{")  # of a process that was killed
+    lock = FolderLock(home)
+    assert main([*command, "0"]) == 2
+    assert f"fold0' is being trained by process {os.getpid()} on " in capsys.readouterr().err
+    lock.release()
+    assert main([*command, "0"]) == 0
+
+
+def test_scores_are_of_all_folds_that_are_done_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = task(cohort(tmp_path), TASKS["binary"][0] + 'model = "mean_pool"\n')
+    command = ["slides", "train", str(path), "--out", str(tmp_path / "run"), "--fold"]
+    train, others = SlideTask._train, ["1"]
+
+    def meanwhile(*arguments: Any) -> Any:
+        if others:
+            assert main([*command, others.pop()]) == 0
+        return train(*arguments)
+
+    monkeypatch.setattr(SlideTask, "_train", meanwhile)
+    assert main([*command, "0"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["folds"]) == ["0", "1"]
+
+
 def test_an_existing_fold_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,7 +371,7 @@ def test_an_existing_fold_is_not_written_over(
     table.write_text("".join(lines[:-2]))
     capsys.readouterr()
     assert main(command) == 2
-    assert "exists, and has other slides: take another --out" in capsys.readouterr().err
+    assert "exists, and has other slides or labels: take another --out" in capsys.readouterr().err
     table.write_text("".join(lines))
     path.write_text(path.read_text() + "# the same\n")
     assert main(command) == 0

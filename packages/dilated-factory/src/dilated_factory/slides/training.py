@@ -3,12 +3,13 @@
 # Shapes: S slides, K outputs of a slide.
 
 import csv
+import errno
 import json
 import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,12 +37,14 @@ from dilated_factory.slides.tasks import (
 )
 from dilated_factory.training.atomic import replacing, write_text
 from dilated_factory.training.figures import save_epochs
+from dilated_factory.training.lock import FolderLock, holder
 
 Classifier: TypeAlias = SlideClassifier | BagClassifier
 Progress: TypeAlias = Callable[[str, float], None]
 
 # An epoch is better by its first metric; where none is defined, by its loss.
 CHECKPOINT, PREDICTIONS = "best.pth", "predictions.csv"
+CONFIG, LABELS = "config.json", "labels.json"  # which a fold is of
 
 
 class SlideTask:
@@ -101,30 +104,33 @@ class SlideTask:
         A fold that has its predictions is not trained again, and one that was stopped begins anew.
 
         Raises:
-            RunError: a fold's folder is of another task or of other slides, or training diverges.
+            RunError: a fold's folder is of another task, of other slides or labels, or damaged,
+                another process trains the fold, or training diverges.
         """
-        done = [fold for fold in range(self.config.folds) if self.predictions(folder, fold)]
         for place, fold in enumerate(folds):
             home = folder / f"fold{fold}"
-            if fold in done:
+            if self.predictions(folder, fold):
                 continue
             home.mkdir(parents=True, exist_ok=True)
-            write_text(home / "config.json", self.config.model_dump_json(indent=2))
 
             def show(what: str, share: float, place: int = place, fold: int = fold) -> None:
                 on_progress(f"fold {fold}, {what}", (place + share) / len(folds))
 
-            self._save_predictions(
-                home / PREDICTIONS, self.parts[fold], self._train(home, fold, show)
-            )
+            with _locked(home):
+                write_text(home / CONFIG, self.config.model_dump_json(indent=2))
+                write_text(home / LABELS, self._labels())
+                said = self._train(home, fold, show)
+                self._save_predictions(home / PREDICTIONS, fold, said)
         results: dict[str, Any] = {"classes": self.slides.classes, "folds": {}}
-        said, tested = [], []
-        for fold in sorted({*done, *folds}):
-            found, test = np.array(self.predictions(folder, fold)), self.parts[fold]
-            results["folds"][str(fold)] = scored(self.slides, found, test, self.config.seed)
-            said.append(found)
-            tested += test
-        results["all folds"] = scored(self.slides, np.concatenate(said), tested, self.config.seed)
+        scores_of, tested = [], []
+        for fold, test in enumerate(self.parts):
+            if rows := self.predictions(folder, fold):
+                found = np.array(rows)
+                results["folds"][str(fold)] = scored(self.slides, found, test, self.config.seed)
+                scores_of.append(found)
+                tested += test
+        together = np.concatenate(scores_of)
+        results["all folds"] = scored(self.slides, together, tested, self.config.seed)
         write_text(folder / "results.json", json.dumps(results, indent=2))
         return results
 
@@ -132,20 +138,43 @@ class SlideTask:
         """What a fold that is done says of its test slides (S, K); empty where it is not.
 
         Raises:
-            RunError: its folder is of another task or of other slides.
+            RunError: its folder is of another task, of other slides or labels, or damaged.
         """
         home = folder / f"fold{fold}"
-        path, told = home / PREDICTIONS, home / "config.json"
-        of_it = told.exists() and told.read_text("utf-8") == self.config.model_dump_json(indent=2)
-        if not of_it and home.exists() and any(home.iterdir()):
+        path = home / PREDICTIONS
+        of_it = _holds(home / CONFIG, self.config.model_dump_json(indent=2))
+        # A process that was killed leaves a file under a temporary name, or its lock.
+        if not of_it and any(x.name != "lock" and x.name[0] != "." for x in _entries(home)):
             raise RunError(f"{str(home)!r} exists, and is of another task: take another --out.")
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            _, *rows = csv.reader(file)
-        if [row[0] for row in rows] != [self.slides.names[i] for i in self.parts[fold]]:
-            raise RunError(f"{str(path)!r} exists, and has other slides: take another --out.")
-        return [[float(value) for value in row[2:]] for row in rows]
+        if not _holds(home / LABELS, self._labels()):
+            raise RunError(
+                f"{str(home)!r} exists, and has other slides or labels: take another --out."
+            )
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            said = [[float(value) for value in row[2:]] for row in rows]
+            whole = np.isfinite(np.array(said)).all() and len(rows[0]) == len(header)
+        except (IndexError, ValueError, csv.Error):
+            whole = False
+        if not whole or [header, *(row[:2] for row in rows)] != self._first_columns(fold):
+            raise RunError(f"{str(path)!r} is damaged: remove it, and the fold is trained again.")
+        return said
+
+    def _first_columns(self, fold: int) -> list[list[str]]:
+        """What predictions.csv has beside its numbers: its header, and slide and patient."""
+        names = ["risk"] if self.config.task == "survival" else self.slides.classes
+        pairs = ([self.slides.names[i], self.slides.patients[i]] for i in self.parts[fold])
+        return [["slide", "patient", *names], *pairs]
+
+    def _labels(self) -> str:
+        """All slides with their patients and targets, as JSON."""
+        slides = self.slides
+        targets = slides.targets.tolist()
+        rows = zip(slides.names, slides.patients, targets, strict=True)
+        return json.dumps({"classes": slides.classes, "slides": list(rows)})
 
     def _train(self, home: Path, fold: int, show: Progress) -> np.ndarray[Any, Any]:
         """Train on the other parts, keep the best epoch, and score the test slides (S, K)."""
@@ -309,18 +338,41 @@ class SlideTask:
             return loaded(read_checkpoint, path).tensors
         return load_classifier(path, self.config, self.width).state_dict()
 
-    def _save_predictions(
-        self, path: Path, rows: Sequence[int], said: np.ndarray[Any, Any]
-    ) -> None:
-        names = ["risk"] if self.config.task == "survival" else self.slides.classes
+    def _save_predictions(self, path: Path, fold: int, said: np.ndarray[Any, Any]) -> None:
+        header, *firsts = self._first_columns(fold)
         with (
             replacing(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
-            writer.writerow(["slide", "patient", *names])
-            for row, values in zip(rows, said, strict=True):
-                writer.writerow([self.slides.names[row], self.slides.patients[row], *values])
+            writer.writerow(header)
+            writer.writerows([*first, *row] for first, row in zip(firsts, said, strict=True))
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_bytes() == text.encode()
+
+
+def _entries(home: Path) -> list[Path]:
+    return list(home.iterdir()) if home.exists() else []
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Keep other processes from training a fold, where the file system has locks."""
+    try:
+        lock = FolderLock(home)
+    except BlockingIOError:
+        raise RunError(f"{str(home)!r} is being trained by {holder(home)}.") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        yield
+    else:
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def load_classifier(path: Path, config: SlideTaskConfig, width: int) -> SlideClassifier:
