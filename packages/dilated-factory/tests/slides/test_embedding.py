@@ -1,5 +1,6 @@
 """`dilated slides embed`: what it writes, that it goes on, and slides that it leaves out."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +207,54 @@ def test_processes_share_the_slides(folder: Path) -> None:
     names, embeddings = read_embeddings(folder / "some.npz")
     assert names == [f"slide{i}" for i in range(5)]
     assert np.abs(embeddings[2] - alone(folder, 2)).max() < 1e-4
+
+
+def change(folder: Path, index: int) -> Path:
+    path = folder / "features" / f"slide{index}.pt"
+    content = torch.load(path)
+    content["features"] = content["features"] + 1
+    torch.save(content, path)
+    return path
+
+
+def is_current(folder: Path, index: int) -> bool:
+    names, embeddings = read_embeddings(folder / "some.npz")
+    return bool(
+        np.allclose(embeddings[names.index(f"slide{index}")], alone(folder, index), 0, 1e-5)
+    )
+
+
+def test_a_slide_that_changes_while_others_are_embedded_is_embedded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = embedding._join
+
+    def late(*rest: Any) -> None:
+        change(folder, 2)
+        join(*rest)
+
+    command = arguments(folder, "some.npz", "--pool", "tiles")
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding, "_join", late)
+        assert main(command) == 0
+    assert not is_current(folder, 2)
+    assert main(command) == 0
+    assert is_current(folder, 2)
+
+
+def test_a_later_embedding_wins_though_the_clock_went_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = arguments(folder, "some.npz", "--pool", "tiles")
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding, "_join", stop)
+        assert main(command) == 130
+    for part in (folder / "some.npz.parts").glob("*.npz"):
+        later = part.stat().st_mtime_ns + 10**12
+        os.utime(part, ns=(later, later))
+    os.utime(change(folder, 1), ns=(later + 1, later + 1))
+    assert main(command) == 0
+    assert is_current(folder, 1)

@@ -112,8 +112,10 @@ def embed_files(
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     parts = out.with_name(out.name + ".parts")
     done = _made(out, settings)
-    _open_parts(parts, settings)
-    for path in parts.glob("*.npz"):
+    start = _open_parts(parts, settings)
+    there = sorted(parts.glob("*.npz"), key=_call)
+    call = 1 + max(map(_call, there), default=0)
+    for path in there:
         for name, made in _made(path).items():
             done[name] = max(made, done.get(name, 0))
     # First the share: another process may have written in between, and would move the others'.
@@ -125,16 +127,21 @@ def embed_files(
         if found:
             key = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
             rows = np.stack(list(found.values()))
-            write_embeddings(parts / f"{key}.npz", list(found), rows, settings)
+            part = parts / f"{call}-{key}.npz"
+            write_embeddings(part, list(found), rows, settings)
+            os.utime(part, ns=(start, start))
     if world > 1:
         failed = _meet(failed)
     if rank == 0:
         _join(parts, out, names, settings, failed)
+        if out.exists():
+            # Of a file that was changed since, what was read may be older.
+            os.utime(out, ns=(start, start))
     return failed
 
 
 def _made(path: Path, settings: dict[str, Any] | None = None) -> dict[str, int]:
-    """When the embeddings of a file were written, in nanoseconds, by name; none without a file."""
+    """When the call began that wrote a file, in nanoseconds, by name; none without a file."""
     if not path.exists():
         return {}
     return dict.fromkeys(read_embeddings(path, settings)[0], path.stat().st_mtime_ns)
@@ -145,13 +152,22 @@ def _is_older(path: Path, time: int) -> bool:
     return path.exists() and path.stat().st_mtime_ns < time
 
 
-def _open_parts(parts: Path, settings: dict[str, Any]) -> None:
+def _call(part: Path) -> int:
+    """Which call a part is of; by their times a clock that goes back would mistake them."""
+    call, _, rest = part.stem.partition("-")
+    return int(call) if rest and call.isdecimal() else 0
+
+
+def _open_parts(parts: Path, settings: dict[str, Any]) -> int:
+    """Make the folder of parts; the time, in nanoseconds, of the file system that they are on."""
     parts.mkdir(parents=True, exist_ok=True)
     told = parts / "settings.json"
     if told.exists():
         check_settings(parts, read_values(told), settings)
     else:
         write_text(told, json.dumps(settings))
+    told.touch()
+    return told.stat().st_mtime_ns
 
 
 def _batches(
@@ -211,7 +227,7 @@ def _join(
     found: dict[str, Any] = {}
     if out.exists():
         found = dict(zip(*read_embeddings(out, settings), strict=True))
-    for path in sorted(parts.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(parts.glob("*.npz"), key=_call):
         found.update(zip(*read_embeddings(path), strict=True))
     found = {name: row for name, row in found.items() if name not in failed}
     if found:
