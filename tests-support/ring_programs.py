@@ -179,6 +179,17 @@ def attend(problem: RingProblem, dtype: torch.dtype = torch.float64) -> Results:
     return {name: x.detach().cpu() for name, x in found}
 
 
+def twice() -> str:
+    """What is said to a second derivative that torch's once_differentiable would let pass."""
+    query = torch.randn(1, 8, 2, 4, dtype=torch.float64, device=device(), requires_grad=True)
+    out = ring_attention(query, query, query, DilatedPattern([8], [1]))
+    try:
+        torch.autograd.grad(out.sum(), query, create_graph=True)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def upstream(whole: Problem) -> tuple[Tensor, Tensor]:
     """The gradients of out and lse that `Problem.run` draws."""
     generator = torch.Generator().manual_seed(whole.seed + 2)

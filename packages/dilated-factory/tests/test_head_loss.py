@@ -121,3 +121,11 @@ def test_a_target_outside_of_the_vocabulary_is_an_error(target: int) -> None:
     targets[3] = target
     with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
         head_loss(hidden, weight, targets)
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Torch's once_differentiable lets them pass, without a term, where the loss is summed."""
+    hidden, weight, targets = problem()
+    total = head_loss(hidden, weight, targets) + hidden.pow(3).sum()
+    with pytest.raises(RuntimeError, match=r"differentiated once only. Got create_graph=True"):
+        torch.autograd.grad(total, hidden, create_graph=True)

@@ -18,6 +18,7 @@ from ring_programs import (
     document_problems,
     joined,
     ring_problems,
+    twice,
     varlen,
 )
 
@@ -166,3 +167,9 @@ def test_meshes_of_nodes(ranks: GetRanks, world: World, mesh: tuple[int, ...], d
     problem = data.draw(st.one_of(ring_problems(world.size), document_problems(world.size)))
     problem.members = Members(mesh=mesh)
     assert worst_error(ranks, world, problem) < 1e-10
+
+
+@pytest.mark.parametrize("world", worlds(2))
+def test_second_derivatives_are_refused(world: World, ranks: GetRanks) -> None:
+    for said in ranks(world).run(twice):
+        assert said == "attention must be differentiated once only. Got create_graph=True."

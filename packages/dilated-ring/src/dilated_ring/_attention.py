@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dilated_core import Partial
 from dilated_core.extending import Upstream, accumulate_dtype
@@ -187,10 +186,12 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        # torch's once_differentiable lets it pass where grad_out needs no gradient.
+        if torch.is_grad_enabled():
+            raise RuntimeError("attention must be differentiated once only. Got create_graph=True.")
         query, key, value, padding, out, lse, *arrived = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(query)

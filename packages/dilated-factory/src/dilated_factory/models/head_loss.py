@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dilated_core.extending import autocast
 
@@ -23,7 +22,7 @@ def head_loss(
     """The summed cross-entropy in nats of the logits hidden @ weight.T, in float32 or wider.
 
     Gradients are made beside the loss, so backward needs no logits either. It can be called once
-    only: there are no second derivatives.
+    only: there are no second derivatives, and `create_graph=True` is an error.
 
     Args:
         hidden: (T, E).
@@ -74,8 +73,10 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        # torch's once_differentiable lets it pass where the loss is summed, and a term is missing.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss must be differentiated once only. Got create_graph=True.")
         grad_hidden, grad_weight = (
             (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
