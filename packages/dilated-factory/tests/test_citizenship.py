@@ -20,7 +20,8 @@ def test_the_import_leaves_the_command_line_out() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_torch_func_has_the_gradients_of_each_sample() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_torch_func_has_the_gradients_of_each_sample(own: bool) -> None:
     config = LongNetConfig(
         embed_dim=16, num_heads=2, num_layers=2, context=17, vocab_size=11,
         segment_lengths=(5, 17), dilation_rates=(1, 2),
@@ -30,9 +31,20 @@ def test_torch_func_has_the_gradients_of_each_sample() -> None:
     tokens = torch.randint(11, (3, 18))
     parameters = {name: x.detach() for name, x in model.named_parameters()}
 
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, row: Tensor) -> Tensor:
+            if own:
+                return self.model.loss(row[None])
+            return torch.nn.functional.cross_entropy(self.model(row[None, :-1])[0], row[1:])
+
     def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, values, (row[None, :-1],))
-        return torch.nn.functional.cross_entropy(logits[0], row[1:])
+        named = {f"model.{name}": x for name, x in values.items()}
+        found: Tensor = torch.func.functional_call(Loss(), named, (row,))
+        return found
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens)
     for i, row in enumerate(tokens):

@@ -168,6 +168,7 @@ def test_slides_that_cannot_be_embedded_are_told_and_the_others_go_on(
         (["--out", "x.csv"], r"--out must end in .h5 or .npz. Got 'x.csv'"),
         (["--config", "encoder.pth"], "must end in .json or .toml"),
         (["--checkpoint", "none.pth"], "--checkpoint 'none.pth' cannot be used: No such file"),
+        (["--config=none.toml"], "--config 'none.toml' cannot be used: No such file"),
         (["--config", "none.toml"], "--config 'none.toml' cannot be used: No such file"),
         (["--checkpoint", "features"], "--checkpoint 'features' cannot be used: Is a directory"),
         (["--dtype", "float64"], "float64"),

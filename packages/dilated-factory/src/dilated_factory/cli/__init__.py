@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 the answer is bad news (the demo missed its margin, someth
 2 the input cannot be used; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM, after saving.
 """
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -73,8 +72,9 @@ def _describe_file(error: OSError, arguments: Sequence[str]) -> str:
     """What is wrong with which file, and the option that named it, if one did."""
     if error.filename is None or error.strerror is None:
         return str(error)
-    name = os.fspath(error.filename)
-    options = (a for a, b in pairwise(arguments) if b == name and a.startswith("--"))
+    name = str(error.filename)
+    apart = [part for argument in arguments for part in argument.split("=", 1)]
+    options = (a for a, b in pairwise(apart) if b == name and a.startswith("--"))
     return f"{next(options, 'the file')} {name!r} cannot be used: {error.strerror}."
 
 

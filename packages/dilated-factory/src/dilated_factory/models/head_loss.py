@@ -5,9 +5,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_core.extending import autocast
+from dilated_core.extending import autocast, is_transformed
 
 # Size of the logits that exist at once.
 LOSS_BYTES = 2**28
@@ -22,7 +23,8 @@ def head_loss(
     """The summed cross-entropy in nats of the logits hidden @ weight.T, in float32 or wider.
 
     Gradients are made beside the loss, so backward needs no logits either. It can be called once
-    only: there are no second derivatives, and `create_graph=True` is an error.
+    only: there are no second derivatives, and `create_graph=True` is an error. Under torch.func it
+    is torch's cross-entropy, which has both, and the logits of all positions.
 
     Args:
         hidden: (T, E).
@@ -30,6 +32,13 @@ def head_loss(
         targets: (T,) int64, below V; `IGNORED` leaves a position out.
         label_smoothing: the share of a target that all V have alike, as in torch's cross_entropy.
     """
+    if is_transformed():
+        (narrow,) = autocast(weight)
+        logits = hidden.to(narrow.dtype) @ narrow.T
+        return F.cross_entropy(
+            logits.to(torch.promote_types(narrow.dtype, torch.float32)), targets,
+            ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing,
+        )  # fmt: skip
     wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor = _HeadLoss.apply(hidden, weight, targets, label_smoothing, wants)  # type: ignore[no-untyped-call] # torch's
     return total

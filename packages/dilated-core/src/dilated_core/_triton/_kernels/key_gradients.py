@@ -134,7 +134,7 @@ def key_gradient_kernel(
                 )  # fmt: skip
                 s = add_product(k_tail, tl.trans(q_tail), s, IEEE)
             p = tl.exp2(s * scale - (column_lse - weight)[None, :])
-            if phase == 0 and MASK == 2:  # noqa: SIM102
+            if phase == 0 and MASK == 2:  # noqa: SIM102 # decided when it is compiled
                 # Most steps show all rows of a tile; a choice for each score takes long.
                 if (first_row > first) | (end_row < first + step * count):
                     p = tl.where(between(rows, first_row, end_row)[:, None], p, 0.0)
